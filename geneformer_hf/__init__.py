@@ -1,0 +1,76 @@
+"""Geneformer for the Hugging Face ecosystem: importing this package registers its models with the Auto classes.
+
+Everything outside `models` is loaded on first use, so that the import needs neither anndata nor datasets.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from ._version import __version__
+from .genes import GeneTable
+from .models import (
+    GeneformerConfig,
+    GeneformerForMaskedLM,
+    GeneformerForMultiTaskClassification,
+    GeneformerForSequenceClassification,
+    GeneformerForTokenClassification,
+    GeneformerModel,
+    GeneformerTokenizer,
+)
+from .ranking import rank_genes
+
+if TYPE_CHECKING:
+    from .analysis.embeddings import embed_cells, embed_genes, iter_gene_embeddings, state_embeddings
+    from .data.builder import CellDatasetBuilder, load_cells
+    from .data.medians import gene_medians
+    from .hub.checkpoints import CHECKPOINTS, convert_checkpoint
+    from .hub.export import export_checkpoint
+
+_LAZY = {
+    "CHECKPOINTS": "hub.checkpoints",
+    "CellDatasetBuilder": "data.builder",
+    "convert_checkpoint": "hub.checkpoints",
+    "embed_cells": "analysis.embeddings",
+    "embed_genes": "analysis.embeddings",
+    "export_checkpoint": "hub.export",
+    "gene_medians": "data.medians",
+    "iter_gene_embeddings": "analysis.embeddings",
+    "load_cells": "data.builder",
+    "state_embeddings": "analysis.embeddings",
+}
+
+__all__ = [
+    "CHECKPOINTS",
+    "CellDatasetBuilder",
+    "GeneTable",
+    "GeneformerConfig",
+    "GeneformerForMaskedLM",
+    "GeneformerForMultiTaskClassification",
+    "GeneformerForSequenceClassification",
+    "GeneformerForTokenClassification",
+    "GeneformerModel",
+    "GeneformerTokenizer",
+    "__version__",
+    "convert_checkpoint",
+    "embed_cells",
+    "embed_genes",
+    "export_checkpoint",
+    "gene_medians",
+    "iter_gene_embeddings",
+    "load_cells",
+    "rank_genes",
+    "state_embeddings",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(import_module(f".{_LAZY[name]}", __name__), name)
+    msg = f"module {__name__!r} has no attribute {name!r}"
+    raise AttributeError(msg)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,1 @@
+"""Cells in: readers, gene medians, the Arrow dataset builder and collators."""

@@ -1,0 +1,312 @@
+"""Files of cells as a tokenized Hugging Face dataset, written in Arrow batches in constant memory.
+
+`load_cells` is the way in. Behind it `CellDatasetBuilder` is an ordinary `datasets.ArrowBasedBuilder`: it is cached (by the
+content of the files, the gene table, the encoding version and the options), runs over row ranges in `num_proc` processes
+with the same rows in the same order, and streams.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from glob import glob
+from pathlib import Path
+from typing import Any, Literal
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import xxhash
+from datasets.builder import Key
+
+from ..errors import CellFileError
+from ..models.tokenization_geneformer import EncodedCells, GeneformerTokenizer
+from .columns import ObsColumns
+from .readers import CellBlock, CellSource, H5adSource, SourceOptions, open_cells
+
+logger = logging.getLogger(__name__)
+
+RANGE_CELLS = 8192
+"""Most cells in one row range, the unit of work of a process."""
+RANGES_OF_A_FILE = 8
+"""Row ranges of a file of fewer cells than that many ranges would hold; small files are not cut below 256 cells."""
+
+
+@dataclass(frozen=True)
+class EncodingOptions:
+    """What goes into a tokenized dataset beside `input_ids`, `length` and `cell_id`."""
+
+    obs: Literal["all", "none"] | tuple[str, ...] = "all"
+    keep_counts: bool = False
+    keep_uncropped: bool = False
+
+
+@dataclass
+class CellDatasetConfig(datasets.BuilderConfig):
+    """Configuration of `CellDatasetBuilder`."""
+
+    name: str = "cells"
+    files: tuple[str, ...] = ()
+    """Paths of .h5ad files, in the order of their rows."""
+    tokenizer: GeneformerTokenizer | None = None
+    source: SourceOptions = field(default_factory=SourceOptions)
+    encoding: EncodingOptions = field(default_factory=EncodingOptions)
+
+    def create_config_id(self, config_kwargs: dict[str, Any], custom_features: Any = None) -> str:
+        """Return the name of the cache folder: it follows the content of the files, not their paths."""
+        if self.tokenizer is None or not self.files:
+            msg = "CellDatasetBuilder needs `files=` and `tokenizer=`; `load_cells` passes both."
+            raise ValueError(msg)
+        digest = xxhash.xxh3_128()
+        for part in (self.tokenizer.encoding_fingerprint, self.source, self.encoding, *(content_hash(Path(f)) for f in self.files)):
+            digest.update(repr(part).encode() + b"\0")
+        return f"{self.name}-{digest.hexdigest()}"
+
+
+class CellDatasetBuilder(datasets.ArrowBasedBuilder):
+    """Tokenized cells of .h5ad files as a dataset.
+
+    Example:
+        `CellDatasetBuilder(files=("a.h5ad",), tokenizer=tokenizer).as_streaming_dataset("train")` streams without a cache;
+        `load_cells` builds and opens it.
+    """
+
+    BUILDER_CONFIG_CLASS = CellDatasetConfig
+    VERSION = datasets.Version("1.0.0")
+    config: CellDatasetConfig
+
+    def __init__(self, *args: Any, work_dir: Path | None = None, **kwargs: Any) -> None:
+        self._work_dir = work_dir
+        self._encoders: dict[int, CellEncoder] = {}
+        super().__init__(*args, **kwargs)
+
+    def _info(self) -> datasets.DatasetInfo:
+        sources = [open_cells(f, **vars(self.config.source)) for f in self.config.files]
+        self._columns = ObsColumns.of(sources, self.config.encoding.obs)
+        return datasets.DatasetInfo(features=features_of(self._tokenizer, self._columns, self.config.encoding))
+
+    @property
+    def _tokenizer(self) -> GeneformerTokenizer:
+        if self.config.tokenizer is None:
+            msg = "CellDatasetBuilder has no tokenizer."
+            raise ValueError(msg)
+        return self.config.tokenizer
+
+    def _split_generators(self, dl_manager: Any) -> list[datasets.SplitGenerator]:
+        ranges = []
+        for number in range(len(self.config.files)):
+            source = self._encoder(number).source
+            # Once, before processes share the rows.
+            if isinstance(source, H5adSource) and source.layout == "csc":
+                if self._work_dir is None:
+                    self._owned_work_dir = tempfile.TemporaryDirectory(prefix="geneformer-hf-")
+                    self._work_dir = Path(self._owned_work_dir.name)
+                source.prepare(self._work_dir)
+            ranges += [(number, start, stop) for start, stop in row_ranges(source.n_cells)]
+        return [datasets.SplitGenerator(name=datasets.Split.TRAIN, gen_kwargs={"ranges": ranges})]
+
+    def _generate_tables(self, ranges: list[tuple[int, int, int]]) -> Iterator[tuple[Key, pa.Table]]:
+        for place, (number, start, stop) in enumerate(ranges):
+            for batch, table in enumerate(self._encoder(number).tables(start, stop)):
+                yield Key(place, batch), table
+
+    def _encoder(self, number: int) -> CellEncoder:
+        if number not in self._encoders:
+            source = open_cells(self.config.files[number], **vars(self.config.source))
+            self._encoders[number] = CellEncoder(source, self._tokenizer, self._columns, self.config.encoding)
+        return self._encoders[number]
+
+
+class CellEncoder:
+    """One source of cells turned into Arrow tables."""
+
+    def __init__(self, source: CellSource, tokenizer: GeneformerTokenizer, columns: ObsColumns, options: EncodingOptions) -> None:
+        self.source, self.tokenizer, self.columns, self.options = source, tokenizer, columns, options
+        self.genes = source.match_genes(tokenizer.gene_table)
+        self.totals_n, self.totals_from = source.totals() if options.keep_counts else (None, "")
+
+    def tables(self, start: int = 0, stop: int | None = None) -> Iterator[pa.Table]:
+        """Yield the rows of some cells: those that pass the filter and hold a gene of the vocabulary, in order."""
+        passing = self.source.passing
+        for block in self.source.iter_blocks(start, stop):
+            rows = np.arange(block.start, block.start + block.counts_ng.shape[0])
+            counts = block.counts_ng
+            if passing is not None and not passing[rows].all():
+                kept = np.flatnonzero(passing[rows])
+                counts, rows = counts[kept], rows[kept]
+            yield self._table(counts, rows, block)
+
+    def _table(self, counts: Any, rows: np.ndarray, block: CellBlock) -> pa.Table:
+        totals_n = None if self.totals_n is None else self.totals_n[rows]
+        cells = self.tokenizer.encode_block(counts, self.genes, totals_n=totals_n)
+        features = features_of(self.tokenizer, self.columns, self.options).arrow_schema
+        obs = self.columns.read(self.source, block.start, block.start + block.counts_ng.shape[0])
+        if len(obs) != len(rows):
+            obs = obs.take(pa.array(rows - block.start))
+        lengths = np.diff(cells.offsets).astype(np.int32)
+        arrays: dict[str, Any] = {"input_ids": _lists(cells, cells.input_ids, features.field("input_ids").type), "length": lengths}
+        arrays |= {name: obs.column(name) for name in obs.column_names}
+        if self.options.keep_counts:
+            arrays["counts"] = _lists(cells, cells.counts, features.field("counts").type)
+        if self.options.keep_uncropped:
+            whole = self.tokenizer.encode_block(counts, self.genes, crop=False, special_tokens=False)
+            arrays["input_ids_uncropped"] = _lists(whole, whole.input_ids, features.field("input_ids_uncropped").type)
+            arrays["length_uncropped"] = np.diff(whole.offsets).astype(np.int32)
+        table = pa.table(arrays).select(features.names).cast(features)
+        empty = lengths == self.tokenizer.n_special_tokens
+        return table.filter(pa.array(~empty)) if empty.any() else table
+
+
+def load_cells(
+    files: Any,
+    *,
+    tokenizer: GeneformerTokenizer,
+    obs: str | Sequence[str] = "all",
+    gene_ids: str | None = None,
+    counts_layer: str | None = None,
+    total_counts: str | None = None,
+    keep_counts: bool = False,
+    keep_uncropped: bool = False,
+    num_proc: int | None = None,
+    cache_dir: str | Path | None = None,
+) -> datasets.Dataset:
+    """Tokenize cells into a dataset with the columns `input_ids`, `length`, `cell_id` and obs.
+
+    Rows keep the order of the files as given (a glob or folder: sorted) and of the cells within. Left out, counted and
+    logged: cells whose `obs["filter_pass"]` is 0 and cells without any gene of the vocabulary.
+
+    Args:
+        files (`str`, `Path`, a sequence of them, or `AnnData`): .h5ad files, a glob, a folder, or cells in memory.
+        tokenizer (`GeneformerTokenizer`): the one of the model the dataset is for.
+        obs (`"all"`, `"none"` or a sequence of names, *optional*, defaults to `"all"`):
+            Columns of obs to keep. Categories become `ClassLabel`s in their order; missing values become None. A column
+            named like one of ours is kept as `obs_<name>`.
+        gene_ids (`str`, *optional*): column of var that names the genes, or `index`. Found by itself where it can be.
+        counts_layer (`str`, *optional*): layer of the raw counts, or `X` or `raw.X`. Found by itself where it can be.
+        total_counts (`str`, *optional*): column of obs with the counts per cell; only `keep_counts` depends on it.
+        keep_counts (`bool`, *optional*, defaults to `False`): adds `counts`, counts per 10,000 beside each token.
+        keep_uncropped (`bool`, *optional*, defaults to `False`):
+            Adds `input_ids_uncropped` and `length_uncropped`: all ranked genes, without special tokens.
+        num_proc (`int`, *optional*): processes; the rows do not depend on it.
+        cache_dir (`str`, *optional*): where datasets keeps the result; its default cache otherwise.
+
+    Returns:
+        `datasets.Dataset`; `info.description` is a JSON report of what was read and left out.
+
+    Raises:
+        CellFileError, NotRawCountsError, GeneIdError, ColumnNotFoundError
+
+    Example:
+        >>> import anndata, numpy as np, pandas as pd
+        >>> from geneformer_hf import GeneTable, GeneformerTokenizer
+        >>> table = GeneTable(["ENSG00000000003", "ENSG00000000005"], [2, 3], [1.0, 2.0])
+        >>> cells = anndata.AnnData(np.array([[1, 4]]), pd.DataFrame(index=["cell1"]), pd.DataFrame(index=list(table.ensembl_ids)))
+        >>> load_cells(cells, tokenizer=GeneformerTokenizer(gene_table=table))[0]
+        {'input_ids': [3, 2], 'length': 2, 'cell_id': 'cell1'}
+    """
+    source_options = SourceOptions(gene_ids, counts_layer, total_counts)
+    encoding = EncodingOptions(obs if isinstance(obs, str) and obs in ("all", "none") else tuple([obs] if isinstance(obs, str) else obs), keep_counts, keep_uncropped)  # type: ignore[arg-type]
+    if hasattr(files, "obs") and hasattr(files, "var"):
+        return _load_memory(files, tokenizer, source_options, encoding)
+    paths = find_files(files)
+    with tempfile.TemporaryDirectory(prefix="geneformer-hf-", dir=cache_dir) as work_dir:
+        builder = CellDatasetBuilder(cache_dir=cache_dir, files=tuple(map(str, paths)), tokenizer=tokenizer, source=source_options, encoding=encoding, work_dir=Path(work_dir))
+        builder.download_and_prepare(num_proc=num_proc)
+    dataset = builder.as_dataset("train")
+    sources = [open_cells(path, **vars(source_options)) for path in paths]
+    return _with_report(dataset, sources, tokenizer)
+
+
+def _load_memory(adata: Any, tokenizer: GeneformerTokenizer, source_options: SourceOptions, encoding: EncodingOptions) -> datasets.Dataset:
+    source = open_cells(adata, **vars(source_options))
+    columns = ObsColumns.of([source], encoding.obs)
+    features = features_of(tokenizer, columns, encoding)
+    tables = list(CellEncoder(source, tokenizer, columns, encoding).tables())
+    table = pa.concat_tables(tables) if tables else features.arrow_schema.empty_table()
+    return _with_report(datasets.Dataset(table, info=datasets.DatasetInfo(features=features)), [source], tokenizer)
+
+
+def find_files(files: Any) -> list[Path]:
+    """Return the paths a user means: one file, several in their order, a glob or a folder sorted by name.
+
+    Raises:
+        CellFileError: if nothing is found, or a file is named twice.
+    """
+    paths: list[Path] = []
+    for item in [files] if isinstance(files, (str, Path)) else files:
+        path = Path(item)
+        if path.is_dir():
+            found = sorted(path.glob("*.h5ad"))
+        elif not path.exists() and any(c in str(item) for c in "*?["):
+            found = [Path(p) for p in sorted(glob(str(item), recursive=True))]  # noqa: PTH207 - Path.glob takes no absolute patterns
+        else:
+            found = [path]
+        if not found:
+            msg = f"{item}: no .h5ad file there."
+            raise CellFileError(msg)
+        paths += found
+    if not paths:
+        msg = "No file was given."
+        raise CellFileError(msg)
+    twice = sorted({str(p) for p in paths if paths.count(p) > 1})
+    if twice:
+        msg = f"Named more than once: {', '.join(twice)}. Each file's cells would be there twice."
+        raise CellFileError(msg)
+    return paths
+
+
+def features_of(tokenizer: GeneformerTokenizer, columns: ObsColumns, options: EncodingOptions) -> datasets.Features:
+    """Return the columns of a tokenized dataset; tokens take the smallest of int16, uint16 and int32 that holds them."""
+    largest = max(tokenizer.get_vocab().values()) if not len(tokenizer.gene_table) else int(tokenizer.gene_table.token_ids.max())
+    token = datasets.Value("int16" if largest < 1 << 15 else "uint16" if largest < 1 << 16 else "int32")
+    features: dict[str, Any] = {"input_ids": datasets.List(token), "length": datasets.Value("int32"), "cell_id": datasets.Value("string")}
+    if options.keep_counts:
+        features["counts"] = datasets.List(datasets.Value("float32"))
+    if options.keep_uncropped:
+        features |= {"input_ids_uncropped": datasets.List(token), "length_uncropped": datasets.Value("int32")}
+    return datasets.Features(features | columns.features)
+
+
+def row_ranges(n_cells: int) -> list[tuple[int, int]]:
+    """Cut a file into row ranges; they depend on nothing but the number of cells, so neither do the shards."""
+    size = min(RANGE_CELLS, max(256, -(-n_cells // RANGES_OF_A_FILE)))
+    return [(start, min(start + size, n_cells)) for start in range(0, n_cells, size)] or [(0, 0)]
+
+
+def content_hash(path: Path) -> str:
+    """Return the xxh3 hash of a file's bytes."""
+    digest = xxhash.xxh3_128()
+    try:
+        with path.open("rb") as file:
+            while chunk := file.read(16 << 20):
+                digest.update(chunk)
+    except OSError as error:
+        msg = f"{path} cannot be read: {error.strerror or error}."
+        raise CellFileError(msg) from error
+    return digest.hexdigest()
+
+
+def _lists(cells: EncodedCells, values: Any, arrow_type: pa.DataType) -> pa.ListArray:
+    flat = pa.array(values.astype(arrow_type.value_type.to_pandas_dtype(), copy=False))
+    return pa.ListArray.from_arrays(pa.array(cells.offsets.astype(np.int32)), flat)
+
+
+def _with_report(dataset: datasets.Dataset, sources: list[CellSource], tokenizer: GeneformerTokenizer) -> datasets.Dataset:
+    """Attach what was read and left out as JSON, and log it."""
+    files = []
+    for source in sources:
+        genes = source.match_genes(tokenizer.gene_table).report
+        n_filtered = 0 if source.passing is None else int((~source.passing).sum())
+        files.append({"file": source.name, "cells": source.n_cells, "filter_pass": n_filtered, "counts": source.counts, "genes": genes.describe()})
+    n_filtered = sum(f["filter_pass"] for f in files)
+    n_empty = sum(f["cells"] for f in files) - n_filtered - len(dataset)
+    if n_filtered:
+        logger.warning("%s cells were left out because obs['filter_pass'] is 0.", f"{n_filtered:,}")
+    if n_empty:
+        logger.warning("%s cells were left out because they hold no gene of the vocabulary.", f"{n_empty:,}")
+    report = {"encoding": tokenizer.encoding_fingerprint, "cells": len(dataset), "left_out_by_filter_pass": n_filtered, "left_out_without_genes": n_empty, "files": files}
+    dataset.info.description = json.dumps(report, indent=1)
+    return dataset

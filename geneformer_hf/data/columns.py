@@ -1,0 +1,87 @@
+"""Which obs columns a dataset keeps, under what names and types, over all of its files."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import datasets
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+
+from ..errors import ColumnNotFoundError
+from .readers import CellSource
+
+OWN = ("input_ids", "length", "cell_id", "counts", "input_ids_uncropped", "length_uncropped")
+
+
+@dataclass(frozen=True)
+class ObsColumns:
+    """The obs columns of a dataset."""
+
+    names: dict[str, str]
+    """Name in obs to name in the dataset."""
+    features: dict[str, Any]
+    """Name in the dataset to its `datasets` feature."""
+
+    @classmethod
+    def of(cls, sources: Sequence[CellSource], wanted: str | tuple[str, ...]) -> ObsColumns:
+        """Decide on the columns of several files.
+
+        Categories are united in the order they appear; a column that a file lacks is empty there when all were asked for.
+
+        Raises:
+            ColumnNotFoundError: if a column named by the user is missing in any file.
+        """
+        if wanted == "none":
+            wanted = ()
+        if isinstance(wanted, str):
+            wanted = tuple(dict.fromkeys(name for source in sources for name in source.obs_columns))
+        else:
+            for source in sources:
+                missing = [name for name in wanted if name not in source.obs_columns]
+                if missing:
+                    msg = f"{source.name}: obs has no column {', '.join(map(repr, missing))}. Found: {', '.join(source.obs_columns) or 'none'}."
+                    raise ColumnNotFoundError(msg)
+        names = {name: f"obs_{name}" if name in OWN else name for name in wanted}
+        samples = {name: [s.read_obs([name], 0, 1)[name] for s in sources if name in s.obs_columns] for name in wanted}
+        return cls(names, {names[name]: _feature(columns) for name, columns in samples.items()})
+
+    def read(self, source: CellSource, start: int, stop: int) -> pa.Table:
+        """Return the cell ids and these columns of some cells, typed as the features say."""
+        here = [name for name in self.names if name in source.obs_columns]
+        frame = source.read_obs(here, start, stop)
+        arrays: dict[str, Any] = {"cell_id": pa.array(frame.index.tolist(), pa.string())}
+        for name, kept_as in self.names.items():
+            feature = self.features[kept_as]
+            arrays[kept_as] = _column(frame[name], feature) if name in here else pa.nulls(len(frame), feature.pa_type)
+        return pa.table(arrays)
+
+
+def _feature(columns: list[pd.Series]) -> Any:
+    if all(isinstance(c.dtype, pd.CategoricalDtype) for c in columns):
+        names = list(dict.fromkeys(str(v) for c in columns for v in c.cat.categories))
+        return datasets.ClassLabel(names=names) if names else datasets.Value("string")
+    types = [np.dtype(getattr(c.dtype, "numpy_dtype", c.dtype)) if not isinstance(c.dtype, (pd.CategoricalDtype, pd.StringDtype)) else np.dtype(object) for c in columns]
+    if all(t.kind == "b" for t in types):
+        return datasets.Value("bool")
+    if all(t.kind in "iu" for t in types):
+        return datasets.Value("int64")
+    if all(t.kind in "iuf" for t in types):
+        return datasets.Value("float64" if any(t.itemsize > 4 for t in types) else "float32")
+    return datasets.Value("string")
+
+
+def _column(values: pd.Series, feature: Any) -> pa.Array:
+    if isinstance(feature, datasets.ClassLabel):
+        place = {name: i for i, name in enumerate(feature.names)}
+        lookup = np.array([place[str(v)] for v in values.cat.categories], dtype=np.int64)
+        codes = values.cat.codes.to_numpy()
+        missing = codes < 0
+        return pa.array(np.where(missing, 0, lookup[codes] if len(lookup) else 0), pa.int64(), mask=missing)
+    if feature.pa_type == pa.string():
+        missing = values.isna().to_numpy()
+        return pa.array([None if gone else str(v) for v, gone in zip(values.astype(object), missing, strict=True)], pa.string())
+    return pa.array(values, feature.pa_type, from_pandas=True)

@@ -1,0 +1,90 @@
+"""The one place that decides on device and number type, and that recognises an exhausted accelerator."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+
+logger = logging.getLogger(__name__)
+
+DTYPES = {
+    "fp32": torch.float32,
+    "float32": torch.float32,
+    "bf16": torch.bfloat16,
+    "bfloat16": torch.bfloat16,
+    "fp16": torch.float16,
+    "float16": torch.float16,
+}
+
+T = TypeVar("T")
+
+
+def resolve_device(device: str | torch.device | None = None) -> torch.device:
+    """Return the device to compute on: the one asked for, else CUDA (or ROCm), else Apple MPS, else the CPU.
+
+    Raises:
+        ValueError: if the device asked for does not exist here.
+
+    Example:
+        >>> resolve_device("cpu")
+        device(type='cpu')
+    """
+    if device is None or str(device) == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        if torch.backends.mps.is_available():
+            return torch.device("mps")
+        return torch.device("cpu")
+    try:
+        resolved = torch.device(device)
+    except RuntimeError as error:
+        msg = f"device {device!r} is not known to torch. Use 'cpu', 'cuda', 'cuda:1', 'mps' or leave it out."
+        raise ValueError(msg) from error
+    if resolved.type == "cuda" and not torch.cuda.is_available():
+        msg = f"device {device!r} was asked for, but torch {torch.__version__} sees no CUDA device. Leave device out to use what is there."
+        raise ValueError(msg)
+    if resolved.type == "mps" and not torch.backends.mps.is_available():
+        msg = f"device {device!r} was asked for, but torch {torch.__version__} sees no Apple GPU. Leave device out to use what is there."
+        raise ValueError(msg)
+    return resolved
+
+
+def resolve_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    """Return a torch floating-point type from its name; None means "as the model is stored".
+
+    Example:
+        >>> resolve_dtype("bf16")
+        torch.bfloat16
+    """
+    if dtype is None or isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype not in DTYPES:
+        msg = f"dtype {dtype!r} is not one of {', '.join(DTYPES)}."
+        raise ValueError(msg)
+    return DTYPES[dtype]
+
+
+def run_with_backoff(run: Callable[[int], T], budget: int, *, smallest: int) -> tuple[T, int]:
+    """Call ``run(budget)``; each time the accelerator runs out of memory, halve the budget and call again.
+
+    Args:
+        run: computes everything within a budget (tokens per pass); must be safe to call again after a failure.
+        budget (`int`): tokens per pass to begin with.
+        smallest (`int`): below this the error is passed on, because a single cell no longer fits.
+
+    Returns:
+        the result and the budget that worked, to start from the next time.
+    """
+    while True:
+        try:
+            return run(budget), budget
+        except torch.OutOfMemoryError:
+            if budget <= smallest:
+                raise
+            budget = max(smallest, budget // 2)
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            logger.warning("Out of memory: going on with at most %s tokens per pass.", f"{budget:,}")

@@ -1,0 +1,495 @@
+"""Genes: the table of a vocabulary, and how the genes of a file find their tokens.
+
+`GeneTable` holds what a tokenizer knows of each gene: Ensembl id, token id, non-zero median, symbol, and the retired ids
+and symbols that lead to it. `GeneTable.resolve` matches the gene names of a file against it and reports what happened to
+every one of them. `choose_gene_ids` decides which column of a file names its genes.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .errors import CheckpointError, ColumnNotFoundError, GeneIdError, UnknownGeneError
+
+FORMAT = "geneformer_hf.gene_table"
+FORMAT_VERSION = 1
+
+ENSEMBL_COLUMNS = ("ensembl_id", "gene_ids", "feature_id")
+SYMBOL_COLUMNS = ("gene_symbol", "feature_name")
+MIN_OVERLAP = 0.05
+
+# ENSG00000141510, ENSG00000141510.18, ENSGR0000265658 (Y copy, Ensembl 75), ENSG00000182378.15_PAR_Y (GENCODE), ENSMUSG00000059552
+_ENSEMBL = re.compile(r"(?P<id>ENS(?P<species>[A-Z]{3,4})?G(?:R\d{10}|\d{11}))(?P<version>\.\d+)?(?P<par>_PAR_Y)?", re.IGNORECASE)
+
+SPECIES_OF_PREFIX = {
+    "ENSG": "human",
+    "ENSMUSG": "mouse",
+    "ENSRNOG": "rat",
+    "ENSDARG": "zebrafish",
+    "ENSSSCG": "pig",
+    "ENSMMUG": "rhesus macaque",
+    "ENSMFAG": "crab-eating macaque",
+    "ENSPTRG": "chimpanzee",
+    "ENSGGOG": "gorilla",
+    "ENSCJAG": "marmoset",
+    "ENSMICG": "mouse lemur",
+    "ENSOCUG": "rabbit",
+    "ENSBTAG": "cow",
+    "ENSGALG": "chicken",
+}
+
+
+def is_ensembl_id(name: str) -> bool:
+    """Return True for an Ensembl gene id of any species, with or without a version.
+
+    Example:
+        >>> is_ensembl_id("ENSG00000141510.18"), is_ensembl_id("ENSA")
+        (True, False)
+    """
+    return _ENSEMBL.fullmatch(name) is not None
+
+
+def species_of(ensembl_ids: Iterable[str]) -> str | None:
+    """Return the species that most of these Ensembl ids belong to, by their prefix; None if there is none among them."""
+    seen: dict[str, int] = {}
+    for name in ensembl_ids:
+        if match := _ENSEMBL.fullmatch(name):
+            prefix = f"ENS{(match['species'] or '').upper()}G"
+            seen[prefix] = seen.get(prefix, 0) + 1
+    if not seen:
+        return None
+    prefix = max(seen, key=lambda p: seen[p])
+    return SPECIES_OF_PREFIX.get(prefix, f"another species ({prefix})")
+
+
+@dataclass(frozen=True)
+class HumanGenes:
+    """The packaged table of human genes (GENCODE 48; `resources/PROVENANCE.md` says how it was made)."""
+
+    symbol_of: dict[str, str]
+    """Ensembl id to current symbol; genes without a name are left out."""
+    biotype_of: dict[str, str]
+    """Ensembl id to GENCODE biotype, for instance `protein_coding`."""
+    ids_of_symbol: dict[str, tuple[str, ...]]
+    """Current or earlier symbol to the Ensembl ids that carry it: more than one where the symbol is ambiguous."""
+
+
+@lru_cache(maxsize=1)
+def human_genes() -> HumanGenes:
+    """Return the packaged table of human genes, read once."""
+    symbol_of: dict[str, str] = {}
+    biotype_of: dict[str, str] = {}
+    ids_of_symbol: dict[str, tuple[str, ...]] = {}
+    with resources.files("geneformer_hf.resources").joinpath("human_genes.csv.gz").open("rb") as packed:
+        for row in csv.DictReader(gzip.open(packed, "rt", encoding="utf-8")):
+            ensembl_id, symbol = row["ensembl_id"], row["symbol"]
+            biotype_of[ensembl_id] = row["biotype"]
+            if symbol != ensembl_id:
+                symbol_of[ensembl_id] = symbol
+            for name in (symbol, *row["earlier_symbols"].split()):
+                ids_of_symbol[name] = (*ids_of_symbol.get(name, ()), ensembl_id)
+    return HumanGenes(symbol_of, biotype_of, ids_of_symbol)
+
+
+@dataclass(frozen=True)
+class GeneReport:
+    """What became of the genes of one file."""
+
+    source: str
+    """Where the names were read, for instance `var['ensembl_id']`."""
+    n_genes: int
+    """Columns of the count matrix."""
+    n_mapped: int
+    """Columns that reached a gene of the vocabulary."""
+    n_tokens: int
+    """Distinct genes of the vocabulary reached; less than `n_mapped` where columns were summed."""
+    n_retired: int = 0
+    """Columns whose id or symbol led to another id through the mapping."""
+    n_versioned: int = 0
+    """Columns whose version suffix was taken off."""
+    n_symbols: int = 0
+    """Columns mapped by symbol."""
+    ambiguous: tuple[str, ...] = ()
+    """Symbols that several genes of the vocabulary carry; left out."""
+    unknown: tuple[str, ...] = ()
+    """Names that led to no gene of the vocabulary; left out."""
+
+    @property
+    def n_summed(self) -> int:
+        """Columns added to another column of the same gene."""
+        return self.n_mapped - self.n_tokens
+
+    def describe(self) -> str:
+        """Return one line for people."""
+        parts = [f"{self.n_mapped:,} of {self.n_genes:,} genes in the vocabulary (by {self.source})"]
+        if self.n_symbols:
+            parts.append(f"{self.n_symbols:,} by symbol")
+        if self.n_versioned:
+            parts.append(f"{self.n_versioned:,} version suffixes taken off")
+        if self.n_retired:
+            parts.append(f"{self.n_retired:,} retired or alternative names")
+        if self.n_summed:
+            parts.append(f"{self.n_summed:,} columns summed into another of the same gene")
+        if self.ambiguous:
+            parts.append(f"{len(self.ambiguous):,} ambiguous symbols left out ({_some(self.ambiguous)})")
+        if self.unknown:
+            parts.append(f"{len(self.unknown):,} not in the vocabulary left out ({_some(self.unknown)})")
+        return "; ".join(parts)
+
+
+@dataclass(frozen=True)
+class GeneColumns:
+    """The columns of a count matrix matched to a gene table.
+
+    A slot is a distinct gene of the vocabulary that the file holds, numbered by first appearance.
+    """
+
+    slot_of_column: np.ndarray
+    """int32 of shape `(g,)`: slot of each column, -1 where it is left out."""
+    token_ids: np.ndarray
+    """int32 of shape `(s,)`: token id of each slot."""
+    medians: np.ndarray
+    """float64 of shape `(s,)`: median of each slot."""
+    report: GeneReport
+
+    @property
+    def has_merges(self) -> bool:
+        """True if several columns share a slot and must be summed."""
+        return self.report.n_summed > 0
+
+
+@dataclass(frozen=True, eq=False)
+class GeneTable:
+    """The genes of one vocabulary.
+
+    Args:
+        ensembl_ids (`Sequence[str]` of length g): one per gene, distinct.
+        token_ids (`Sequence[int]` of length g): distinct, not negative.
+        medians (`Sequence[float]` of length g):
+            Median over the corpus of the gene's non-zero values, in counts per 10,000; positive.
+        symbols (`Sequence[str]`, *optional*): empty where a gene has no name.
+        aliases (`Mapping[str, str]`, *optional*):
+            Retired Ensembl id or upper-case symbol to the Ensembl id in this table.
+        species (`str`, *optional*, defaults to `"human"`): decides whether the packaged human symbols may be used.
+        source (`str`, *optional*): where the medians come from, for people.
+
+    Raises:
+        ValueError: if lengths differ, ids repeat, or a median is not a positive number.
+
+    Example:
+        >>> table = GeneTable(["ENSG00000141510", "ENSG00000111640"], [4, 5], [1.2, 3.4], ["TP53", "GAPDH"])
+        >>> table.resolve(["ENSG00000111640.16", "TP53", "ENSG00000000001"], source="index").token_ids
+        array([5, 4], dtype=int32)
+    """
+
+    ensembl_ids: Sequence[str]
+    token_ids: Any
+    medians: Any
+    symbols: Sequence[str] = ()
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    species: str = "human"
+    source: str = ""
+
+    def __post_init__(self) -> None:
+        g = len(self.ensembl_ids)
+        object.__setattr__(self, "ensembl_ids", tuple(self.ensembl_ids))
+        object.__setattr__(self, "token_ids", np.asarray(self.token_ids, dtype=np.int32))
+        object.__setattr__(self, "medians", np.asarray(self.medians, dtype=np.float64))
+        object.__setattr__(self, "symbols", tuple(self.symbols) or ("",) * g)
+        object.__setattr__(self, "aliases", dict(self.aliases))
+        lengths = {"ensembl_ids": g, "token_ids": len(self.token_ids), "medians": len(self.medians), "symbols": len(self.symbols)}
+        if len(set(lengths.values())) > 1:
+            msg = f"A gene table needs columns of one length, got {lengths}."
+            raise ValueError(msg)
+        for name, values in (("Ensembl ids", self.ensembl_ids), ("token ids", self.token_ids.tolist())):
+            if len(set(values)) != g:
+                seen: set[Any] = set()
+                twice = [v for v in values if v in seen or seen.add(v)]  # type: ignore[func-returns-value]
+                msg = f"A gene table needs distinct {name}; {len(twice)} repeat: {_some(map(str, twice))}."
+                raise ValueError(msg)
+        bad = ~(np.isfinite(self.medians) & (self.medians > 0))
+        if bad.any():
+            names = [self.ensembl_ids[i] for i in np.flatnonzero(bad)]
+            msg = f"{len(names)} of {g} medians are not positive numbers: {_some(names)}. Leave these genes out."
+            raise ValueError(msg)
+
+    def __len__(self) -> int:
+        return len(self.ensembl_ids)
+
+    def __repr__(self) -> str:
+        return f"GeneTable({len(self):,} {self.species} genes, {len(self.aliases):,} aliases, source={self.source!r})"
+
+    @cached_property
+    def row_of(self) -> dict[str, int]:
+        """Ensembl id to row of the table."""
+        return {name: row for row, name in enumerate(self.ensembl_ids)}
+
+    @cached_property
+    def _rows_of_symbol(self) -> dict[str, tuple[int, ...]]:
+        rows: dict[str, tuple[int, ...]] = {}
+        for row, symbol in enumerate(self.symbols):
+            if symbol:
+                rows[symbol] = (*rows.get(symbol, ()), row)
+        return rows
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Sixteen hexadecimal digits that change whenever an encoding could: ids, token ids, medians, symbols, aliases."""
+        digest = hashlib.sha256()
+        for part in (list(self.ensembl_ids), self.token_ids.tolist(), self.medians.tolist(), list(self.symbols), sorted(self.aliases.items()), self.species):
+            digest.update(json.dumps(part).encode())
+        return digest.hexdigest()[:16]
+
+    @cached_property
+    def _ensembl_of_token(self) -> dict[int, str]:
+        return dict(zip(self.token_ids.tolist(), self.ensembl_ids, strict=True))
+
+    def ensembl_of_tokens(self, token_ids: Iterable[int]) -> list[str | None]:
+        """Return the Ensembl id of each token; None for special tokens."""
+        return [self._ensembl_of_token.get(int(token)) for token in token_ids]
+
+    def token_of(self, names: Iterable[str]) -> np.ndarray:
+        """Return the token ids of genes named by Ensembl id or symbol.
+
+        Raises:
+            UnknownGeneError: naming every gene that is not in the table or whose symbol is ambiguous.
+
+        Example:
+            >>> GeneTable(["ENSG00000141510"], [7], [1.0], ["TP53"]).token_of(["TP53", "ENSG00000141510.18"])
+            array([7, 7], dtype=int32)
+        """
+        names = [str(name) for name in names]
+        rows = [self._find(name)[0] for name in names]
+        missing = [name for name, row in zip(names, rows, strict=True) if row is None]
+        if missing:
+            msg = (
+                f"{len(missing)} of {len(names)} genes are not in this vocabulary of {len(self):,} {self.species} genes "
+                f"(or their symbol is ambiguous): {_some(missing, most=10)}. Check the spelling, or use Ensembl ids."
+            )
+            raise UnknownGeneError(msg)
+        return self.token_ids[np.array(rows, dtype=np.int64)]
+
+    def _find(self, name: str) -> tuple[int | None, str]:
+        """Return the row of one name and how it was found: id, version, retired, symbol, ambiguous or unknown."""
+        if (row := self.row_of.get(name)) is not None:
+            return row, "id"
+        if match := _ENSEMBL.fullmatch(name):
+            return self._find_ensembl(match)
+        rows = self._rows_of_symbol.get(name, ())
+        if not rows and self.species == "human":
+            rows = tuple(self.row_of[i] for i in human_genes().ids_of_symbol.get(name, ()) if i in self.row_of)
+        if len(rows) == 1:
+            return rows[0], "symbol"
+        if rows:
+            return None, "ambiguous"
+        # Published mappings spell symbols in capitals (C1ORF112); mouse symbols (Actb) must not turn human that way.
+        alias = self.aliases.get(name.replace("orf", "ORF"))
+        return (self.row_of[alias], "alias symbol") if alias is not None else (None, "unknown")
+
+    def _find_ensembl(self, match: re.Match[str]) -> tuple[int | None, str]:
+        stripped = match["id"].upper()
+        if match["par"]:
+            # The pseudo-autosomal copy on Y: GENCODE's suffix is the R of older Ensembl releases.
+            stripped = stripped.replace("ENSG0", "ENSGR", 1)
+        how = "version" if match["version"] or match["par"] else "id"
+        if (row := self.row_of.get(stripped)) is not None:
+            return row, how
+        alias = self.aliases.get(stripped)
+        if alias is not None:
+            return self.row_of[alias], f"retired {how}"
+        return None, "unknown"
+
+    def resolve(self, names: Sequence[str], *, source: str, where: str = "") -> GeneColumns:
+        """Match the gene names of a matrix against this table.
+
+        Duplicates, retired ids and symbols that lead to one gene share a slot, whose counts are to be summed.
+
+        Args:
+            names (`Sequence[str]` of length g): Ensembl ids (versions allowed) or symbols, per entry.
+            source (`str`): which column the names come from; shown in the report.
+            where (`str`, *optional*): the file, for error messages.
+
+        Raises:
+            GeneIdError: if the ids belong to another species or fewer than 5 % of the names reach the vocabulary.
+        """
+        slot_of_row: dict[int, int] = {}
+        slots = np.full(len(names), -1, dtype=np.int32)
+        tally: dict[str, int] = {}
+        ambiguous: list[str] = []
+        unknown: list[str] = []
+        for column, raw in enumerate(names):
+            name = str(raw).strip()
+            row, how = self._find(name)
+            if row is None:
+                (ambiguous if how == "ambiguous" else unknown).append(name)
+                continue
+            for word in how.split():
+                tally[word] = tally.get(word, 0) + 1
+            slots[column] = slot_of_row.setdefault(row, len(slot_of_row))
+        rows = np.fromiter(slot_of_row, dtype=np.int64, count=len(slot_of_row))
+        report = GeneReport(
+            source=source,
+            n_genes=len(names),
+            n_mapped=int((slots >= 0).sum()),
+            n_tokens=len(rows),
+            n_retired=tally.get("retired", 0) + tally.get("alias", 0),
+            n_versioned=tally.get("version", 0),
+            n_symbols=tally.get("symbol", 0),
+            ambiguous=tuple(ambiguous),
+            unknown=tuple(unknown),
+        )
+        self._require_overlap(report, where)
+        return GeneColumns(slots, self.token_ids[rows], self.medians[rows], report)
+
+    def _require_overlap(self, report: GeneReport, where: str) -> None:
+        prefix = f"{where}: " if where else ""
+        if report.n_mapped >= max(1, MIN_OVERLAP * report.n_genes):
+            return
+        found = f"{report.n_mapped:,} of {report.n_genes:,} genes ({report.source}) are in this vocabulary of {len(self):,} {self.species} genes"
+        species = species_of(report.unknown)
+        if species is not None and species != self.species:
+            msg = (
+                f"{prefix}only {found}: these are {species} Ensembl ids ({_some(report.unknown)}). "
+                f"Map them to {self.species} orthologues first, or use a model trained on {species} cells."
+            )
+        elif sum(name.capitalize() == name for name in report.unknown) > len(report.unknown) / 2 and species is None:
+            msg = (
+                f"{prefix}only {found}: the names look like mouse or rat symbols ({_some(report.unknown)}). "
+                f"Map them to {self.species} orthologues first."
+            )
+        else:
+            msg = (
+                f"{prefix}only {found}; expected at least {MIN_OVERLAP:.0%}. Not found: {_some(report.unknown)}. "
+                "Name the column of var that holds Ensembl ids or gene symbols with `gene_ids=` (`--gene-ids`)."
+            )
+        raise GeneIdError(msg)
+
+    def to_json(self) -> str:
+        """Return the table as JSON; numbers survive exactly."""
+        content = {
+            "format": FORMAT,
+            "version": FORMAT_VERSION,
+            "species": self.species,
+            "source": self.source,
+            "genes": {
+                "ensembl_id": list(self.ensembl_ids),
+                "token_id": self.token_ids.tolist(),
+                "median": self.medians.tolist(),
+                "symbol": list(self.symbols),
+            },
+            "aliases": self.aliases,
+        }
+        return json.dumps(content, indent=None, separators=(",", ":"), ensure_ascii=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str, *, where: str = "gene table") -> GeneTable:
+        """Read what `to_json` wrote.
+
+        Raises:
+            CheckpointError: if the text is not such a table, or a newer format.
+        """
+        try:
+            content = json.loads(text)
+            if content["format"] != FORMAT or content["version"] > FORMAT_VERSION:
+                msg = f"{where}: format {content['format']!r} version {content['version']}, expected {FORMAT!r} up to version {FORMAT_VERSION}. Update geneformer-hf."
+                raise CheckpointError(msg)
+            genes = content["genes"]
+            return cls(
+                genes["ensembl_id"],
+                genes["token_id"],
+                genes["median"],
+                genes["symbol"],
+                content["aliases"],
+                content["species"],
+                content["source"],
+            )
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            msg = f"{where} is not a gene table ({type(error).__name__}: {error}). Make one with `geneformer-hf medians` or `geneformer-hf convert`."
+            raise CheckpointError(msg) from error
+
+    @classmethod
+    def load(cls, path: str | Path) -> GeneTable:
+        """Read a gene table from a JSON file."""
+        return cls.from_json(Path(path).read_text(encoding="utf-8"), where=str(path))
+
+    @classmethod
+    def from_medians(
+        cls, medians: Mapping[str, float], *, first_token_id: int, symbols: Mapping[str, str] | None = None, species: str = "human", source: str = ""
+    ) -> GeneTable:
+        """Make the table of a new vocabulary: genes in sorted order of their Ensembl ids, as in the published ones.
+
+        Args:
+            medians: Ensembl id to median of its non-zero counts per 10,000.
+            first_token_id (`int`): the number of special tokens, which come first.
+        """
+        ids = sorted(medians)
+        names = symbols if symbols is not None else (human_genes().symbol_of if species == "human" else {})
+        token_ids = range(first_token_id, first_token_id + len(ids))
+        return cls(ids, token_ids, [medians[i] for i in ids], [names.get(i, "") for i in ids], {}, species, source)
+
+
+def choose_gene_ids(columns: Mapping[str, Sequence[str]], index: Sequence[str], gene_ids: str | None = None, *, where: str = "") -> tuple[list[str], str]:
+    """Decide which column of var names the genes.
+
+    The column named, else `ensembl_id`, `gene_ids` or `feature_id` where it holds Ensembl ids, else the index if it does,
+    else symbols in `gene_symbol`, `feature_name` or the index. "Holds" means at least half of the entries.
+
+    Args:
+        columns: the text columns of var.
+        index (length g): the index of var.
+        gene_ids (`str`, *optional*): a column of var, or `"index"`.
+
+    Returns:
+        the names, and where they come from.
+
+    Raises:
+        ColumnNotFoundError: if the column named is not there.
+        GeneIdError: if nothing in var names genes, for instance where the index only counts the columns.
+    """
+    prefix = f"{where}: " if where else ""
+    if gene_ids == "index":
+        return list(index), "index of var"
+    if gene_ids is not None:
+        if gene_ids not in columns:
+            msg = f"{prefix}var has no column {gene_ids!r} of text. Found: {sorted(columns)}, or 'index'."
+            raise ColumnNotFoundError(msg)
+        return list(columns[gene_ids]), f"var[{gene_ids!r}]"
+    for name in ENSEMBL_COLUMNS:
+        if name in columns and _share_of_ensembl(columns[name]) >= 0.5:
+            return list(columns[name]), f"var[{name!r}]"
+    if _share_of_ensembl(index) >= 0.5:
+        return list(index), "index of var"
+    for name in SYMBOL_COLUMNS:
+        if name in columns:
+            return list(columns[name]), f"symbols in var[{name!r}]"
+    if not any(str(name)[:1].isalpha() for name in index[:1000]):
+        msg = (
+            f"{prefix}nothing in var names the genes: its index reads {_some(map(str, index))} and its text columns are {sorted(columns)}. "
+            f"Expected Ensembl ids in one of {list(ENSEMBL_COLUMNS)} or the index, or symbols in one of {list(SYMBOL_COLUMNS)} or the index; "
+            "or name the column with `gene_ids=` (`--gene-ids`)."
+        )
+        raise GeneIdError(msg)
+    return list(index), "symbols in the index of var"
+
+
+def _share_of_ensembl(names: Sequence[str]) -> float:
+    return sum(is_ensembl_id(str(name).strip()) for name in names) / max(1, len(names))
+
+
+def _some(names: Iterable[str], most: int = 3) -> str:
+    """Name the first few and count the rest."""
+    names = list(names)
+    shown = ", ".join(names[:most])
+    return shown if len(names) <= most else f"{shown}, and {len(names) - most:,} more"

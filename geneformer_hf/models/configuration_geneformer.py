@@ -1,0 +1,106 @@
+"""Configuration of a Geneformer: a BERT plus what it must know of its vocabulary and heads."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from transformers import BertConfig
+
+Pooling = Literal["first", "mean", "cls"]
+
+# Special tokens of the published vocabularies by their size, which is how a published config.json tells them apart.
+CLS_EOS_OF_VOCABULARY = {20_275: (2, 3)}
+
+
+def _shape(hidden: int, layers: int, heads: int, ffn: int, positions: int, vocabulary: int, dropout: float) -> dict[str, Any]:
+    return {
+        "hidden_size": hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "intermediate_size": ffn,
+        "max_position_embeddings": positions,
+        "vocab_size": vocabulary,
+        "hidden_dropout_prob": dropout,
+        "attention_probs_dropout_prob": dropout,
+    }
+
+
+# Source: config.json of each checkpoint in ctheodoris/Geneformer on the Hub; tdc/Geneformer for the 20-layer model.
+PRESETS: dict[str, dict[str, Any]] = {
+    "gf-6L-30M-i2048": _shape(256, 6, 4, 512, 2048, 25_426, 0.02),
+    "gf-12L-30M-i2048": _shape(512, 12, 8, 1024, 2048, 25_426, 0.02),
+    "gf-12L-95M-i4096": _shape(512, 12, 8, 1024, 4096, 20_275, 0.02),
+    "gf-12L-95M-i4096-CLcancer": _shape(512, 12, 8, 1024, 4096, 20_275, 0.02),
+    "gf-20L-95M-i4096": _shape(896, 20, 14, 1792, 4096, 20_275, 0.02),
+    "Geneformer-V1-10M": _shape(256, 6, 4, 512, 2048, 25_426, 0.02),
+    "Geneformer-V2-104M": _shape(768, 12, 12, 3072, 4096, 20_275, 0.1),
+    "Geneformer-V2-104M_CLcancer": _shape(768, 12, 12, 3072, 4096, 20_275, 0.1),
+    "Geneformer-V2-316M": _shape(1152, 18, 18, 4608, 4096, 20_275, 0.1),
+}
+
+
+class GeneformerConfig(BertConfig):
+    r"""Configuration of every Geneformer model. The defaults are the shape of Geneformer-V2-104M.
+
+    Args (beyond those of `BertConfig`):
+        cls_token_id (`int`, *optional*), eos_token_id (`int`, *optional*):
+            Special tokens at either end of a cell. None where the vocabulary has none. If neither is given they follow
+            from the size of the published vocabularies (20,275: 2 and 3; 25,426: none).
+        pooling (`"first"`, `"mean"` or `"cls"`, *optional*, defaults to `"first"`):
+            What the sequence heads read: the first position (published classifiers, whatever stands there), the mean over
+            genes, or `<cls>`.
+        vocabulary_fingerprint (`str`, *optional*):
+            `GeneTable.fingerprint` of the tokenizer this model belongs to; written by `convert`, checked before use.
+        task_labels (`dict[str, list[str]]`, *optional*):
+            Multi-task models: class names of each task, in the order of the heads.
+        task_weights (`dict[str, float]`, *optional*): weight of each task in the loss; 1 where not given.
+
+    Example:
+        >>> config = GeneformerConfig.from_preset("gf-6L-30M-i2048")
+        >>> config.hidden_size, config.max_position_embeddings, config.cls_token_id
+        (256, 2048, None)
+        >>> GeneformerConfig().cls_token_id
+        2
+    """
+
+    model_type = "geneformer"
+
+    vocab_size: int = 20_275
+    hidden_act: str = "relu"
+    max_position_embeddings: int = 4096
+    cls_token_id: int | None = None
+    pooling: str = "first"
+    vocabulary_fingerprint: str | None = None
+    task_labels: dict[str, list[str]] | None = None
+    task_weights: dict[str, float] | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        if self.cls_token_id is None and self.eos_token_id is None:
+            self.cls_token_id, self.eos_token_id = CLS_EOS_OF_VOCABULARY.get(self.vocab_size, (None, None))
+        if self.pooling not in ("first", "mean", "cls"):
+            msg = f"pooling {self.pooling!r} is not one of 'first', 'mean', 'cls'."
+            raise ValueError(msg)
+        if self.pooling == "cls" and self.cls_token_id is None:
+            msg = "pooling 'cls' needs a vocabulary with a <cls> token, and cls_token_id is None. Use 'mean', or 'first' as the published classifiers do."
+            raise ValueError(msg)
+
+    @classmethod
+    def from_preset(cls, name: str, **overrides: Any) -> GeneformerConfig:
+        """Return the configuration of a published model shape by its name; keyword arguments override.
+
+        Raises:
+            ValueError: for an unknown name, listing the known ones.
+        """
+        if name not in PRESETS:
+            msg = f"{name!r} is not a published shape. Known: {', '.join(PRESETS)}."
+            raise ValueError(msg)
+        return cls(**(PRESETS[name] | overrides))
+
+    @classmethod
+    def get_config_dict(cls, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Read a config.json; the published ones say `model_type: bert`, which becomes `geneformer` here."""
+        config, rest = super().get_config_dict(*args, **kwargs)
+        if config.get("model_type") == "bert":
+            config = {**config, "model_type": cls.model_type}
+        return config, rest

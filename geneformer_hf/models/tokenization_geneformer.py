@@ -1,0 +1,323 @@
+"""The gene tokenizer: a normal fast tokenizer for lists of genes that also takes cells.
+
+Saved as `tokenizer.json` and `tokenizer_config.json`, which transformers loads without this package, and
+`gene_table.json`, which holds the medians, symbols and aliases that turn counts into ranked genes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import scipy.sparse as sp
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from tokenizers.processors import TemplateProcessing
+from transformers import BatchEncoding, PreTrainedTokenizerFast
+
+from ..errors import CheckpointError, NotRawCountsError, UnknownGeneError, VocabularyMismatchError
+from ..genes import GeneColumns, GeneTable, choose_gene_ids
+from ..ranking import ENCODING_VERSION, TARGET_SUM, check_counts, choose_counts, rank_slots, sum_columns
+
+GENE_TABLE_FILE = "gene_table.json"
+SAMPLE_ROWS = 64
+
+
+@dataclass(frozen=True)
+class EncodedCells:
+    """Ranked cells laid end to end; cell i is `input_ids[offsets[i]:offsets[i + 1]]`."""
+
+    input_ids: np.ndarray
+    """int32 of shape `(t,)`."""
+    offsets: np.ndarray
+    """int64 of shape `(n + 1,)`."""
+    counts: np.ndarray | None = None
+    """float64 of shape `(t,)`, if asked for: counts per 10,000 beside each token, 0 at special tokens."""
+
+    def split(self) -> list[np.ndarray]:
+        """Return one array per cell."""
+        return np.split(self.input_ids, self.offsets[1:-1])
+
+
+class GeneformerTokenizer(PreTrainedTokenizerFast):
+    """Tokenizer of genes and of cells.
+
+    Args:
+        gene_table (`GeneTable`): the vocabulary with its medians; or `gene_table_file`, its JSON file.
+        model_max_length (`int`, *optional*, defaults to 2048 without `<cls>` and 4096 with):
+            Tokens per cell, special tokens included; lower ranks are cut off.
+        cls_token, eos_token (`str`, *optional*): given for vocabularies that have them (V2).
+
+    Called with genes, it is a tokenizer like any other; called with cells (an AnnData, or counts with `gene_ids`), it ranks
+    them first:
+
+        >>> table = GeneTable(["ENSG00000000003", "ENSG00000000005", "ENSG00000000419"], [2, 3, 4], [1.0, 1.0, 3.0])
+        >>> tokenizer = GeneformerTokenizer(gene_table=table)
+        >>> tokenizer(["ENSG00000000419", "ENSG00000000003"], is_split_into_words=True)["input_ids"]
+        [4, 2]
+        >>> tokenizer(np.array([[4, 0, 9]]), gene_ids=table.ensembl_ids)["input_ids"]
+        [[2, 4]]
+
+    Raises:
+        UnknownGeneError: for genes that are not in the vocabulary, naming them; there is no unknown token.
+    """
+
+    vocab_files_names = {"tokenizer_file": "tokenizer.json", "gene_table_file": GENE_TABLE_FILE}  # noqa: RUF012 - the base class declares it so
+    model_input_names = ["input_ids", "attention_mask"]  # noqa: RUF012
+
+    @classmethod
+    def convert_to_native_format(cls, trust_remote_code: bool = False, **kwargs: Any) -> dict[str, Any]:
+        """Keep `tokenizer.json` as it is: transformers would take it apart and could renumber a vocabulary with gaps."""
+        return kwargs
+
+    def __init__(
+        self,
+        gene_table: GeneTable | None = None,
+        gene_table_file: str | None = None,
+        tokenizer_file: str | None = None,
+        tokenizer_object: Tokenizer | None = None,
+        pad_token: str = "<pad>",
+        mask_token: str = "<mask>",
+        cls_token: str | None = None,
+        eos_token: str | None = None,
+        model_max_length: int | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if gene_table is None:
+            if gene_table_file is None:
+                msg = f"GeneformerTokenizer needs a gene table: pass `gene_table=`, or load a folder that holds {GENE_TABLE_FILE} (made by `geneformer-hf convert`)."
+                raise CheckpointError(msg)
+            gene_table = GeneTable.load(gene_table_file)
+        if model_max_length is None:
+            model_max_length = 2048 if cls_token is None else 4096
+        # Traces of how the last from_pretrained was called; kept, they would make two saves of one tokenizer differ.
+        for trace in ("is_local", "local_files_only", "_commit_hash"):
+            kwargs.pop(trace, None)
+        if tokenizer_file is None and tokenizer_object is None:
+            specials = [str(token) for token in (pad_token, mask_token, cls_token, eos_token) if token is not None]
+            tokenizer_object = _build_backend(gene_table, specials, cls_token, eos_token)
+        super().__init__(
+            tokenizer_file=tokenizer_file,
+            tokenizer_object=tokenizer_object,
+            pad_token=pad_token,
+            mask_token=mask_token,
+            cls_token=cls_token,
+            eos_token=eos_token,
+            model_max_length=model_max_length,
+            **kwargs,
+        )
+        # Without a gene table given by file the path of the last load would be written into tokenizer_config.json.
+        self.init_kwargs.pop("gene_table_file", None)
+        self._gene_table = gene_table
+        self._require_same_vocabulary()
+
+    def _require_same_vocabulary(self) -> None:
+        vocabulary = self.get_vocab()
+        table = self._gene_table
+        wrong = [g for g, token in zip(table.ensembl_ids, table.token_ids.tolist(), strict=True) if vocabulary.get(g) != token]
+        n_genes = len(vocabulary) - len(self.all_special_tokens)
+        if wrong or n_genes != len(table):
+            msg = (
+                f"tokenizer.json holds {n_genes:,} genes and {GENE_TABLE_FILE} {len(table):,}; {len(wrong):,} of them have other ids "
+                f"(for instance {', '.join(wrong[:3]) or 'none'}). The two files belong to different vocabularies: convert the checkpoint again."
+            )
+            raise VocabularyMismatchError(msg)
+
+    @property
+    def gene_table(self) -> GeneTable:
+        """The genes of the vocabulary: Ensembl ids, token ids, medians, symbols and aliases."""
+        return self._gene_table
+
+    def __call__(self, text: Any = None, *args: Any, gene_ids: Any = None, **kwargs: Any) -> BatchEncoding:
+        """Encode genes (as any tokenizer) or cells: an AnnData, or counts of shape `(n, g)` with `gene_ids`.
+
+        Cells are ranked, cut to `model_max_length` and padded as `padding` and `return_tensors` ask.
+        """
+        if hasattr(text, "obs") and hasattr(text, "var"):
+            cells = self.encode_anndata(text, gene_ids=gene_ids, counts_layer=kwargs.pop("counts_layer", None))
+            return self._pad_cells(cells, **kwargs)
+        if sp.issparse(text) or (isinstance(text, np.ndarray) and text.dtype.kind in "buif"):
+            if gene_ids is None:
+                msg = "Counts need the names of their columns: pass `gene_ids=` with one Ensembl id or symbol per column."
+                raise ValueError(msg)
+            return self._pad_cells(self.encode_counts(text, gene_ids), **kwargs)
+        try:
+            return super().__call__(text, *args, **kwargs)
+        except Exception as error:
+            unknown = self._unknown_words(text, args)
+            if not unknown:
+                raise
+            raise UnknownGeneError(self._unknown_message(unknown)) from error
+
+    def _pad_cells(self, cells: list[np.ndarray], *, padding: Any = False, max_length: int | None = None, return_tensors: str | None = None, **kwargs: Any) -> BatchEncoding:
+        if kwargs.pop("truncation", None) and max_length is not None:
+            msg = "Cells are cut to `model_max_length` while they are ranked; set that instead of `truncation` and `max_length`."
+            raise ValueError(msg)
+        return self.pad(
+            {"input_ids": [cell.tolist() for cell in cells]}, padding=padding, max_length=max_length, return_tensors=return_tensors, **kwargs
+        )
+
+    def convert_tokens_to_ids(self, tokens: Any) -> Any:
+        """Return token ids.
+
+        Raises:
+            UnknownGeneError: naming every token that is not in the vocabulary.
+        """
+        ids = super().convert_tokens_to_ids(tokens)
+        pairs = [(tokens, ids)] if isinstance(tokens, str) or tokens is None else zip(tokens, ids, strict=True)
+        unknown = [str(token) for token, token_id in pairs if token is not None and token_id is None]
+        if unknown:
+            raise UnknownGeneError(self._unknown_message(unknown))
+        return ids
+
+    def _unknown_words(self, text: Any, rest: tuple[Any, ...]) -> list[str]:
+        words: list[str] = []
+        stack = [text, *rest]
+        while stack:
+            item = stack.pop()
+            if isinstance(item, str):
+                words += item.split()
+            elif isinstance(item, (list, tuple)):
+                stack += item
+        vocabulary = self._gene_table.row_of
+        return [word for word in dict.fromkeys(words) if word not in vocabulary and word not in self.all_special_tokens]
+
+    def _unknown_message(self, unknown: list[str]) -> str:
+        shown = ", ".join(unknown[:10]) + (f", and {len(unknown) - 10:,} more" if len(unknown) > 10 else "")
+        return (
+            f"{len(unknown)} genes are not in this vocabulary of {len(self._gene_table):,} Ensembl ids: {shown}. "
+            "For symbols, versions or retired ids use `tokenizer.gene_table.token_of([...])`."
+        )
+
+    @property
+    def n_special_tokens(self) -> int:
+        """Special tokens that every cell carries: 2 with `<cls>` and `<eos>`, else 0."""
+        return int(self.cls_token_id is not None) + int(self.eos_token_id is not None)
+
+    @property
+    def encoding_fingerprint(self) -> str:
+        """A short text that changes whenever the same counts could give other tokens."""
+        return f"{ENCODING_VERSION}-{self._gene_table.fingerprint}-{self.model_max_length}-{self.cls_token_id}-{self.eos_token_id}"
+
+    def encode_counts(self, counts_ng: Any, gene_ids: Sequence[str], totals_n: np.ndarray | None = None) -> list[np.ndarray]:
+        """Rank cells and return their token ids, special tokens included.
+
+        Args:
+            counts_ng (sparse or dense array of shape `(n, g)`): raw counts.
+            gene_ids (`Sequence[str]` of length g): Ensembl ids or symbols, matched by the gene table.
+            totals_n (`np.ndarray` of shape `(n,)`, *optional*):
+                Counts per cell over all genes. They cannot change the order and are only checked against the counts.
+
+        Returns:
+            `list[np.ndarray]`: int32, one per cell, at most `model_max_length` long. Empty cells hold special tokens only.
+
+        Raises:
+            NotRawCountsError, GeneIdError
+        """
+        counts = sp.csr_array(counts_ng)
+        if counts.shape[1] != len(gene_ids):
+            msg = f"counts have {counts.shape[1]:,} columns and gene_ids {len(gene_ids):,} names; they must be as many."
+            raise ValueError(msg)
+        check_counts(counts.data, "counts_ng")
+        if totals_n is not None and (np.asarray(totals_n) < np.asarray(counts.sum(axis=1)).ravel()).any():
+            msg = "totals_n lies below the counts of some cells, so it belongs to another matrix. Pass totals over all genes, or leave it out."
+            raise NotRawCountsError(msg)
+        columns = self._gene_table.resolve(gene_ids, source="gene_ids")
+        return self.encode_block(counts, columns).split()
+
+    def encode_anndata(self, adata: Any, *, gene_ids: str | None = None, counts_layer: str | None = None) -> list[np.ndarray]:
+        """Rank the cells of an AnnData: `encode_counts` on the counts and gene ids found by the rules of this package."""
+        matrices = {"X": adata.X} if adata.X is not None else {}
+        if getattr(adata, "raw", None) is not None:
+            matrices["raw.X"] = adata.raw.X
+        matrices.update(adata.layers)
+        name = choose_counts({n: lambda m=m: stored_values(m[:SAMPLE_ROWS]) for n, m in matrices.items()}, counts_layer)
+        var = adata.raw.var if name == "raw.X" else adata.var
+        names, _ = choose_gene_ids({c: [str(v) for v in var[c]] for c in var.columns if var[c].dtype.kind == "O" or str(var[c].dtype) in ("category", "string", "str")}, list(var.index), gene_ids)
+        return self.encode_counts(matrices[name], names)
+
+    def encode_block(self, counts_ng: sp.csr_array, columns: GeneColumns, *, totals_n: np.ndarray | None = None, crop: bool = True, special_tokens: bool = True) -> EncodedCells:
+        """Rank a block of checked counts whose columns are matched already; the fast path under everything else.
+
+        Args:
+            counts_ng (`scipy.sparse.csr_array` of shape `(n, g)`): raw counts, checked by the caller.
+            columns (`GeneColumns`): from `gene_table.resolve`.
+            totals_n (`np.ndarray` of shape `(n,)`, *optional*): if given, counts per 10,000 are returned too.
+            crop, special_tokens (`bool`, *optional*, defaults to `True`): cut to `model_max_length`; add `<cls>` and `<eos>`.
+        """
+        counts_ns = sum_columns(counts_ng, columns.slot_of_column, len(columns.token_ids))
+        slots = rank_slots(counts_ns, columns.medians)
+        n_front, n_back = (int(special_tokens and token is not None) for token in (self.cls_token_id, self.eos_token_id))
+        found = np.diff(counts_ns.indptr).astype(np.int64)
+        n_genes = np.minimum(found, self.model_max_length - n_front - n_back) if crop else found
+        if n_front + n_back == 0 and (n_genes == found).all():
+            picked = slots
+            offsets = counts_ns.indptr.astype(np.int64)
+            input_ids = columns.token_ids[slots]
+            places = None
+        else:
+            offsets = np.zeros(len(found) + 1, dtype=np.int64)
+            np.cumsum(n_genes + n_front + n_back, out=offsets[1:])
+            within = np.arange(n_genes.sum()) - np.repeat(np.cumsum(n_genes) - n_genes, n_genes)
+            picked = slots[within + np.repeat(counts_ns.indptr[:-1], n_genes)]
+            input_ids = np.empty(offsets[-1], dtype=np.int32)
+            places = within + np.repeat(offsets[:-1] + n_front, n_genes)
+            input_ids[places] = columns.token_ids[picked]
+            if n_front:
+                input_ids[offsets[:-1]] = self.cls_token_id
+            if n_back:
+                input_ids[offsets[1:] - 1] = self.eos_token_id
+        counts = None
+        if totals_n is not None:
+            scale = np.divide(TARGET_SUM, totals_n, out=np.zeros(len(found)), where=np.asarray(totals_n) > 0)
+            rows = np.repeat(np.arange(len(found)), n_genes)
+            values = _lookup(counts_ns, rows, picked) * scale[rows]
+            counts = values if places is None else np.zeros(offsets[-1])
+            if places is not None:
+                counts[places] = values
+        return EncodedCells(input_ids, offsets, counts)
+
+    # Saving
+
+    def _save_pretrained(self, save_directory: Any, file_names: tuple[str, ...], legacy_format: bool | None = None, filename_prefix: str | None = None) -> tuple[str, ...]:
+        # The settings of the last call would otherwise be saved with the vocabulary.
+        self.backend_tokenizer.no_truncation()
+        self.backend_tokenizer.no_padding()
+        file_names = super()._save_pretrained(save_directory, file_names, legacy_format, filename_prefix)
+        path = Path(save_directory) / ((f"{filename_prefix}-" if filename_prefix else "") + GENE_TABLE_FILE)
+        path.write_text(self._gene_table.to_json(), encoding="utf-8")
+        return (*file_names, str(path))
+
+
+def stored_values(matrix: Any) -> np.ndarray:
+    """Return the stored values of a sparse matrix, or all values of a dense one."""
+    return matrix.data if sp.issparse(matrix) else np.asarray(matrix).ravel()
+
+
+def _lookup(counts_ns: sp.csr_array, rows: np.ndarray, slots: np.ndarray) -> np.ndarray:
+    """Return the counts at the given rows and slots, all of which are stored."""
+    if not counts_ns.has_sorted_indices:
+        counts_ns = counts_ns.sorted_indices()
+    width = counts_ns.shape[1]
+    keys = np.repeat(np.arange(counts_ns.shape[0], dtype=np.int64), np.diff(counts_ns.indptr)) * width + counts_ns.indices
+    return counts_ns.data[np.searchsorted(keys, rows.astype(np.int64) * width + slots)].astype(np.float64)
+
+
+def _build_backend(table: GeneTable, specials: list[str], cls_token: str | None, eos_token: str | None) -> Tokenizer:
+    """Make the backend: special tokens take the ids that the genes leave free, in their order."""
+    taken = set(table.token_ids.tolist())
+    free = (i for i in range(len(taken) + len(specials)) if i not in taken)
+    vocabulary = {token: next(free) for token in specials}
+    vocabulary |= dict(zip(table.ensembl_ids, table.token_ids.tolist(), strict=True))
+    # Ordered by id, so that the file does not depend on the order of the table.
+    vocabulary = dict(sorted(vocabulary.items(), key=lambda item: item[1]))
+    backend = Tokenizer(WordLevel(vocabulary))
+    backend.pre_tokenizer = WhitespaceSplit()
+    front, back = (f"{cls_token}:0 " if cls_token else ""), (f" {eos_token}:0" if eos_token else "")
+    named = [(token, vocabulary[token]) for token in (cls_token, eos_token) if token]
+    backend.post_processor = TemplateProcessing(single=f"{front}$A:0{back}", pair=f"{front}$A:0{back} $B:1", special_tokens=named)
+    return backend

@@ -1,0 +1,85 @@
+"""The restricted reader for published dictionaries: the only place where pickle is imported.
+
+The published Geneformer dictionaries are pickles of plain ``dict``, ``str`` and ``int`` plus numpy scalars. Anything
+else in such a file is refused before it can run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .errors import CheckpointError, UnsafePickleError
+
+# The two spellings of numpy's module before and after numpy 2.
+_ALLOWED = {
+    ("numpy", "dtype"): np.dtype,
+    ("numpy.core.multiarray", "scalar"): np._core.multiarray.scalar,  # type: ignore[attr-defined]
+    ("numpy._core.multiarray", "scalar"): np._core.multiarray.scalar,  # type: ignore[attr-defined]
+}
+
+_LFS_HEADER = b"version https://git-lfs.github.com/spec/"
+
+
+class _RestrictedUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        try:
+            return _ALLOWED[module, name]
+        except KeyError:
+            msg = (
+                f"the pickle asks for {module}.{name}, which no published Geneformer dictionary contains. "
+                "It was refused and nothing of it was executed."
+            )
+            raise UnsafePickleError(msg) from None
+
+
+def is_lfs_pointer(path: Path) -> bool:
+    """Return True if the file is the small text that git leaves in place of a large file it did not download."""
+    with path.open("rb") as file:
+        return file.read(len(_LFS_HEADER)) == _LFS_HEADER
+
+
+def require_content(path: Path) -> None:
+    """Raise with the remedy if the file is a git-lfs pointer."""
+    if is_lfs_pointer(path):
+        msg = (
+            f"{path} is a git-lfs pointer of {path.stat().st_size} bytes, not the file itself. "
+            "Run `git lfs install && git lfs pull` in that clone, or give the Hub id instead of the folder."
+        )
+        raise CheckpointError(msg)
+
+
+def sha256(path: Path) -> str:
+    """Return the SHA-256 of a file as 64 hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_dictionary(path: Path) -> dict[str, Any]:
+    """Read one published dictionary without executing anything in it.
+
+    Returns:
+        `dict`: numpy scalars are turned into Python numbers.
+
+    Raises:
+        UnsafePickleError: if the pickle names any class or function but numpy's scalar and dtype.
+        CheckpointError: if the file is a git-lfs pointer, is damaged, or holds no dictionary with string keys.
+    """
+    require_content(path)
+    try:
+        with path.open("rb") as file:
+            content = _RestrictedUnpickler(file).load()
+    except UnsafePickleError as error:
+        error.args = (f"{path}: {error.args[0]}",)
+        raise
+    except Exception as error:
+        msg = f"{path} cannot be read as a pickled dictionary ({type(error).__name__}: {error}). Download it again."
+        raise CheckpointError(msg) from error
+    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+        msg = f"{path} holds a {type(content).__name__}; expected a dictionary from gene names to values."
+        raise CheckpointError(msg)
+    return {key: value.item() if isinstance(value, np.generic) else value for key, value in content.items()}

@@ -1,0 +1,192 @@
+"""Rank value encoding: the genes of a cell ordered by expression scaled by each gene's median.
+
+Everything here is numpy on raw counts. The rules, stated once:
+
+- A stored zero is not detected. A gene in several columns is summed before ranking (`sum_columns`).
+- The value of a gene is ``count / median``. The published formula also divides by the cell's total and multiplies by
+  10,000, which cannot change the order within a cell.
+- Values that agree in the leading 48 of their 64 bits (relative difference below 3e-11) are ties, and ties keep column
+  order. The published order of ties is undefined; the 16 bits left out are rounding noise that differs between sparse
+  and dense arithmetic, and they hold the column during the sort, which makes a plain fast sort a stable one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import scipy.sparse as sp
+
+from .errors import ColumnNotFoundError, NotRawCountsError
+
+ENCODING_VERSION = "1.0.0"
+"""Goes into cache keys; raise it whenever the same counts could give other tokens."""
+
+TARGET_SUM = 10_000.0
+
+
+def check_counts(values: np.ndarray, where: str = "the matrix") -> None:
+    """Raise unless every value is a whole number, finite and not negative.
+
+    Raises:
+        NotRawCountsError: saying what the values look like instead.
+    """
+    problem = count_problem(values)
+    if problem:
+        msg = f"{where} {problem}. Geneformer ranks raw transcript counts. Name where they are with `counts_layer=` (`--counts-layer`): a layer, 'X' or 'raw.X'."
+        raise NotRawCountsError(msg)
+
+
+def count_problem(values: np.ndarray) -> str | None:
+    """Return what is wrong with values that should be raw counts, or None if they are."""
+    if values.size == 0:
+        return None
+    if values.dtype.kind not in "buif":
+        return f"holds values of type {values.dtype}, expected numbers"
+    low, high = values.min(), values.max()
+    if values.dtype.kind in "bu" or (values.dtype.kind == "i" and low >= 0):
+        return None
+    if not (np.isfinite(low) and np.isfinite(high)):
+        n_bad = int((~np.isfinite(values)).sum())
+        return f"holds {n_bad:,} values that are NaN or infinite among {values.size:,}"
+    if low < 0:
+        return f"looks scaled (smallest value {low:.3g}, {(values < 0).mean():.0%} of the values negative)"
+    fractional = np.trunc(values) != values
+    if not fractional.any():
+        return None
+    share, looks = fractional.mean(), "log-normalised" if high < 20 else "normalised"
+    return f"looks {looks} (largest value {high:.4g}, {share:.0%} of the values not whole numbers)"
+
+
+def choose_counts(samples: Mapping[str, Callable[[], np.ndarray]], counts_layer: str | None = None, *, where: str = "") -> str:
+    """Decide which matrix of a file holds raw counts: the one named, else X, else raw.X, else the layer `counts`.
+
+    Args:
+        samples: matrix name (`X`, `raw.X`, or a layer) to a function that returns some of its stored values.
+        counts_layer (`str`, *optional*): the matrix the user names; it is still checked.
+
+    Raises:
+        ColumnNotFoundError: if the matrix named is not there.
+        NotRawCountsError: if it, or every candidate, holds something else; each is described.
+    """
+    prefix = f"{where}: " if where else ""
+    if counts_layer is not None:
+        name = "raw.X" if counts_layer == "raw" else counts_layer
+        if name not in samples:
+            msg = f"{prefix}there is no layer {counts_layer!r}. Found: {', '.join(samples)}."
+            raise ColumnNotFoundError(msg)
+        check_counts(samples[name](), f"{prefix}{name}")
+        return name
+    problems = {}
+    for name in ("X", "raw.X", "counts"):
+        if name in samples:
+            problem = count_problem(samples[name]())
+            if problem is None:
+                return name
+            problems[name] = problem
+    found = "; ".join(f"{name} {problem}" for name, problem in problems.items()) or "there is no X"
+    others = [name for name in samples if name not in problems]
+    msg = f"{prefix}no raw counts: {found}. Geneformer ranks raw transcript counts."
+    msg += (
+        f" Name the layer that holds them with `counts_layer=` (`--counts-layer`); other layers: {', '.join(others)}."
+        if others
+        else " Save them in `layers['counts']` or `raw` and try again; estimated counts must be rounded first."
+    )
+    raise NotRawCountsError(msg)
+
+
+def sum_columns(counts_ng: sp.csr_array, slot_of_column: np.ndarray, n_slots: int) -> sp.csr_array:
+    """Return the counts per slot, adding what falls into one slot and leaving out columns at -1 and stored zeros.
+
+    Args:
+        counts_ng (`scipy.sparse.csr_array` of shape `(n, g)`).
+        slot_of_column (int32 of shape `(g,)`).
+    """
+    slots = slot_of_column[counts_ng.indices]
+    keep = (slots >= 0) & (counts_ng.data > 0)
+    data, slots, indptr = counts_ng.data, slots, counts_ng.indptr
+    if not keep.all():
+        running = np.zeros(len(keep) + 1, dtype=np.int64)
+        np.cumsum(keep, out=running[1:])
+        data, slots, indptr = data[keep], slots[keep], running[indptr]
+    out = sp.csr_array((data, slots, indptr), shape=(counts_ng.shape[0], n_slots))
+    # Sorted rows of distinct columns, as nearly every file has them, pass this check without being touched.
+    if not out.has_canonical_format:
+        out.sum_duplicates()
+    return out
+
+
+def rank_slots(counts_ns: sp.csr_array, medians_s: np.ndarray) -> np.ndarray:
+    """Order the stored entries of every row by ``count / median``, highest first.
+
+    Args:
+        counts_ns (`scipy.sparse.csr_array` of shape `(n, s)`): positive counts, no column twice in a row.
+        medians_s (float64 of shape `(s,)`).
+
+    Returns:
+        int64 of shape `(nnz,)`: columns in rank order; row i lies between `indptr[i]` and `indptr[i + 1]`.
+    """
+    # Positive floats sort like their bit patterns; inverted, the largest comes first. The low bits give way to the column.
+    column_bits = np.uint64(16 if len(medians_s) <= 1 << 16 else 32)
+    column_mask = (np.uint64(1) << column_bits) - np.uint64(1)
+    values = counts_ns.data / medians_s[counts_ns.indices]
+    keys = values.view(np.uint64)
+    np.invert(keys, out=keys)
+    keys &= ~column_mask
+    keys |= counts_ns.indices.astype(np.uint64)
+    bounds = counts_ns.indptr.tolist()
+    for start, stop in zip(bounds, bounds[1:], strict=False):
+        keys[start:stop].sort()
+    keys &= column_mask
+    return keys.view(np.int64)
+
+
+def rank_genes(counts_ng: Any, token_ids_g: np.ndarray, medians_g: np.ndarray, totals_n: np.ndarray | None = None) -> list[np.ndarray]:
+    """Order each cell's detected genes by median-scaled expression, highest first.
+
+    Args:
+        counts_ng (sparse or dense array of shape `(n, g)`):
+            Raw transcript counts. Stored zeros are treated as not detected.
+        token_ids_g (`np.ndarray` of shape `(g,)`):
+            Token id of each column. Columns with the same id are summed; an id of -1 leaves its column out.
+        medians_g (`np.ndarray` of shape `(g,)`): Non-zero median per gene, in counts per 10,000.
+        totals_n (`np.ndarray` of shape `(n,)`, *optional*):
+            Counts per cell over *all* genes. Dividing by them cannot change the order within a cell, so they are only
+            checked: a total below the counts of its cell belongs to another matrix.
+
+    Returns:
+        `list[np.ndarray]`: one int32 array per cell. Ties keep column order (see the module for what a tie is).
+
+    Raises:
+        NotRawCountsError: if a count is negative, not finite or not a whole number, or a total is too small.
+
+    Source: Theodoris et al. 2023, Methods, "Rank value encoding" (doi:10.1038/s41586-023-06139-9).
+
+    Example:
+        >>> counts = sp.csr_array([[4, 0, 9]])
+        >>> rank_genes(counts, np.array([2, 3, 4]), np.array([1.0, 1.0, 3.0]), np.array([13]))
+        [array([2, 4], dtype=int32)]
+    """
+    counts = sp.csr_array(counts_ng)
+    token_ids_g, medians_g = np.asarray(token_ids_g), np.asarray(medians_g, dtype=np.float64)
+    check_counts(counts.data, "counts_ng")
+    if totals_n is not None:
+        sums = np.asarray(counts.sum(axis=1)).ravel()
+        short = np.flatnonzero(np.asarray(totals_n) < sums)
+        if len(short):
+            i = int(short[0])
+            msg = f"totals_n is below the counts of {len(short)} of {len(sums)} cells (cell {i}: total {totals_n[i]}, counts {sums[i]:g}). Pass the totals over all genes of the same matrix, or leave them out."
+            raise NotRawCountsError(msg)
+    used = token_ids_g >= 0
+    slot_tokens, first, slots_used = np.unique(token_ids_g[used], return_index=True, return_inverse=True)
+    # np.unique sorts by token; slots follow first appearance, so that ties keep column order.
+    by_appearance = np.argsort(first)
+    slot_of_token = np.empty(len(first), dtype=np.int32)
+    slot_of_token[by_appearance] = np.arange(len(first), dtype=np.int32)
+    slot_of_column = np.full(len(token_ids_g), -1, dtype=np.int32)
+    slot_of_column[used] = slot_of_token[slots_used]
+    counts = sum_columns(counts, slot_of_column, len(first))
+    ranked = rank_slots(counts, medians_g[used][first][by_appearance])
+    tokens = slot_tokens[by_appearance].astype(np.int32)[ranked]
+    return np.split(tokens, counts.indptr[1:-1])
