@@ -164,6 +164,16 @@ class GeneColumns:
     """float64 of shape `(s,)`: median of each slot."""
     report: GeneReport
 
+    @cached_property
+    def token_of_column(self) -> np.ndarray:
+        """int32 of shape `(g,)`: token id of each column, -1 where it is left out."""
+        return np.append(self.token_ids, np.int32(-1))[self.slot_of_column]
+
+    @cached_property
+    def medians_of_column(self) -> np.ndarray:
+        """float64 of shape `(g,)`: median of each column, infinite where it is left out."""
+        return np.append(self.medians, np.inf)[self.slot_of_column]
+
     @property
     def has_merges(self) -> bool:
         """True if several columns share a slot and must be summed."""

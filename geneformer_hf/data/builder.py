@@ -25,7 +25,7 @@ from datasets.builder import Key
 from ..errors import CellFileError
 from ..models.tokenization_geneformer import EncodedCells, GeneformerTokenizer
 from .columns import ObsColumns
-from .readers import CellBlock, CellSource, H5adSource, SourceOptions, open_cells
+from .readers import CellSource, H5adSource, SourceOptions, open_cells, read_ahead
 
 logger = logging.getLogger(__name__)
 
@@ -78,14 +78,14 @@ class CellDatasetBuilder(datasets.ArrowBasedBuilder):
     VERSION = datasets.Version("1.0.0")
     config: CellDatasetConfig
 
-    def __init__(self, *args: Any, work_dir: Path | None = None, **kwargs: Any) -> None:
-        self._work_dir = work_dir
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._work_dir: tempfile.TemporaryDirectory[str] | None = None
         self._encoders: dict[int, CellEncoder] = {}
         super().__init__(*args, **kwargs)
 
     def _info(self) -> datasets.DatasetInfo:
-        sources = [open_cells(f, **vars(self.config.source)) for f in self.config.files]
-        self._columns = ObsColumns.of(sources, self.config.encoding.obs)
+        self.sources = [open_cells(f, **vars(self.config.source)) for f in self.config.files]
+        self._columns = ObsColumns.of(self.sources, self.config.encoding.obs)
         return datasets.DatasetInfo(features=features_of(self._tokenizer, self._columns, self.config.encoding))
 
     @property
@@ -97,14 +97,15 @@ class CellDatasetBuilder(datasets.ArrowBasedBuilder):
 
     def _split_generators(self, dl_manager: Any) -> list[datasets.SplitGenerator]:
         ranges = []
-        for number in range(len(self.config.files)):
-            source = self._encoder(number).source
+        for number, source in enumerate(self.sources):
+            # Genes that match nothing are refused here, before processes start.
+            self._encoder(number)
             # Once, before processes share the rows.
             if isinstance(source, H5adSource) and source.layout == "csc":
                 if self._work_dir is None:
-                    self._owned_work_dir = tempfile.TemporaryDirectory(prefix="geneformer-hf-")
-                    self._work_dir = Path(self._owned_work_dir.name)
-                source.prepare(self._work_dir)
+                    Path(self._cache_dir_root).mkdir(parents=True, exist_ok=True)
+                    self._work_dir = tempfile.TemporaryDirectory(prefix="geneformer-hf-", dir=self._cache_dir_root)
+                source.prepare(Path(self._work_dir.name))
             ranges += [(number, start, stop) for start, stop in row_ranges(source.n_cells)]
         return [datasets.SplitGenerator(name=datasets.Split.TRAIN, gen_kwargs={"ranges": ranges})]
 
@@ -113,10 +114,16 @@ class CellDatasetBuilder(datasets.ArrowBasedBuilder):
             for batch, table in enumerate(self._encoder(number).tables(start, stop)):
                 yield Key(place, batch), table
 
+    def clean_up(self) -> None:
+        """Remove the rows of transposed files; only needed while the dataset is generated."""
+        if self._work_dir is not None:
+            self._work_dir.cleanup()
+            self._work_dir = None
+        self._encoders.clear()
+
     def _encoder(self, number: int) -> CellEncoder:
         if number not in self._encoders:
-            source = open_cells(self.config.files[number], **vars(self.config.source))
-            self._encoders[number] = CellEncoder(source, self._tokenizer, self._columns, self.config.encoding)
+            self._encoders[number] = CellEncoder(self.sources[number], self._tokenizer, self._columns, self.config.encoding)
         return self._encoders[number]
 
 
@@ -131,21 +138,19 @@ class CellEncoder:
     def tables(self, start: int = 0, stop: int | None = None) -> Iterator[pa.Table]:
         """Yield the rows of some cells: those that pass the filter and hold a gene of the vocabulary, in order."""
         passing = self.source.passing
-        for block in self.source.iter_blocks(start, stop):
+        obs = self.columns.read(self.source, start, stop)
+        for block in read_ahead(self.source.iter_blocks(start, stop)):
             rows = np.arange(block.start, block.start + block.counts_ng.shape[0])
             counts = block.counts_ng
             if passing is not None and not passing[rows].all():
                 kept = np.flatnonzero(passing[rows])
                 counts, rows = counts[kept], rows[kept]
-            yield self._table(counts, rows, block)
+            yield self._table(counts, rows, obs.take(pa.array(rows - start)))
 
-    def _table(self, counts: Any, rows: np.ndarray, block: CellBlock) -> pa.Table:
+    def _table(self, counts: Any, rows: np.ndarray, obs: pa.Table) -> pa.Table:
         totals_n = None if self.totals_n is None else self.totals_n[rows]
         cells = self.tokenizer.encode_block(counts, self.genes, totals_n=totals_n)
         features = features_of(self.tokenizer, self.columns, self.options).arrow_schema
-        obs = self.columns.read(self.source, block.start, block.start + block.counts_ng.shape[0])
-        if len(obs) != len(rows):
-            obs = obs.take(pa.array(rows - block.start))
         lengths = np.diff(cells.offsets).astype(np.int32)
         arrays: dict[str, Any] = {"input_ids": _lists(cells, cells.input_ids, features.field("input_ids").type), "length": lengths}
         arrays |= {name: obs.column(name) for name in obs.column_names}
@@ -212,12 +217,12 @@ def load_cells(
     if hasattr(files, "obs") and hasattr(files, "var"):
         return _load_memory(files, tokenizer, source_options, encoding)
     paths = find_files(files)
-    with tempfile.TemporaryDirectory(prefix="geneformer-hf-", dir=cache_dir) as work_dir:
-        builder = CellDatasetBuilder(cache_dir=cache_dir, files=tuple(map(str, paths)), tokenizer=tokenizer, source=source_options, encoding=encoding, work_dir=Path(work_dir))
+    builder = CellDatasetBuilder(cache_dir=cache_dir, files=tuple(map(str, paths)), tokenizer=tokenizer, source=source_options, encoding=encoding)
+    try:
         builder.download_and_prepare(num_proc=num_proc)
-    dataset = builder.as_dataset("train")
-    sources = [open_cells(path, **vars(source_options)) for path in paths]
-    return _with_report(dataset, sources, tokenizer)
+    finally:
+        builder.clean_up()
+    return _with_report(builder.as_dataset("train"), builder.sources, tokenizer)
 
 
 def _load_memory(adata: Any, tokenizer: GeneformerTokenizer, source_options: SourceOptions, encoding: EncodingOptions) -> datasets.Dataset:
@@ -294,7 +299,7 @@ def _lists(cells: EncodedCells, values: Any, arrow_type: pa.DataType) -> pa.List
     return pa.ListArray.from_arrays(pa.array(cells.offsets.astype(np.int32)), flat)
 
 
-def _with_report(dataset: datasets.Dataset, sources: list[CellSource], tokenizer: GeneformerTokenizer) -> datasets.Dataset:
+def _with_report(dataset: datasets.Dataset, sources: Sequence[CellSource], tokenizer: GeneformerTokenizer) -> datasets.Dataset:
     """Attach what was read and left out as JSON, and log it."""
     files = []
     for source in sources:

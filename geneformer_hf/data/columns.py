@@ -49,7 +49,7 @@ class ObsColumns:
         samples = {name: [s.read_obs([name], 0, 1)[name] for s in sources if name in s.obs_columns] for name in wanted}
         return cls(names, {names[name]: _feature(columns) for name, columns in samples.items()})
 
-    def read(self, source: CellSource, start: int, stop: int) -> pa.Table:
+    def read(self, source: CellSource, start: int = 0, stop: int | None = None) -> pa.Table:
         """Return the cell ids and these columns of some cells, typed as the features say."""
         here = [name for name in self.names if name in source.obs_columns]
         frame = source.read_obs(here, start, stop)

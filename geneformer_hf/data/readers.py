@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -85,8 +86,14 @@ class CellSource(ABC):
         """Return obs columns of some cells, indexed by cell id; categories stay categories."""
 
     def match_genes(self, table: GeneTable) -> GeneColumns:
-        """Match the genes of this source against a table."""
-        return table.resolve(self.gene_names, source=self.gene_names_from, where=self.name)
+        """Match the genes of this source against a table; done once per table."""
+        if table.fingerprint not in self._matched:
+            self._matched[table.fingerprint] = table.resolve(self.gene_names, source=self.gene_names_from, where=self.name)
+        return self._matched[table.fingerprint]
+
+    @cached_property
+    def _matched(self) -> dict[str, GeneColumns]:
+        return {}
 
     @property
     def cell_ids(self) -> list[str]:
@@ -302,6 +309,15 @@ def open_cells(cells: Any, *, gene_ids: str | None = None, counts_layer: str | N
         return AnnDataSource(cells, options)
     msg = f"Expected an AnnData or the path of an .h5ad file, got {type(cells).__name__}."
     raise CellFileError(msg)
+
+
+def read_ahead(blocks: Iterator[CellBlock]) -> Iterator[CellBlock]:
+    """Yield the same blocks, reading the next one in a thread while the caller works on this one."""
+    with ThreadPoolExecutor(max_workers=1) as reader:
+        coming = reader.submit(next, blocks, None)
+        while (block := coming.result()) is not None:
+            coming = reader.submit(next, blocks, None)
+            yield block
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from transformers import BatchEncoding, PreTrainedTokenizerFast
 
 from ..errors import CheckpointError, NotRawCountsError, UnknownGeneError, VocabularyMismatchError
 from ..genes import GeneColumns, GeneTable, choose_gene_ids
-from ..ranking import ENCODING_VERSION, TARGET_SUM, check_counts, choose_counts, rank_slots, sum_columns
+from ..ranking import ENCODING_VERSION, TARGET_SUM, check_counts, choose_counts, rank_columns, sum_columns
 
 GENE_TABLE_FILE = "gene_table.json"
 SAMPLE_ROWS = 64
@@ -249,39 +249,30 @@ class GeneformerTokenizer(PreTrainedTokenizerFast):
             totals_n (`np.ndarray` of shape `(n,)`, *optional*): if given, counts per 10,000 are returned too.
             crop, special_tokens (`bool`, *optional*, defaults to `True`): cut to `model_max_length`; add `<cls>` and `<eos>`.
         """
-        counts_ns = sum_columns(counts_ng, columns.slot_of_column, len(columns.token_ids))
-        slots = rank_slots(counts_ns, columns.medians)
-        n_front, n_back = (int(special_tokens and token is not None) for token in (self.cls_token_id, self.eos_token_id))
-        found = np.diff(counts_ns.indptr).astype(np.int64)
-        n_genes = np.minimum(found, self.model_max_length - n_front - n_back) if crop else found
-        if n_front + n_back == 0 and (n_genes == found).all():
-            picked = slots
-            offsets = counts_ns.indptr.astype(np.int64)
-            input_ids = columns.token_ids[slots]
-            places = None
+        if columns.has_merges or not counts_ng.has_canonical_format:
+            counts_ng = sum_columns(counts_ng, columns.slot_of_column, len(columns.token_ids))
+            medians, token_ids = columns.medians, columns.token_ids
         else:
-            offsets = np.zeros(len(found) + 1, dtype=np.int64)
-            np.cumsum(n_genes + n_front + n_back, out=offsets[1:])
-            within = np.arange(n_genes.sum()) - np.repeat(np.cumsum(n_genes) - n_genes, n_genes)
-            picked = slots[within + np.repeat(counts_ns.indptr[:-1], n_genes)]
-            input_ids = np.empty(offsets[-1], dtype=np.int32)
-            places = within + np.repeat(offsets[:-1] + n_front, n_genes)
-            input_ids[places] = columns.token_ids[picked]
-            if n_front:
-                input_ids[offsets[:-1]] = self.cls_token_id
-            if n_back:
-                input_ids[offsets[1:] - 1] = self.eos_token_id
+            medians, token_ids = columns.medians_of_column, columns.token_of_column
+        front, back = (int(special_tokens and token is not None) for token in (self.cls_token_id, self.eos_token_id))
+        most = self.model_max_length - front - back if crop else None
+        ranked, offsets = rank_columns(counts_ng, medians, most=most, front=front, back=back)
+        input_ids = token_ids[ranked]
+        firsts, lasts = offsets[:-1], offsets[1:] - 1
+        if front:
+            input_ids[firsts] = self.cls_token_id
+        if back:
+            input_ids[lasts] = self.eos_token_id
         counts = None
         if totals_n is not None:
-            scale = np.divide(TARGET_SUM, totals_n, out=np.zeros(len(found)), where=np.asarray(totals_n) > 0)
-            rows = np.repeat(np.arange(len(found)), n_genes)
-            values = _lookup(counts_ns, rows, picked) * scale[rows]
-            counts = values if places is None else np.zeros(offsets[-1])
-            if places is not None:
-                counts[places] = values
+            scale_n = np.divide(TARGET_SUM, totals_n, out=np.zeros(len(firsts)), where=np.asarray(totals_n) > 0)
+            rows = np.repeat(np.arange(len(firsts)), np.diff(offsets))
+            genes = np.ones(len(rows), dtype=bool)
+            genes[firsts[: len(firsts) * front]] = False
+            genes[lasts[: len(lasts) * back]] = False
+            counts = np.zeros(len(rows))
+            counts[genes] = _lookup(counts_ng, rows[genes], ranked[genes]) * scale_n[rows[genes]]
         return EncodedCells(input_ids, offsets, counts)
-
-    # Saving
 
     def _save_pretrained(self, save_directory: Any, file_names: tuple[str, ...], legacy_format: bool | None = None, filename_prefix: str | None = None) -> tuple[str, ...]:
         # The settings of the last call would otherwise be saved with the vocabulary.
@@ -314,7 +305,7 @@ def _build_backend(table: GeneTable, specials: list[str], cls_token: str | None,
     vocabulary = {token: next(free) for token in specials}
     vocabulary |= dict(zip(table.ensembl_ids, table.token_ids.tolist(), strict=True))
     # Ordered by id, so that the file does not depend on the order of the table.
-    vocabulary = dict(sorted(vocabulary.items(), key=lambda item: item[1]))
+    vocabulary = {token: vocabulary[token] for token in sorted(vocabulary, key=vocabulary.__getitem__)}
     backend = Tokenizer(WordLevel(vocabulary))
     backend.pre_tokenizer = WhitespaceSplit()
     front, back = (f"{cls_token}:0 " if cls_token else ""), (f" {eos_token}:0" if eos_token else "")
