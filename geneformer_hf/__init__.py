@@ -24,7 +24,7 @@ from .ranking import rank_genes
 if TYPE_CHECKING:
     from .analysis.embeddings import embed_cells, embed_genes, iter_gene_embeddings, state_embeddings
     from .data.builder import CellDatasetBuilder, load_cells
-    from .data.medians import gene_medians
+    from .data.medians import fit_gene_table
     from .hub.checkpoints import CHECKPOINTS, convert_checkpoint
     from .hub.export import export_checkpoint
 
@@ -35,7 +35,7 @@ _LAZY = {
     "embed_cells": "analysis.embeddings",
     "embed_genes": "analysis.embeddings",
     "export_checkpoint": "hub.export",
-    "gene_medians": "data.medians",
+    "fit_gene_table": "data.medians",
     "iter_gene_embeddings": "analysis.embeddings",
     "load_cells": "data.builder",
     "state_embeddings": "analysis.embeddings",
@@ -57,7 +57,7 @@ __all__ = [
     "embed_cells",
     "embed_genes",
     "export_checkpoint",
-    "gene_medians",
+    "fit_gene_table",
     "iter_gene_embeddings",
     "load_cells",
     "rank_genes",

@@ -53,3 +53,7 @@ class LayerError(GeneformerError, ValueError):
 
 class OutputExistsError(GeneformerError, FileExistsError):
     """The output exists and overwriting was not asked for."""
+
+
+class MissingExtraError(GeneformerError, ImportError):
+    """An optional dependency is needed and not installed."""

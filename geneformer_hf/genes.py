@@ -29,6 +29,8 @@ FORMAT_VERSION = 1
 ENSEMBL_COLUMNS = ("ensembl_id", "gene_ids", "feature_id")
 SYMBOL_COLUMNS = ("gene_symbol", "feature_name")
 MIN_OVERLAP = 0.05
+"""Least share of a file's genes that must be in the vocabulary, unless the file covers that of the vocabulary below."""
+MIN_COVERAGE = 0.25
 
 # ENSG00000141510, ENSG00000141510.18, ENSGR0000265658 (Y copy, Ensembl 75), ENSG00000182378.15_PAR_Y (GENCODE), ENSMUSG00000059552
 _ENSEMBL = re.compile(r"(?P<id>ENS(?P<species>[A-Z]{3,4})?G(?:R\d{10}|\d{11}))(?P<version>\.\d+)?(?P<par>_PAR_Y)?", re.IGNORECASE)
@@ -92,8 +94,8 @@ def human_genes() -> HumanGenes:
     symbol_of: dict[str, str] = {}
     biotype_of: dict[str, str] = {}
     ids_of_symbol: dict[str, tuple[str, ...]] = {}
-    with resources.files("geneformer_hf.resources").joinpath("human_genes.csv.gz").open("rb") as packed:
-        for row in csv.DictReader(gzip.open(packed, "rt", encoding="utf-8")):
+    with resources.files("geneformer_hf.resources").joinpath("human_genes.csv.gz").open("rb") as packed, gzip.open(packed, "rt", encoding="utf-8") as text:
+        for row in csv.DictReader(text):
             ensembl_id, symbol = row["ensembl_id"], row["symbol"]
             biotype_of[ensembl_id] = row["biotype"]
             if symbol != ensembl_id:
@@ -133,7 +135,7 @@ class GeneReport:
 
     def describe(self) -> str:
         """Return one line for people."""
-        parts = [f"{self.n_mapped:,} of {self.n_genes:,} genes in the vocabulary (by {self.source})"]
+        parts = [f"{self.n_mapped:,} of {self.n_genes:,} genes in the vocabulary, by {self.source}"]
         if self.n_symbols:
             parts.append(f"{self.n_symbols:,} by symbol")
         if self.n_versioned:
@@ -231,7 +233,7 @@ class GeneTable:
                 raise ValueError(msg)
         bad = ~(np.isfinite(self.medians) & (self.medians > 0))
         if bad.any():
-            names = [self.ensembl_ids[i] for i in np.flatnonzero(bad)]
+            names = [self.ensembl_ids[i] for i in np.flatnonzero(bad).tolist()]
             msg = f"{len(names)} of {g} medians are not positive numbers: {_some(names)}. Leave these genes out."
             raise ValueError(msg)
 
@@ -332,7 +334,8 @@ class GeneTable:
             where (`str`, *optional*): the file, for error messages.
 
         Raises:
-            GeneIdError: if the ids belong to another species or fewer than 5 % of the names reach the vocabulary.
+            GeneIdError: if fewer than 5 % of the names reach the vocabulary and they do not cover a quarter of it either; ids of
+                another species are named as such.
         """
         slot_of_row: dict[int, int] = {}
         slots = np.full(len(names), -1, dtype=np.int32)
@@ -365,7 +368,7 @@ class GeneTable:
 
     def _require_overlap(self, report: GeneReport, where: str) -> None:
         prefix = f"{where}: " if where else ""
-        if report.n_mapped >= max(1, MIN_OVERLAP * report.n_genes):
+        if report.n_mapped >= max(1, MIN_OVERLAP * report.n_genes) or report.n_tokens >= max(1, MIN_COVERAGE * len(self)):
             return
         found = f"{report.n_mapped:,} of {report.n_genes:,} genes ({report.source}) are in this vocabulary of {len(self):,} {self.species} genes"
         species = species_of(report.unknown)
@@ -375,10 +378,7 @@ class GeneTable:
                 f"Map them to {self.species} orthologues first, or use a model trained on {species} cells."
             )
         elif sum(name.capitalize() == name for name in report.unknown) > len(report.unknown) / 2 and species is None:
-            msg = (
-                f"{prefix}only {found}: the names look like mouse or rat symbols ({_some(report.unknown)}). "
-                f"Map them to {self.species} orthologues first."
-            )
+            msg = f"{prefix}only {found}: the names look like mouse or rat symbols ({_some(report.unknown)}). Map them to {self.species} orthologues first."
         else:
             msg = (
                 f"{prefix}only {found}; expected at least {MIN_OVERLAP:.0%}. Not found: {_some(report.unknown)}. "

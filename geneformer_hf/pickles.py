@@ -30,10 +30,7 @@ class _RestrictedUnpickler(pickle.Unpickler):
         try:
             return _ALLOWED[module, name]
         except KeyError:
-            msg = (
-                f"the pickle asks for {module}.{name}, which no published Geneformer dictionary contains. "
-                "It was refused and nothing of it was executed."
-            )
+            msg = f"the pickle asks for {module}.{name}, which no published Geneformer dictionary contains. It was refused and nothing of it was executed."
             raise UnsafePickleError(msg) from None
 
 

@@ -12,6 +12,7 @@ Everything here is numpy on raw counts. The rules, stated once:
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -41,7 +42,9 @@ def check_counts(values: np.ndarray, where: str = "the matrix") -> None:
     """
     problem = count_problem(values)
     if problem:
-        msg = f"{where} {problem}. Geneformer ranks raw transcript counts. Name where they are with `counts_layer=` (`--counts-layer`): a layer, 'X' or 'raw.X'."
+        msg = (
+            f"{where} {problem}. Geneformer ranks raw transcript counts. Name where they are with `counts_layer=` (`--counts-layer`): a layer, 'X' or 'raw.X'."
+        )
         raise NotRawCountsError(msg)
 
 
@@ -123,9 +126,7 @@ def sum_columns(counts_ng: sp.csr_array, slot_of_column: np.ndarray, n_slots: in
     return out
 
 
-def rank_columns(
-    counts_ng: sp.csr_array, medians_g: np.ndarray, *, most: int | None = None, front: int = 0, back: int = 0
-) -> tuple[np.ndarray, np.ndarray]:
+def rank_columns(counts_ng: sp.csr_array, medians_g: np.ndarray, *, most: int | None = None, front: int = 0, back: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """Order the columns of every row by ``count / median``, highest first; the one loop under every encoding.
 
     Args:
@@ -149,7 +150,7 @@ def rank_columns(
     out = np.zeros(len(keys) + n * (front + back), dtype=np.uint64)
     offsets = np.zeros(n + 1, dtype=np.int64)
     place = 0
-    for i, (start, stop) in enumerate(zip(bounds, bounds[1:], strict=False)):
+    for i, (start, stop) in enumerate(itertools.pairwise(bounds)):
         row = keys[start:stop]
         row.sort()
         kept = min(int(row.searchsorted(_NOT_DETECTED)), limit)

@@ -133,6 +133,7 @@ class CellEncoder:
     def __init__(self, source: CellSource, tokenizer: GeneformerTokenizer, columns: ObsColumns, options: EncodingOptions) -> None:
         self.source, self.tokenizer, self.columns, self.options = source, tokenizer, columns, options
         self.genes = source.match_genes(tokenizer.gene_table)
+        self.totals_n: np.ndarray | None
         self.totals_n, self.totals_from = source.totals() if options.keep_counts else (None, "")
 
     def tables(self, start: int = 0, stop: int | None = None) -> Iterator[pa.Table]:
@@ -213,7 +214,8 @@ def load_cells(
         {'input_ids': [3, 2], 'length': 2, 'cell_id': 'cell1'}
     """
     source_options = SourceOptions(gene_ids, counts_layer, total_counts)
-    encoding = EncodingOptions(obs if isinstance(obs, str) and obs in ("all", "none") else tuple([obs] if isinstance(obs, str) else obs), keep_counts, keep_uncropped)  # type: ignore[arg-type]
+    wanted: Any = obs if obs in ("all", "none") else (obs,) if isinstance(obs, str) else tuple(obs)
+    encoding = EncodingOptions(wanted, keep_counts, keep_uncropped)
     if hasattr(files, "obs") and hasattr(files, "var"):
         return _load_memory(files, tokenizer, source_options, encoding)
     paths = find_files(files)
@@ -301,7 +303,7 @@ def _lists(cells: EncodedCells, values: Any, arrow_type: pa.DataType) -> pa.List
 
 def _with_report(dataset: datasets.Dataset, sources: Sequence[CellSource], tokenizer: GeneformerTokenizer) -> datasets.Dataset:
     """Attach what was read and left out as JSON, and log it."""
-    files = []
+    files: list[dict[str, Any]] = []
     for source in sources:
         genes = source.match_genes(tokenizer.gene_table).report
         n_filtered = 0 if source.passing is None else int((~source.passing).sum())
@@ -312,6 +314,12 @@ def _with_report(dataset: datasets.Dataset, sources: Sequence[CellSource], token
         logger.warning("%s cells were left out because obs['filter_pass'] is 0.", f"{n_filtered:,}")
     if n_empty:
         logger.warning("%s cells were left out because they hold no gene of the vocabulary.", f"{n_empty:,}")
-    report = {"encoding": tokenizer.encoding_fingerprint, "cells": len(dataset), "left_out_by_filter_pass": n_filtered, "left_out_without_genes": n_empty, "files": files}
+    report = {
+        "encoding": tokenizer.encoding_fingerprint,
+        "cells": len(dataset),
+        "left_out_by_filter_pass": n_filtered,
+        "left_out_without_genes": n_empty,
+        "files": files,
+    }
     dataset.info.description = json.dumps(report, indent=1)
     return dataset

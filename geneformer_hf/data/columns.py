@@ -64,7 +64,7 @@ def _feature(columns: list[pd.Series]) -> Any:
     if all(isinstance(c.dtype, pd.CategoricalDtype) for c in columns):
         names = list(dict.fromkeys(str(v) for c in columns for v in c.cat.categories))
         return datasets.ClassLabel(names=names) if names else datasets.Value("string")
-    types = [np.dtype(getattr(c.dtype, "numpy_dtype", c.dtype)) if not isinstance(c.dtype, (pd.CategoricalDtype, pd.StringDtype)) else np.dtype(object) for c in columns]
+    types = [_numpy_type(c.dtype) for c in columns]
     if all(t.kind == "b" for t in types):
         return datasets.Value("bool")
     if all(t.kind in "iu" for t in types):
@@ -72,6 +72,13 @@ def _feature(columns: list[pd.Series]) -> Any:
     if all(t.kind in "iuf" for t in types):
         return datasets.Value("float64" if any(t.itemsize > 4 for t in types) else "float32")
     return datasets.Value("string")
+
+
+def _numpy_type(dtype: Any) -> np.dtype[Any]:
+    """Return the numpy type behind a pandas one; object for text and categories."""
+    if isinstance(dtype, (pd.CategoricalDtype, pd.StringDtype)):
+        return np.dtype(object)
+    return np.dtype(getattr(dtype, "numpy_dtype", dtype))
 
 
 def _column(values: pd.Series, feature: Any) -> pa.Array:

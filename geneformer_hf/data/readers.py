@@ -291,7 +291,9 @@ class H5adSource(CellSource):
             yield sp.csr_array((data, indices, indptr[first : last + 1] - begin), shape=(last - first, len(self.gene_names))), first
 
 
-def open_cells(cells: Any, *, gene_ids: str | None = None, counts_layer: str | None = None, total_counts: str | None = None, work_dir: Path | None = None) -> CellSource:
+def open_cells(
+    cells: Any, *, gene_ids: str | None = None, counts_layer: str | None = None, total_counts: str | None = None, work_dir: Path | None = None
+) -> CellSource:
     """Open an .h5ad file or an AnnData.
 
     Args:

@@ -7,6 +7,7 @@ appended to one pair of flat arrays, from which any range of cells is a plain re
 
 from __future__ import annotations
 
+import itertools
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,7 +69,7 @@ def transpose_to_disk(matrix: h5py.Group, n_cells: int, work_dir: Path) -> CsrOn
         entries = np.empty(end - begin, dtype=entry)
         entries["row"] = np.repeat(np.arange(n_cells, dtype=np.int32), np.diff(chunk.indptr))
         entries["gene"], entries["value"] = chunk.indices + gene, chunk.data
-        for run, (first, stop) in enumerate(zip(firsts, firsts[1:], strict=False)):
+        for run, (first, stop) in enumerate(itertools.pairwise(firsts)):
             part = entries[chunk.indptr[first] : chunk.indptr[stop]]
             if len(part):
                 with (folder / f"run-{run}").open("ab") as file:
@@ -76,7 +77,7 @@ def transpose_to_disk(matrix: h5py.Group, n_cells: int, work_dir: Path) -> CsrOn
         gene = last
 
     with (folder / "data").open("wb") as data, (folder / "indices").open("wb") as indices:
-        for run, (first, stop) in enumerate(zip(firsts, firsts[1:], strict=False)):
+        for run, (first, stop) in enumerate(itertools.pairwise(firsts)):
             path = folder / f"run-{run}"
             if not path.exists():
                 continue

@@ -37,7 +37,5 @@ AutoModelForMaskedLM.register(GeneformerConfig, GeneformerForMaskedLM, exist_ok=
 AutoModelForPreTraining.register(GeneformerConfig, GeneformerForMaskedLM, exist_ok=True)
 AutoModelForTokenClassification.register(GeneformerConfig, GeneformerForTokenClassification, exist_ok=True)
 # One Auto class, two models: transformers picks by the `architectures` of the checkpoint, the first where there is none.
-AutoModelForSequenceClassification.register(
-    GeneformerConfig, (GeneformerForSequenceClassification, GeneformerForMultiTaskClassification), exist_ok=True
-)
+AutoModelForSequenceClassification.register(GeneformerConfig, (GeneformerForSequenceClassification, GeneformerForMultiTaskClassification), exist_ok=True)
 AutoTokenizer.register(GeneformerConfig, tokenizer_class=GeneformerTokenizer, exist_ok=True)

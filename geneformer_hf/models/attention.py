@@ -68,10 +68,11 @@ class _Padded:
         self.mask = None if bool(keep_bl.all()) else keep_bl[:, None, None, :]
 
     def attend(self, query_te: torch.Tensor, key_te: torch.Tensor, value_te: torch.Tensor, heads: int) -> torch.Tensor:
-        padded = []
-        for x_te in (query_te, key_te, value_te):
-            x = x_te.new_zeros(self.n_cells * self.longest, x_te.shape[-1])
-            x[self.places_t] = x_te
-            padded.append(x.view(self.n_cells, self.longest, heads, -1).transpose(1, 2))
-        context = F.scaled_dot_product_attention(*padded, attn_mask=self.mask)
+        query, key, value = (self._pad(x_te, heads) for x_te in (query_te, key_te, value_te))
+        context = F.scaled_dot_product_attention(query, key, value, attn_mask=self.mask)
         return context.transpose(1, 2).reshape(self.n_cells * self.longest, -1)[self.places_t]
+
+    def _pad(self, x_te: torch.Tensor, heads: int) -> torch.Tensor:
+        padded = x_te.new_zeros(self.n_cells * self.longest, x_te.shape[-1])
+        padded[self.places_t] = x_te
+        return padded.view(self.n_cells, self.longest, heads, -1).transpose(1, 2)

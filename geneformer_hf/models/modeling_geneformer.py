@@ -40,7 +40,7 @@ def gene_positions(input_ids_bl: torch.Tensor, attention_mask_bl: torch.Tensor |
 
     Pads are left out always; the first and last token of a cell only where they are `<cls>` and `<eos>`.
     """
-    keep = attention_mask_bl.bool() if attention_mask_bl is not None else input_ids_bl != config.pad_token_id
+    keep: torch.Tensor = attention_mask_bl.bool() if attention_mask_bl is not None else torch.ne(input_ids_bl, config.pad_token_id or 0)
     for special in (config.cls_token_id, config.eos_token_id):
         if special is not None:
             keep = keep & (input_ids_bl != special)
@@ -137,9 +137,7 @@ class GeneformerForSequenceClassification(BertForSequenceClassification):
         **kwargs: Any,
     ) -> SequenceClassifierOutput:
         """Classify cells. `logits` has shape `(b, num_labels)`; `labels` is `(b,)` of class ids, or `(b, num_labels)`."""
-        outputs = self.bert(
-            input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids, position_ids=position_ids, return_dict=True, **kwargs
-        )
+        outputs = self.bert(input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids, position_ids=position_ids, return_dict=True, **kwargs)
         pooled_be = _pool(self, input_ids, attention_mask, outputs)
         logits = self.classifier(self.dropout(pooled_be))
         loss = None
@@ -187,9 +185,7 @@ class GeneformerForTokenClassification(BertForTokenClassification):
         **kwargs: Any,
     ) -> TokenClassifierOutput:
         """Classify genes in their cells. `labels` has shape `(b, l)`; -100 where a gene has no label."""
-        outputs = self.bert(
-            input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids, position_ids=position_ids, return_dict=True, **kwargs
-        )
+        outputs = self.bert(input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids, position_ids=position_ids, return_dict=True, **kwargs)
         logits = self.classifier(self.dropout(outputs.last_hidden_state))
         loss = None
         if labels is not None:
@@ -240,9 +236,7 @@ class GeneformerForMultiTaskClassification(BertPreTrainedModel):
 
         The loss is the weighted sum over tasks of the mean cross entropy per cell.
         """
-        outputs = self.bert(
-            input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids, position_ids=position_ids, return_dict=True, **kwargs
-        )
+        outputs = self.bert(input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids, position_ids=position_ids, return_dict=True, **kwargs)
         pooled_be = self.dropout(_pool(self, input_ids, attention_mask, outputs))
         logits = tuple(head(pooled_be) for head in self.classifiers)
         loss = None

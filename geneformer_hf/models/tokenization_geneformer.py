@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -153,13 +154,13 @@ class GeneformerTokenizer(PreTrainedTokenizerFast):
                 raise
             raise UnknownGeneError(self._unknown_message(unknown)) from error
 
-    def _pad_cells(self, cells: list[np.ndarray], *, padding: Any = False, max_length: int | None = None, return_tensors: str | None = None, **kwargs: Any) -> BatchEncoding:
+    def _pad_cells(
+        self, cells: list[np.ndarray], *, padding: Any = False, max_length: int | None = None, return_tensors: str | None = None, **kwargs: Any
+    ) -> BatchEncoding:
         if kwargs.pop("truncation", None) and max_length is not None:
             msg = "Cells are cut to `model_max_length` while they are ranked; set that instead of `truncation` and `max_length`."
             raise ValueError(msg)
-        return self.pad(
-            {"input_ids": [cell.tolist() for cell in cells]}, padding=padding, max_length=max_length, return_tensors=return_tensors, **kwargs
-        )
+        return self.pad({"input_ids": [cell.tolist() for cell in cells]}, padding=padding, max_length=max_length, return_tensors=return_tensors, **kwargs)
 
     def convert_tokens_to_ids(self, tokens: Any) -> Any:
         """Return token ids.
@@ -168,7 +169,7 @@ class GeneformerTokenizer(PreTrainedTokenizerFast):
             UnknownGeneError: naming every token that is not in the vocabulary.
         """
         ids = super().convert_tokens_to_ids(tokens)
-        pairs = [(tokens, ids)] if isinstance(tokens, str) or tokens is None else zip(tokens, ids, strict=True)
+        pairs: Any = [(tokens, ids)] if isinstance(tokens, str) or tokens is None else zip(tokens, ids, strict=True)  # type: ignore[arg-type]
         unknown = [str(token) for token, token_id in pairs if token is not None and token_id is None]
         if unknown:
             raise UnknownGeneError(self._unknown_message(unknown))
@@ -235,12 +236,18 @@ class GeneformerTokenizer(PreTrainedTokenizerFast):
         if getattr(adata, "raw", None) is not None:
             matrices["raw.X"] = adata.raw.X
         matrices.update(adata.layers)
-        name = choose_counts({n: lambda m=m: stored_values(m[:SAMPLE_ROWS]) for n, m in matrices.items()}, counts_layer)
+        name = choose_counts({n: partial(_sample, m) for n, m in matrices.items()}, counts_layer)
         var = adata.raw.var if name == "raw.X" else adata.var
-        names, _ = choose_gene_ids({c: [str(v) for v in var[c]] for c in var.columns if var[c].dtype.kind == "O" or str(var[c].dtype) in ("category", "string", "str")}, list(var.index), gene_ids)
+        names, _ = choose_gene_ids(
+            {c: [str(v) for v in var[c]] for c in var.columns if var[c].dtype.kind == "O" or str(var[c].dtype) in ("category", "string", "str")},
+            list(var.index),
+            gene_ids,
+        )
         return self.encode_counts(matrices[name], names)
 
-    def encode_block(self, counts_ng: sp.csr_array, columns: GeneColumns, *, totals_n: np.ndarray | None = None, crop: bool = True, special_tokens: bool = True) -> EncodedCells:
+    def encode_block(
+        self, counts_ng: sp.csr_array, columns: GeneColumns, *, totals_n: np.ndarray | None = None, crop: bool = True, special_tokens: bool = True
+    ) -> EncodedCells:
         """Rank a block of checked counts whose columns are matched already; the fast path under everything else.
 
         Args:
@@ -274,7 +281,9 @@ class GeneformerTokenizer(PreTrainedTokenizerFast):
             counts[genes] = _lookup(counts_ng, rows[genes], ranked[genes]) * scale_n[rows[genes]]
         return EncodedCells(input_ids, offsets, counts)
 
-    def _save_pretrained(self, save_directory: Any, file_names: tuple[str, ...], legacy_format: bool | None = None, filename_prefix: str | None = None) -> tuple[str, ...]:
+    def _save_pretrained(
+        self, save_directory: Any, file_names: tuple[str, ...], legacy_format: bool | None = None, filename_prefix: str | None = None
+    ) -> tuple[str, ...]:
         # The settings of the last call would otherwise be saved with the vocabulary.
         self.backend_tokenizer.no_truncation()
         self.backend_tokenizer.no_padding()
@@ -284,9 +293,9 @@ class GeneformerTokenizer(PreTrainedTokenizerFast):
         return (*file_names, str(path))
 
 
-def stored_values(matrix: Any) -> np.ndarray:
-    """Return the stored values of a sparse matrix, or all values of a dense one."""
-    return matrix.data if sp.issparse(matrix) else np.asarray(matrix).ravel()
+def _sample(matrix: Any) -> np.ndarray:
+    rows = matrix[:SAMPLE_ROWS]
+    return rows.data if sp.issparse(rows) else np.asarray(rows).ravel()
 
 
 def _lookup(counts_ns: sp.csr_array, rows: np.ndarray, slots: np.ndarray) -> np.ndarray:

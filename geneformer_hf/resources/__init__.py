@@ -1,0 +1,1 @@
+"""Facts that ship with the package; PROVENANCE.md says where they come from."""

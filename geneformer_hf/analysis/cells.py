@@ -1,0 +1,177 @@
+"""The cells argument of every analysis: an AnnData, a path or a tokenized dataset, as chunks of tokens in order."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from ..data.readers import CellSource, open_cells, read_ahead
+from ..errors import CellFileError, ColumnNotFoundError, VocabularyMismatchError
+from ..models.configuration_geneformer import GeneformerConfig
+from ..models.tokenization_geneformer import GeneformerTokenizer
+
+CHUNK_CELLS = 512
+
+
+@dataclass(frozen=True)
+class TokenChunk:
+    """Some consecutive cells as tokens laid end to end."""
+
+    start: int
+    """Place of the first cell among all cells."""
+    input_ids: np.ndarray
+    """int of shape `(t,)`."""
+    offsets: np.ndarray
+    """int64 of shape `(m + 1,)`."""
+    cell_ids: list[str]
+
+    @property
+    def n_cells(self) -> int:
+        """Number of cells."""
+        return len(self.offsets) - 1
+
+    def n_genes(self, config: GeneformerConfig) -> np.ndarray:
+        """Return the genes of each cell, int64 of shape `(m,)`: its tokens less the special ones."""
+        special = np.isin(self.input_ids, [t for t in (config.cls_token_id, config.eos_token_id, config.pad_token_id) if t is not None])
+        return np.diff(np.concatenate(([0], np.cumsum(~special)))[self.offsets])
+
+    def require_fits(self, config: GeneformerConfig) -> None:
+        """Raise unless ids and lengths fit the model.
+
+        Raises:
+            VocabularyMismatchError
+        """
+        longest, largest = int(np.diff(self.offsets).max(initial=0)), int(self.input_ids.max(initial=0))
+        if largest >= config.vocab_size or longest > config.max_position_embeddings:
+            msg = (
+                f"The cells were tokenized for another model: largest token {largest:,} (this model has {config.vocab_size:,}), "
+                f"longest cell {longest:,} (it has {config.max_position_embeddings:,} positions). Tokenize them with this model's tokenizer."
+            )
+            raise VocabularyMismatchError(msg)
+
+
+class Cells(ABC):
+    """Tokenized cells in order."""
+
+    n_cells: int
+
+    @abstractmethod
+    def chunks(self) -> Iterator[TokenChunk]:
+        """Yield all cells in order."""
+
+    @abstractmethod
+    def column(self, name: str) -> list[Any]:
+        """Return a column of obs or of the dataset, labels as text.
+
+        Raises:
+            ColumnNotFoundError
+        """
+
+    @abstractmethod
+    def require_made_for(self, config: GeneformerConfig) -> None:
+        """Raise if these cells are known to have been tokenized with another gene table."""
+
+
+class SourceCells(Cells):
+    """Counts that are ranked on the way."""
+
+    def __init__(self, source: CellSource, tokenizer: GeneformerTokenizer) -> None:
+        self.source, self._tokenizer = source, tokenizer
+        self.n_cells = source.n_cells
+        self.genes = source.match_genes(tokenizer.gene_table)
+
+    def chunks(self) -> Iterator[TokenChunk]:
+        """Yield all cells in order."""
+        cell_ids = self.source.cell_ids
+        for block in read_ahead(self.source.iter_blocks()):
+            cells = self._tokenizer.encode_block(block.counts_ng, self.genes)
+            yield TokenChunk(block.start, cells.input_ids, cells.offsets, cell_ids[block.start : block.start + len(cells.offsets) - 1])
+
+    def require_made_for(self, config: GeneformerConfig) -> None:
+        """Do nothing: these cells are ranked with a tokenizer that was checked against the model."""
+
+    def column(self, name: str) -> list[Any]:
+        """Return a column of obs."""
+        return self.source.read_obs([name])[name].astype(object).tolist()
+
+
+class DatasetCells(Cells):
+    """A dataset as `load_cells` makes it, or any with `input_ids`."""
+
+    def __init__(self, dataset: Any) -> None:
+        if "input_ids" not in dataset.column_names:
+            msg = f"The dataset has no column 'input_ids' (found: {', '.join(dataset.column_names)}). Make one with `load_cells` or `geneformer-hf tokenize`."
+            raise ColumnNotFoundError(msg)
+        self.dataset, self.n_cells = dataset, len(dataset)
+
+    @cached_property
+    def report(self) -> dict[str, Any]:
+        """What `load_cells` recorded, empty for other datasets."""
+        try:
+            report = json.loads(self.dataset.info.description or "{}")
+        except json.JSONDecodeError:
+            return {}
+        return report if isinstance(report, dict) else {}
+
+    def require_made_for(self, config: GeneformerConfig) -> None:
+        """Raise if the dataset records another gene table than the model."""
+        table = str(self.report.get("encoding", "")).split("-")[1:2]
+        if table and config.vocabulary_fingerprint is not None and table[0] != config.vocabulary_fingerprint:
+            msg = f"The dataset was tokenized with gene table {table[0]} and the model was made for {config.vocabulary_fingerprint}. Tokenize the cells with this model's tokenizer."
+            raise VocabularyMismatchError(msg)
+
+    def chunks(self) -> Iterator[TokenChunk]:
+        """Yield all cells in order."""
+        names = [n for n in ("input_ids", "cell_id") if n in self.dataset.column_names]
+        start = 0
+        for table in self.dataset.select_columns(names).with_format("arrow").iter(CHUNK_CELLS):
+            lists = table.column("input_ids").combine_chunks()
+            if isinstance(lists, pa.ChunkedArray):
+                lists = lists.chunk(0)
+            offsets = np.asarray(lists.offsets, dtype=np.int64)
+            ids = np.asarray(lists.values)[offsets[0] : offsets[-1]]
+            cell_ids = table.column("cell_id").to_pylist() if "cell_id" in names else [str(i) for i in range(start, start + len(lists))]
+            yield TokenChunk(start, ids, offsets - offsets[0], cell_ids)
+            start += len(lists)
+
+    def column(self, name: str) -> list[Any]:
+        """Return a column of the dataset, classes by name."""
+        if name not in self.dataset.column_names:
+            msg = f"The dataset has no column {name!r}. Found: {', '.join(self.dataset.column_names)}."
+            raise ColumnNotFoundError(msg)
+        feature = self.dataset.features[name]
+        values = self.dataset[name][:]
+        return [None if v is None else feature.int2str(v) for v in values] if hasattr(feature, "int2str") else list(values)
+
+
+def open_tokens(cells: Any, tokenizer: Callable[[], GeneformerTokenizer], *, gene_ids: str | None = None, counts_layer: str | None = None) -> Cells:
+    """Open what the user calls cells.
+
+    Args:
+        cells (`AnnData`, `str`, `Path` or `datasets.Dataset`).
+        tokenizer: called only where counts have to be ranked.
+    """
+    if isinstance(cells, (str, Path)) and Path(cells).is_dir():
+        import datasets
+
+        if not (Path(cells) / "dataset_info.json").is_file():
+            msg = f"{cells} is not the folder of a tokenized dataset: it holds no dataset_info.json. Make one with `geneformer-hf tokenize`."
+            raise CellFileError(msg)
+        cells = datasets.load_from_disk(str(cells))
+    if hasattr(cells, "column_names"):
+        return DatasetCells(cells)
+    work_dir = tempfile.TemporaryDirectory(prefix="geneformer-hf-")
+    source = open_cells(cells, gene_ids=gene_ids, counts_layer=counts_layer, work_dir=Path(work_dir.name))
+    opened = SourceCells(source, tokenizer())
+    # The folder (rows of a file stored by gene) lives as long as the cells do.
+    opened.work_dir = work_dir  # type: ignore[attr-defined]
+    return opened

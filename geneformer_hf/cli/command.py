@@ -1,0 +1,41 @@
+"""What every command is."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+
+
+class Command(ABC):
+    """One command: its name, its arguments, and what it does. Heavy imports happen inside `run`."""
+
+    name: str
+    help: str
+
+    @abstractmethod
+    def add_arguments(self, parser: ArgumentParser) -> None:
+        """Declare the arguments."""
+
+    @abstractmethod
+    def run(self, args: Namespace) -> int:
+        """Do it and return the exit code."""
+
+
+def add_reading(parser: ArgumentParser) -> None:
+    """Declare how a file of cells is read."""
+    parser.add_argument(
+        "--counts-layer", metavar="NAME", help="layer with the raw counts, or X or raw.X (default: X, raw.X or layers['counts'], whichever holds raw counts)"
+    )
+    parser.add_argument("--gene-ids", metavar="COL", help="column of var with Ensembl ids or symbols, or 'index' (default: found by itself)")
+
+
+def add_overwrite(parser: ArgumentParser) -> None:
+    """Declare --overwrite."""
+    parser.add_argument("--overwrite", action="store_true", help="replace the output if it exists (default: refuse)")
+
+
+def describe_size(path: Path) -> str:
+    """Return the size of a file or folder for people."""
+    size = sum(p.stat().st_size for p in path.rglob("*") if p.is_file()) if path.is_dir() else path.stat().st_size
+    return f"{size / 1e6:,.1f} MB"

@@ -1,0 +1,272 @@
+"""`geneformer-hf demo`: the whole path on real cells."""
+
+from __future__ import annotations
+
+import json
+import math
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+from typing import Any
+
+from ..errors import MissingExtraError, NotRawCountsError
+from .command import Command, add_overwrite
+
+N_HELD_OUT = 140
+LABEL = "cell_type"
+
+
+class Demo(Command):
+    """The whole path on 700 real blood cells, offline: counts, tokens, a tiny model trained from scratch, embeddings, pictures.
+
+    The cells are 10x Genomics' 68k PBMC (Zheng et al. 2017) as scanpy carries them, 765 genes with published cell types.
+    """
+
+    name = "demo"
+    help = "the whole path on real cells, offline, in a few minutes"
+
+    def add_arguments(self, parser: ArgumentParser) -> None:
+        parser.add_argument("--output", type=Path, default=Path("demo_output"), help="new folder (default: demo_output)")
+        parser.add_argument("--epochs", type=int, default=20, help="passes over the training cells (default: 20, a little over a minute on two cores)")
+        parser.add_argument("--seed", type=int, default=0, help="default: 0")
+        add_overwrite(parser)
+
+    def run(self, args: Namespace) -> int:
+        from ..outputs import new_folder, require_free
+
+        require_free(args.output, overwrite=args.overwrite)
+        print("1. Real cells: 700 peripheral blood cells from the scanpy package.")
+        cells = load_blood_cells()
+        with new_folder(args.output, overwrite=args.overwrite) as folder:
+            figures = run_demo(cells, folder, epochs=args.epochs, seed=args.seed)
+        print_figures(figures)
+        print_files(args.output)
+        return 0
+
+
+def load_blood_cells() -> Any:
+    """Return scanpy's PBMC as an AnnData of raw counts, gene symbols and published cell types.
+
+    The file holds log1p of counts per 10,000; the whole numbers come back by inverting that.
+
+    Raises:
+        NotRawCountsError: if what comes back is not within 0.1 of whole numbers.
+    """
+    try:
+        import scanpy as sc
+    except ModuleNotFoundError as error:
+        msg = "The demo needs scanpy, for its cells and UMAP. Install it with `pip install 'geneformer-hf[plot,evaluation]'`."
+        raise MissingExtraError(msg) from error
+    import anndata
+    import numpy as np
+    import pandas as pd
+    import scipy.sparse as sp
+
+    published = sc.datasets.pbmc68k_reduced()
+    values = np.expm1(sp.csr_array(published.raw.X).toarray().astype(np.float64)) * published.obs["n_counts"].to_numpy()[:, None] / 1e4
+    counts = np.rint(values)
+    worst = float(np.abs(values - counts).max())
+    if worst >= 0.1:
+        msg = f"scanpy's pbmc68k_reduced does not invert to whole counts (largest distance {worst:.2f}); this scanpy carries another file."
+        raise NotRawCountsError(msg)
+    obs = pd.DataFrame(
+        {LABEL: published.obs["bulk_labels"].astype(str).to_numpy(), "n_counts": published.obs["n_counts"].to_numpy()}, index=published.obs_names
+    )
+    return anndata.AnnData(sp.csr_matrix(counts.astype(np.float32)), obs, pd.DataFrame(index=published.raw.var_names))
+
+
+def run_demo(cells: Any, folder: Path, *, epochs: int, seed: int) -> dict[str, float]:
+    """Do everything and return the figures; every file goes into `folder`."""
+    import numpy as np
+
+    from ..analysis.embeddings import embed_cells
+    from ..data.builder import load_cells
+    from ..data.medians import fit_gene_table
+    from ..models.configuration_geneformer import GeneformerConfig
+    from ..models.modeling_geneformer import GeneformerForMaskedLM
+    from ..models.tokenization_geneformer import GeneformerTokenizer
+    from ..reports.plots import plot_loss, plot_umap, umap_coordinates
+
+    order = np.random.default_rng(seed).permutation(cells.n_obs)
+    train, held_out = np.sort(order[N_HELD_OUT:]), np.sort(order[:N_HELD_OUT])
+
+    table = fit_gene_table(cells[train])
+    tokenizer = GeneformerTokenizer(gene_table=table, cls_token="<cls>", eos_token="<eos>", model_max_length=512)
+    dataset = load_cells(cells, tokenizer=tokenizer)
+    report = json.loads(dataset.info.description)["files"][0]
+    print(f"2. Genes: {report['genes']}.\n   Medians fitted on {len(train)} training cells; {len(held_out)} cells are held out.")
+    lengths = np.array(dataset["length"][:])
+    print(f"3. Tokens: {lengths.min()} to {lengths.max()} per cell, for instance {' '.join(tokenizer.convert_ids_to_tokens(dataset[0]['input_ids'][:3]))} …")
+
+    import torch
+
+    torch.manual_seed(seed)
+    config = GeneformerConfig(
+        vocab_size=len(tokenizer), hidden_size=128, num_hidden_layers=2, num_attention_heads=4, intermediate_size=256, max_position_embeddings=512,
+        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, cls_token_id=tokenizer.cls_token_id, eos_token_id=tokenizer.eos_token_id,
+        vocabulary_fingerprint=table.fingerprint,
+    )  # fmt: skip
+    model = GeneformerForMaskedLM(config)
+    print(f"4. Training a masked-gene model of {sum(p.numel() for p in model.parameters()):,} parameters from scratch, {epochs} epochs.")
+    untrained = embed_cells(model, dataset, pooling="mean", progress=False)
+    steps, losses = train_masked_genes(model, tokenizer, dataset.select(train), epochs=epochs, seed=seed)
+    print("5. Measuring on the held-out cells, embedding all cells, drawing.")
+    figures = masked_gene_losses(model, tokenizer, dataset, train, held_out, seed=seed)
+    embeddings = embed_cells(model, dataset, pooling="mean", progress=False)
+    figures |= neighbour_accuracies(cells, untrained, embeddings, train, held_out, seed=seed)
+
+    model.save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    coordinates = umap_coordinates(embeddings, seed=seed)
+    annotated = cells.copy()
+    annotated.obsm["X_geneformer"], annotated.obsm["X_umap"] = embeddings, coordinates
+    annotated.obs["held_out"] = np.isin(np.arange(cells.n_obs), held_out)
+    annotated.write_h5ad(folder / "pbmc_geneformer.h5ad")
+    plot_umap(
+        coordinates,
+        cells.obs[LABEL],
+        folder / "umap_cell_type.png",
+        title="Geneformer demo: 700 blood cells, a model trained for a minute",
+        name="published cell type",
+    )
+    references = {
+        "gene frequency, held out": figures["loss_gene_frequency"],
+        "gene frequency by rank, held out": figures["loss_rank_frequency"],
+        "this model, held out": figures["loss_model"],
+    }
+    plot_loss(steps, losses, folder / "loss.png", title="Masked-gene loss while training", references=references)
+    (folder / "figures.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    return figures
+
+
+def train_masked_genes(model: Any, tokenizer: Any, dataset: Any, *, epochs: int, seed: int) -> tuple[list[int], list[float]]:
+    """Train with transformers' Trainer and return steps and losses in nats."""
+    import tempfile
+
+    from tqdm.auto import tqdm
+    from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
+
+    from ..data.collators import DataCollatorForMaskedGenes
+
+    class Bar(TrainerCallback):
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            self.bar = tqdm(total=state.max_steps, unit=" steps", desc="   Training", mininterval=1.0)
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            self.bar.update(1)
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+            if logs and "loss" in logs:
+                self.bar.set_postfix_str(f"loss {float(logs['loss']):.2f}", refresh=False)
+
+        def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            self.bar.close()
+
+    with tempfile.TemporaryDirectory() as scratch:
+        arguments = TrainingArguments(
+            output_dir=scratch, num_train_epochs=epochs, per_device_train_batch_size=16, learning_rate=2e-3, lr_scheduler_type="cosine", warmup_steps=0.05,
+            logging_steps=10, save_strategy="no", report_to=[], seed=seed, remove_unused_columns=False, dataloader_pin_memory=False,
+        )  # fmt: skip
+        trainer = Trainer(model=model, args=arguments, train_dataset=dataset, data_collator=DataCollatorForMaskedGenes(tokenizer, seed=seed), callbacks=[Bar()])
+        trainer.remove_callback(ProgressCallback)
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+    logs = [(int(entry["step"]), float(entry["loss"])) for entry in trainer.state.log_history if "loss" in entry]
+    model.to("cpu")
+    return [step for step, _ in logs], [loss for _, loss in logs]
+
+
+def masked_gene_losses(model: Any, tokenizer: Any, dataset: Any, train: Any, held_out: Any, *, seed: int, repeats: int = 4) -> dict[str, float]:
+    """Return the loss of the model and of two baselines at the same hidden genes of held-out cells, in nats."""
+    import numpy as np
+    import torch
+
+    from ..data.collators import DataCollatorForMaskedGenes
+    from ..reports.baselines import GeneFrequencyBaseline, RankFrequencyBaseline
+
+    genes = [ids[1:-1] for ids in dataset.select(train).with_format("numpy")["input_ids"][:]]
+    by_gene, by_rank = GeneFrequencyBaseline(genes, len(tokenizer)), RankFrequencyBaseline(genes, len(tokenizer))
+    collate = DataCollatorForMaskedGenes(tokenizer, seed=seed + 1)
+    cells = dataset.select(held_out)
+    total, hidden, ranks = 0.0, [], []
+    model.eval()
+    with torch.inference_mode():
+        for start in list(range(0, len(cells), 20)) * repeats:
+            batch = collate([cells[i] for i in range(start, min(start + 20, len(cells)))])
+            chosen = batch["labels"] != -100
+            total += float(model(**batch).loss) * int(chosen.sum())
+            hidden.append(batch["labels"][chosen].numpy())
+            # The first position is <cls>.
+            ranks.append(chosen.nonzero()[:, 1].numpy() - 1)
+    genes_hidden, ranks_hidden = np.concatenate(hidden), np.concatenate(ranks)
+    return {
+        "loss_gene_frequency": by_gene.loss(genes_hidden, ranks_hidden),
+        "loss_rank_frequency": by_rank.loss(genes_hidden, ranks_hidden),
+        "loss_model": total / len(genes_hidden),
+        "loss_uniform": math.log(len(tokenizer.gene_table)),
+    }
+
+
+def neighbour_accuracies(cells: Any, untrained: Any, trained: Any, train: Any, held_out: Any, *, seed: int) -> dict[str, float]:
+    """Return cell-type accuracies on held-out cells by their nearest training cells in several spaces."""
+    import numpy as np
+
+    try:
+        from sklearn.decomposition import PCA
+    except ModuleNotFoundError as error:
+        msg = "The figures of the demo need scikit-learn. Install it with `pip install 'geneformer-hf[plot,evaluation]'`."
+        raise MissingExtraError(msg) from error
+
+    from ..reports.baselines import majority_accuracy, neighbour_accuracy
+
+    counts = cells.X.toarray()
+    log_normalised = np.log1p(counts / counts.sum(axis=1, keepdims=True) * 1e4)
+    pca = PCA(50, random_state=seed).fit(log_normalised[train])
+    labels = cells.obs[LABEL].astype(str).to_numpy()
+    spaces = {"pca": pca.transform(log_normalised), "untrained": untrained, "trained": trained}
+    accuracies = {f"accuracy_{name}": neighbour_accuracy(space[train], labels[train], space[held_out], labels[held_out]) for name, space in spaces.items()}
+    return {"accuracy_majority": majority_accuracy(labels[train], labels[held_out])} | accuracies
+
+
+def print_figures(figures: dict[str, float]) -> None:
+    """Print the figures side by side, and what they mean."""
+    print(f"""
+Figures on {N_HELD_OUT} held-out cells
+  masked-gene loss (nats, lower is better)          k-nearest-neighbour cell type accuracy
+    any gene alike               {figures["loss_uniform"]:6.2f}               most frequent type         {figures["accuracy_majority"]:6.2f}
+    gene frequency               {figures["loss_gene_frequency"]:6.2f}               PCA of the counts          {figures["accuracy_pca"]:6.2f}
+    gene frequency by rank       {figures["loss_rank_frequency"]:6.2f}               this model, untrained      {figures["accuracy_untrained"]:6.2f}
+    this model                   {figures["loss_model"]:6.2f}               this model, trained        {figures["accuracy_trained"]:6.2f}
+
+{verdict(figures)}""")
+
+
+def verdict(figures: dict[str, float]) -> str:
+    """Say in words what the figures show, whichever way they came out."""
+    gain = figures["loss_gene_frequency"] - figures["loss_model"]
+    learnt = (
+        f"The model predicts hidden genes {gain:.1f} nats better than gene frequency"
+        if gain > 0
+        else "The model predicts hidden genes no better than gene frequency"
+    )
+    trained, pca, untrained = (figures[f"accuracy_{name}"] for name in ("trained", "pca", "untrained"))
+    against_pca = "PCA of the counts is better at cell types" if pca > trained else "its embeddings tell cell types as well as PCA does"
+    against_untrained = f"training moved that from {untrained:.2f} to {trained:.2f}"
+    return f"""{learnt}; {against_pca}, and {against_untrained}.
+A minute on {700 - N_HELD_OUT} cells does not make good embeddings: that takes pretraining on millions. For work, convert a published
+checkpoint (below) and fine-tune it."""
+
+
+def print_files(output: Path) -> None:
+    """Print what lies where and what to try next."""
+    print(f"""
+In {output}/
+  pbmc_geneformer.h5ad   the cells: raw counts, published cell types, obsm["X_geneformer"], obsm["X_umap"]
+  umap_cell_type.png     the embeddings by published cell type
+  loss.png               the loss while training
+  model/                 opens with AutoModelForMaskedLM and AutoTokenizer (after `import geneformer_hf`)
+  figures.json           the figures above
+
+Try next
+  geneformer-hf info {output}/pbmc_geneformer.h5ad --model {output}/model
+  geneformer-hf embed {output}/pbmc_geneformer.h5ad --model {output}/model --output embedded.h5ad --pooling mean --plot {LABEL}
+  geneformer-hf convert Geneformer-V1-10M geneformer-v1      # a published checkpoint, with a network""")

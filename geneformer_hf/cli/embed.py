@@ -1,0 +1,196 @@
+"""`geneformer-hf embed`."""
+
+from __future__ import annotations
+
+import shutil
+from argparse import ArgumentParser, Namespace
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from ..errors import CellFileError, ColumnNotFoundError
+from .command import Command, add_overwrite, add_reading, describe_size
+
+
+class Embed(Command):
+    """Embed cells (or genes) with any Geneformer checkpoint.
+
+    Into an .h5ad: a copy of the input with obsm["X_geneformer"] (with --genes: varm["X_geneformer"]); everything else in the
+    file stays as it is. Into a .parquet: cell_id and embedding (with --genes: ensembl_id, n_cells, embedding).
+    """
+
+    name = "embed"
+    help = "cells -> embeddings in .h5ad or .parquet, with pictures"
+
+    def add_arguments(self, parser: ArgumentParser) -> None:
+        parser.add_argument("input", type=Path, help=".h5ad file of raw counts, or folder of a tokenized dataset")
+        parser.add_argument("--model", required=True, help="checkpoint: folder or Hub id")
+        parser.add_argument("--output", required=True, type=Path, help="new .h5ad (only for an .h5ad input) or .parquet file")
+        parser.add_argument("--pooling", choices=["cls", "mean"], help="default: cls where the vocabulary has it, else mean")
+        parser.add_argument("--layer", type=int, default=-2, help="index into hidden_states; -1 the last layer (default: -2, the second to last)")
+        parser.add_argument(
+            "--genes",
+            nargs="?",
+            const="mean",
+            choices=["mean", "contextual"],
+            help="embed genes instead: mean over the cells that express each, or contextual, every gene in every cell (.parquet only)",
+        )
+        parser.add_argument(
+            "--plot", nargs="+", metavar="COL", default=[], help="draw a UMAP and a heat map coloured by these columns of obs, beside the output"
+        )
+        add_reading(parser)
+        parser.add_argument("--batch-size", type=int, metavar="N", help="most cells in one pass (default: by tokens)")
+        parser.add_argument("--device", help="where to compute (default: the accelerator if there is one)")
+        parser.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], help="compute in this type (default: fp32)")
+        parser.add_argument("--seed", type=int, default=0, help="of the UMAP (default: 0)")
+        add_overwrite(parser)
+
+    def run(self, args: Namespace) -> int:
+        from ..analysis.cells import SourceCells
+        from ..analysis.embeddings import Embedder
+        from ..outputs import new_file, require_free
+
+        self._check(args)
+        require_free(args.output, overwrite=args.overwrite)
+        pictures = [args.output.with_name(f"{args.output.stem}_{kind}_{_file_name(column)}.png") for column in args.plot for kind in ("umap", "heatmap")]
+        for picture in pictures:
+            require_free(picture, overwrite=args.overwrite)
+        runner = Embedder(
+            args.model,
+            layer=args.layer,
+            pooling=args.pooling or ("mean" if args.genes else None),
+            batch_size=args.batch_size,
+            device=args.device,
+            dtype=args.dtype,
+        )
+        cells = runner.open(args.input, gene_ids=args.gene_ids, counts_layer=args.counts_layer)
+        columns = {column: cells.column(column) for column in args.plot}
+        if isinstance(cells, SourceCells):
+            print(f"{args.input}: {cells.n_cells:,} cells, counts in {cells.source.counts}; {cells.genes.report.describe()}.")
+        with new_file(args.output, overwrite=args.overwrite) as partial:
+            written: list[Path] = []
+            if args.genes:
+                self._genes(args, runner, cells, partial)
+            else:
+                embeddings = self._cells(args, runner, cells, partial)
+                written = self._plot(args, embeddings, columns, partial) if columns else []
+            for path in written:
+                path.replace(args.output.with_name(path.name))
+        what = "genes" if args.genes else "cells"
+        print(
+            f"Embeddings of {what} (layer {args.layer}, {'every gene in its cell' if args.genes == 'contextual' else runner.pooling if not args.genes else 'mean per gene'}, {runner.config.hidden_size} dimensions) written to {args.output} ({describe_size(args.output)})."
+        )
+        for path in written:
+            print(f"Picture: {args.output.with_name(path.name)}")
+        return 0
+
+    def _check(self, args: Namespace) -> None:
+        if args.output.suffix not in (".h5ad", ".parquet"):
+            msg = f"--output {args.output}: expected a name that ends in .h5ad or .parquet."
+            raise CellFileError(msg)
+        if args.output.suffix == ".h5ad" and args.input.is_dir():
+            msg = f"{args.input} is a dataset, which has no .h5ad to add to. Write to a .parquet file."
+            raise CellFileError(msg)
+        if args.genes == "contextual" and args.output.suffix != ".parquet":
+            msg = "--genes contextual has one row per gene and cell, which only a .parquet file takes."
+            raise CellFileError(msg)
+        if args.genes and args.plot:
+            msg = "--plot draws cells by a column of obs; leave out --genes or --plot."
+            raise ColumnNotFoundError(msg)
+
+    def _cells(self, args: Namespace, runner: Any, cells: Any, partial: Path) -> Any:
+        """Write as the embeddings come; hold them all only to draw them."""
+        import numpy as np
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        size = runner.config.hidden_size
+        kept = np.empty((cells.n_cells if args.plot else 0, size), dtype=np.float32)
+        with ExitStack() as stack:
+            if partial.suffix == ".parquet":
+                schema = pa.schema([("cell_id", pa.string()), ("embedding", pa.list_(pa.float32(), size))])
+                writer = stack.enter_context(pq.ParquetWriter(partial, schema))
+            else:
+                shutil.copyfile(args.input, partial)
+                obsm = stack.enter_context(_new_array(partial, "obsm", "X_geneformer", (cells.n_cells, size)))
+            for chunk, vectors in runner.iter_cells(cells):
+                rows = slice(chunk.start, chunk.start + len(vectors))
+                if partial.suffix == ".parquet":
+                    lists = pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), size)
+                    writer.write_table(pa.table([pa.array(chunk.cell_ids, pa.string()), lists], schema=schema))
+                else:
+                    obsm[rows] = vectors
+                if args.plot:
+                    kept[rows] = vectors
+        return kept
+
+    def _genes(self, args: Namespace, runner: Any, cells: Any, partial: Path) -> None:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        from ..analysis.embeddings import embed_genes, iter_gene_embeddings
+
+        options = {
+            "layer": args.layer,
+            "batch_size": args.batch_size,
+            "device": args.device,
+            "dtype": args.dtype,
+            "gene_ids": args.gene_ids,
+            "counts_layer": args.counts_layer,
+            "tokenizer": runner.tokenizer(),
+        }
+        if args.genes == "contextual":
+            size = runner.config.hidden_size
+            schema = pa.schema([("cell_id", pa.string()), ("ensembl_id", pa.string()), ("rank", pa.int32()), ("embedding", pa.list_(pa.float32(), size))])
+            with pq.ParquetWriter(partial, schema) as writer:
+                for batch in iter_gene_embeddings(runner.model, args.input, **options):
+                    writer.write_batch(batch)
+            return
+        genes = embed_genes(runner.model, args.input, **options)
+        if args.output.suffix == ".parquet":
+            vectors = pa.FixedSizeListArray.from_arrays(pa.array(genes.vectors.ravel()), genes.vectors.shape[1])
+            pq.write_table(pa.table({"ensembl_id": genes.ensembl_ids, "n_cells": genes.n_cells, "embedding": vectors}), partial)
+            return
+        ids = runner.gene_table(cells).ensembl_of_tokens(cells.genes.token_of_column)
+        vectors = genes.for_genes([ensembl_id or "" for ensembl_id in ids])
+        shutil.copyfile(args.input, partial)
+        with _new_array(partial, "raw/varm" if cells.source.counts == "raw.X" else "varm", "X_geneformer", vectors.shape) as varm:
+            varm[:] = vectors
+
+    def _plot(self, args: Namespace, embeddings: Any, columns: dict[str, list[Any]], partial: Path) -> list[Path]:
+        from ..reports.plots import plot_heatmap, plot_umap, umap_coordinates
+
+        coordinates = umap_coordinates(embeddings, seed=args.seed)
+        written = []
+        for column, values in columns.items():
+            stem = partial.with_name(f"{args.output.stem}_KIND_{_file_name(column)}.png")
+            for kind, draw, data in (("umap", plot_umap, coordinates), ("heatmap", plot_heatmap, embeddings)):
+                path = stem.with_name(stem.name.replace("_KIND_", f"_{kind}_"))
+                draw(data, values, path, title=f"Geneformer embeddings of {len(values):,} cells by {column}", name=column)
+                written.append(path)
+        if partial.suffix == ".h5ad":
+            with _new_array(partial, "obsm", "X_geneformer_umap", coordinates.shape) as obsm:
+                obsm[:] = coordinates
+        return written
+
+
+@contextmanager
+def _new_array(path: Path, group: str, name: str, shape: tuple[int, ...]) -> Iterator[Any]:
+    """Yield a float32 array to fill inside an .h5ad file; nothing else in the file is read or rewritten."""
+    import anndata
+    import h5py
+
+    with h5py.File(path, "r+") as file:
+        if group not in file:
+            anndata.io.write_elem(file, group, {})
+        if name in file[group]:
+            del file[group][name]
+        array = file[group].create_dataset(name, shape, "float32")
+        array.attrs.update({"encoding-type": "array", "encoding-version": "0.2.0"})
+        yield array
+
+
+def _file_name(column: str) -> str:
+    """Return a column's name as part of a file name."""
+    return "".join(c if c.isalnum() or c in "-_." else "_" for c in column)

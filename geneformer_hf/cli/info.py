@@ -1,0 +1,127 @@
+"""`geneformer-hf info`."""
+
+from __future__ import annotations
+
+import json
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+
+from ..errors import CellFileError, CheckpointError
+from .command import Command
+
+
+class Info(Command):
+    """Say what a model, a tokenized dataset or a file of cells is."""
+
+    name = "info"
+    help = "what a model, dataset or file is"
+
+    def add_arguments(self, parser: ArgumentParser) -> None:
+        parser.add_argument("what", metavar="MODEL|DATASET|FILE", help="checkpoint (folder, Hub id or preset name), dataset folder, or .h5ad file")
+        parser.add_argument("--model", help="for a file: also say how many of its genes this model's tokenizer knows")
+
+    def run(self, args: Namespace) -> int:
+        from ..models.configuration_geneformer import PRESETS
+
+        path = Path(args.what)
+        if path.is_file():
+            self._file(path, args.model)
+        elif (path / "dataset_info.json").is_file():
+            self._dataset(path)
+        elif path.is_dir() and not (path / "config.json").is_file():
+            msg = f"{path} is neither a checkpoint (no config.json) nor a dataset (no dataset_info.json)."
+            raise CheckpointError(msg)
+        elif args.what in PRESETS:
+            self._preset(args.what)
+        else:
+            self._model(args.what)
+        return 0
+
+    def _file(self, path: Path, model: str | None) -> None:
+        import numpy as np
+
+        from ..data.readers import H5adSource, open_cells
+        from ..genes import is_ensembl_id, species_of
+        from ..models.loading import load_tokenizer
+
+        if path.suffix == ".json":
+            from ..genes import GeneTable
+
+            table = GeneTable.load(path)
+            print(
+                f"Gene table: {len(table):,} {table.species} genes, token ids {table.token_ids.min():,} to {table.token_ids.max():,}, {len(table.aliases):,} aliases; {table.source}; fingerprint {table.fingerprint}"
+            )
+            return
+        source = open_cells(path)
+        if not isinstance(source, H5adSource):
+            raise CellFileError(str(path))
+        print(f"Cells: {source.n_cells:,} x {len(source.gene_names):,} genes")
+        print(f"Raw counts: in {source.counts}, stored as {source.layout}")
+        species = f"{species_of(source.gene_names)} Ensembl ids in " if is_ensembl_id(source.gene_names[0]) else ""
+        print(f"Genes: {species}{source.gene_names_from}, for instance {', '.join(source.gene_names[:3])}")
+        print(f"obs: {', '.join(source.obs_columns) or 'no columns'}")
+        if source.passing is not None:
+            print(f"filter_pass: {int(np.sum(source.passing)):,} of {source.n_cells:,} cells")
+        if model is not None:
+            tokenizer = load_tokenizer(model)
+            print(f"With {model}: {source.match_genes(tokenizer.gene_table).report.describe()}")
+
+    def _dataset(self, path: Path) -> None:
+        import datasets
+
+        from .tokenize import print_report
+
+        dataset = datasets.load_from_disk(str(path))
+        if isinstance(dataset, datasets.DatasetDict):
+            print("Dataset with the splits " + ", ".join(f"{name} ({len(split):,} cells)" for name, split in dataset.items()))
+            return
+        print(f"Tokenized dataset: {len(dataset):,} cells; columns {', '.join(dataset.column_names)}")
+        if "length" in dataset.column_names and len(dataset):
+            lengths = dataset.with_format("numpy")["length"][:]
+            print(f"Tokens per cell: {int(lengths.min()):,} to {int(lengths.max()):,}, mean {lengths.mean():,.0f}")
+        try:
+            report = json.loads(dataset.info.description or "{}")
+        except json.JSONDecodeError:
+            report = {}
+        if "encoding" in report:
+            print(f"Encoding: {report['encoding']}")
+            print_report(report)
+
+    def _preset(self, name: str) -> None:
+        from ..hub.checkpoints import CHECKPOINTS
+        from ..models.configuration_geneformer import GeneformerConfig
+
+        known = CHECKPOINTS[name]
+        print(f"Published checkpoint: {known.repository}, {known.subfolder}, {known.version}")
+        self._config(GeneformerConfig.from_preset(name))
+        print(f"Get it: geneformer-hf convert {name} FOLDER")
+
+    def _model(self, model: str) -> None:
+        from ..models.loading import load_model, load_tokenizer, require_checkpoint, require_same_vocabulary
+
+        require_checkpoint(model)
+        loaded = load_model(model)
+        n = sum(p.numel() for p in loaded.parameters())
+        print(f"{type(loaded).__name__}, {n:,} parameters")
+        self._config(loaded.config)
+        try:
+            tokenizer = load_tokenizer(model)
+        except CheckpointError as error:
+            print(f"Tokenizer: none. {error}")
+            return
+        require_same_vocabulary(loaded.config, tokenizer)
+        table = tokenizer.gene_table
+        print(f"Tokenizer: {len(table):,} {table.species} genes, {len(table.aliases):,} aliases; {table.source}; fingerprint {table.fingerprint}")
+
+    def _config(self, config: object) -> None:
+        names = {
+            "num_hidden_layers": "layers",
+            "hidden_size": "hidden",
+            "num_attention_heads": "heads",
+            "intermediate_size": "feed-forward",
+            "max_position_embeddings": "tokens per cell",
+            "vocab_size": "vocabulary",
+        }
+        print("; ".join(f"{label} {getattr(config, key):,}" for key, label in names.items()))
+        specials = {"<pad>": "pad_token_id", "<cls>": "cls_token_id", "<eos>": "eos_token_id"}
+        print("Special tokens: " + ", ".join(f"{token} {getattr(config, key)}" for token, key in specials.items() if getattr(config, key) is not None))

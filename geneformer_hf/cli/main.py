@@ -1,0 +1,75 @@
+"""Entry point of `geneformer-hf`."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+
+from .._version import __version__
+from ..errors import GeneformerError
+from .command import Command
+from .convert import Convert
+from .demo import Demo
+from .embed import Embed
+from .export import Export
+from .info import Info
+from .medians import Medians
+from .tokenize import Tokenize
+
+COMMANDS: tuple[type[Command], ...] = (Demo, Info, Convert, Export, Tokenize, Embed, Medians)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser with every command."""
+    parser = argparse.ArgumentParser(prog="geneformer-hf", description="Geneformer for the Hugging Face ecosystem: single cells in, embeddings out.")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of errors")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for cls in COMMANDS:
+        command = cls()
+        sub = commands.add_parser(command.name, help=command.help, description=cls.__doc__)
+        command.add_arguments(sub)
+        sub.set_defaults(run=command.run)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code: 0 done, 1 refused or failed with a message, 2 wrong usage, 130 interrupted."""
+    args = build_parser().parse_args(argv)
+    _quieten()
+    try:
+        return args.run(args)
+    except GeneformerError as error:
+        if args.debug:
+            raise
+        sys.stderr.write(f"geneformer-hf {args.command}: {error}\n")
+    except OSError as error:
+        # A full disk, a missing permission: the operating system's words name the file.
+        if args.debug:
+            raise
+        sys.stderr.write(f"geneformer-hf {args.command}: {error}\n")
+    except KeyboardInterrupt:
+        sys.stderr.write(f"geneformer-hf {args.command}: interrupted; nothing half-written was left.\n")
+        return 130
+    return 1
+
+
+def _quieten() -> None:
+    """Leave our own messages and progress bars on the terminal, and not those of the libraries below."""
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
+    warnings.filterwarnings("ignore", category=UserWarning, module="anndata|zarr|umap|scanpy|torch")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Checkpoints as others publish them, and ours as others read them."""

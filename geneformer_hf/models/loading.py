@@ -1,0 +1,140 @@
+"""Open any Geneformer checkpoint, and the tokenizer that belongs to it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from ..errors import CheckpointError, VocabularyMismatchError
+from ..pickles import require_content
+from .configuration_geneformer import GeneformerConfig
+from .modeling_geneformer import (
+    GeneformerForMaskedLM,
+    GeneformerForMultiTaskClassification,
+    GeneformerForSequenceClassification,
+    GeneformerForTokenClassification,
+    GeneformerModel,
+)
+from .tokenization_geneformer import GENE_TABLE_FILE, GeneformerTokenizer
+
+_CLASSES = {
+    cls.__name__: cls
+    for cls in (
+        GeneformerForMaskedLM,
+        GeneformerForMultiTaskClassification,
+        GeneformerForSequenceClassification,
+        GeneformerForTokenClassification,
+        GeneformerModel,
+    )
+}
+
+
+def model_class_of(config: GeneformerConfig, where: str = "the checkpoint") -> type[PreTrainedModel]:
+    """Return the model class that a configuration names; published ones name BERT's.
+
+    Raises:
+        CheckpointError: if it names none, or one that is not ours.
+    """
+    named = (config.architectures or ["(none)"])[0]
+    cls = _CLASSES.get(named.replace("Bert", "Geneformer", 1) if named.startswith("Bert") else named)
+    if cls is None:
+        msg = f"{where}: config.json names the architecture {named!r}; expected one of {', '.join(_CLASSES)} or their BERT counterparts."
+        raise CheckpointError(msg)
+    return cls
+
+
+def load_model(model: Any, **kwargs: Any) -> Any:
+    """Return a model as it is, or open the checkpoint in a folder or on the Hub, whatever its head.
+
+    Args:
+        model (`PreTrainedModel`, `str` or `Path`).
+        kwargs: passed on to `from_pretrained`: `subfolder`, `revision`, `dtype`.
+
+    Raises:
+        CheckpointError: if the folder holds no such checkpoint, or git-lfs pointers in place of weights.
+    """
+    if not isinstance(model, (str, Path)):
+        return model
+    require_checkpoint(model)
+    try:
+        config = GeneformerConfig.from_pretrained(str(model), **{k: v for k, v in kwargs.items() if k in ("subfolder", "revision")})
+        return model_class_of(config, str(model)).from_pretrained(str(model), config=config, **kwargs)
+    except (OSError, ValueError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        msg = f"{model} cannot be opened as a Geneformer checkpoint: {str(error).splitlines()[0]}"
+        raise CheckpointError(msg) from error
+
+
+def require_checkpoint(model: str | Path) -> None:
+    """Raise if a local folder cannot be a checkpoint: no config.json, or git-lfs pointers in place of weights."""
+    folder = Path(model)
+    if not folder.exists():
+        if len(folder.parts) > 2 or str(model).startswith((".", "/", "~")):
+            msg = f"{model} does not exist. Give the folder of a converted checkpoint, or a Hub id such as 'name/model'."
+            raise CheckpointError(msg)
+        return
+    if not (folder / "config.json").is_file():
+        msg = f"{model} holds no config.json, so no checkpoint. A published clone keeps them in subfolders such as Geneformer-V2-104M."
+        raise CheckpointError(msg)
+    for path in (*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")):
+        require_content(path)
+
+
+def load_tokenizer(folder: Any, **kwargs: Any) -> GeneformerTokenizer:
+    """Open the tokenizer of a converted checkpoint.
+
+    Raises:
+        CheckpointError: if there is none; published checkpoints carry none until they are converted.
+    """
+    local = Path(folder)
+    if local.is_dir() and not (local / GENE_TABLE_FILE).is_file():
+        msg = f"{folder} holds no {GENE_TABLE_FILE}: published checkpoints come without a tokenizer. Run `geneformer-hf convert {folder} OUTPUT` once and use OUTPUT."
+        raise CheckpointError(msg)
+    require_local: dict[str, Any] = {"local_files_only": True} if local.is_dir() else {}
+    try:
+        return GeneformerTokenizer.from_pretrained(str(folder), **require_local, **kwargs)
+    except (OSError, ValueError) as error:
+        if isinstance(error, (CheckpointError, VocabularyMismatchError)):
+            raise
+        msg = f"no gene tokenizer at {folder}: {str(error).splitlines()[0]} Convert a published checkpoint first (`geneformer-hf convert`)."
+        raise CheckpointError(msg) from error
+
+
+def tokenizer_of(model: Any) -> GeneformerTokenizer:
+    """Return the tokenizer in the folder or Hub repository a model was loaded from.
+
+    Raises:
+        CheckpointError: if the model was not loaded from anywhere, or there is no tokenizer there.
+    """
+    origin = model.config.name_or_path
+    if not origin:
+        msg = "This model was not loaded from a folder, so its tokenizer is not known. Pass `tokenizer=`."
+        raise CheckpointError(msg)
+    return load_tokenizer(origin)
+
+
+def require_same_vocabulary(config: GeneformerConfig, tokenizer: GeneformerTokenizer) -> None:
+    """Raise unless a tokenizer encodes for this model.
+
+    Raises:
+        VocabularyMismatchError: if sizes, special tokens, lengths or gene tables differ; each difference is named.
+    """
+    differences = []
+    size = max(tokenizer.get_vocab().values()) + 1
+    if size != config.vocab_size:
+        differences.append(f"the model has {config.vocab_size:,} tokens and the tokenizer {size:,}")
+    for name in ("cls_token_id", "eos_token_id", "pad_token_id"):
+        ours, theirs = getattr(config, name), getattr(tokenizer, name)
+        if ours != theirs:
+            differences.append(f"{name} is {ours} in the model and {theirs} in the tokenizer")
+    if tokenizer.model_max_length > config.max_position_embeddings:
+        differences.append(f"the tokenizer keeps {tokenizer.model_max_length:,} tokens a cell and the model has {config.max_position_embeddings:,} positions")
+    known = config.vocabulary_fingerprint
+    if known is not None and known != tokenizer.gene_table.fingerprint:
+        differences.append(f"the model was made for gene table {known} and the tokenizer has {tokenizer.gene_table.fingerprint}")
+    if differences:
+        msg = f"Model and tokenizer do not belong together: {'; '.join(differences)}. Use the tokenizer in the model's own folder."
+        raise VocabularyMismatchError(msg)

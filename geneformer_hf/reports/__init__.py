@@ -1,0 +1,1 @@
+"""What training, analysis and hub need to show results: figures, plots, cards."""

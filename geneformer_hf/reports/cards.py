@@ -1,0 +1,56 @@
+"""Model cards."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..models.configuration_geneformer import GeneformerConfig
+
+_PAPERS = {
+    "V1": "Theodoris et al. 2023, Transfer learning enables predictions in network biology, Nature 618:616 (doi:10.1038/s41586-023-06139-9)",
+    "V2": "Chen et al. 2024, Quantized multi-task learning for context-specific representations of gene network dynamics (bioRxiv 2024.08.16.608180)",
+}
+
+
+def checkpoint_card(config: GeneformerConfig, tokenizer: Any, *, origin: str, version: str | None) -> str:
+    """Return the card of a converted checkpoint as Markdown with the metadata the Hub reads."""
+    table = tokenizer.gene_table
+    specials = ", ".join(f"`{token}` {tokenizer.convert_tokens_to_ids(token)}" for token in tokenizer.all_special_tokens)
+    rows = {
+        "Architecture": (config.architectures or ["GeneformerForMaskedLM"])[0],
+        "Layers, hidden size, heads, feed-forward": f"{config.num_hidden_layers}, {config.hidden_size}, {config.num_attention_heads}, {config.intermediate_size}",
+        "Tokens per cell": f"{config.max_position_embeddings:,}",
+        "Vocabulary": f"{config.vocab_size:,} ({len(table):,} {table.species} genes; {specials})",
+        "Gene table": f"`{table.fingerprint}` ({table.source})",
+        "Converted from": origin,
+    }
+    lines = [
+        "---",
+        "license: apache-2.0",
+        "library_name: transformers",
+        "tags: [geneformer, single-cell, transcriptomics, biology]",
+        "---",
+        "",
+        f"# Geneformer {version or '(own vocabulary)'}",
+        "",
+        "A converted copy of a Geneformer checkpoint for the Auto classes of transformers. The weights are unchanged: every tensor",
+        "and token id was compared with the source. This is not an official release of the Geneformer authors.",
+        "",
+        "| | |",
+        "|---|---|",
+        *(f"| {name} | {value} |" for name, value in rows.items()),
+        "",
+        "```python",
+        "import geneformer_hf  # registers the Auto classes",
+        "from transformers import AutoModelForMaskedLM, AutoTokenizer",
+        "",
+        'tokenizer = AutoTokenizer.from_pretrained("FOLDER")',
+        'model = AutoModelForMaskedLM.from_pretrained("FOLDER")',
+        'adata.obsm["X_geneformer"] = geneformer_hf.embed_cells(model, adata, tokenizer=tokenizer)',
+        "```",
+        "",
+        "Input: raw transcript counts with Ensembl ids or symbols; not normalised values.",
+    ]
+    if version:
+        lines += ["", f"Please cite: {_PAPERS[version]}."]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,112 @@
+"""Pictures of embeddings and training: UMAP and heat map by an obs column, and loss curves."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from ..errors import MissingExtraError
+
+MAX_CLASSES = 40
+"""More categories than that get no legend that could be read."""
+
+
+def _pyplot() -> Any:
+    try:
+        import matplotlib as mpl
+    except ModuleNotFoundError as error:
+        msg = "Pictures need matplotlib and scanpy. Install them with `pip install 'geneformer-hf[plot]'`."
+        raise MissingExtraError(msg) from error
+    mpl.use("Agg", force=False)
+    import matplotlib.pyplot as plt
+
+    return plt
+
+
+def umap_coordinates(embeddings: np.ndarray, *, seed: int = 0, n_neighbors: int = 15) -> np.ndarray:
+    """Return UMAP coordinates, float32 of shape `(n, 2)`; NaN where an embedding is NaN.
+
+    Computed by scanpy (neighbours, then UMAP) with its defaults.
+    """
+    try:
+        import anndata
+        import scanpy as sc
+    except ModuleNotFoundError as error:
+        msg = "UMAP needs scanpy. Install it with `pip install 'geneformer-hf[plot]'`."
+        raise MissingExtraError(msg) from error
+    keep = ~np.isnan(embeddings).any(axis=1)
+    out = np.full((len(embeddings), 2), np.nan, dtype=np.float32)
+    if keep.sum() < 4:
+        return out
+    adata = anndata.AnnData(obs=pd.DataFrame(index=[str(i) for i in np.flatnonzero(keep)]), obsm={"X": embeddings[keep]})
+    sc.pp.neighbors(adata, use_rep="X", n_neighbors=min(n_neighbors, int(keep.sum()) - 1), random_state=seed)
+    sc.tl.umap(adata, random_state=seed)
+    out[keep] = adata.obsm["X_umap"]
+    return out
+
+
+def plot_umap(coordinates: np.ndarray, values: Sequence[Any], path: Path, *, title: str, name: str) -> None:
+    """Draw UMAP coordinates of shape `(n, 2)`, coloured by a column of classes or numbers."""
+    plt = _pyplot()
+    figure, axes = plt.subplots(figsize=(8, 5.5), layout="constrained")
+    series = pd.Series(list(values))
+    size = float(np.clip(20_000 / max(1, len(series)), 1, 18))
+    if pd.api.types.is_numeric_dtype(series) and series.nunique() > 10:
+        points = axes.scatter(*coordinates.T, c=series, s=size, cmap="viridis", linewidths=0)
+        figure.colorbar(points, ax=axes, label=name)
+    else:
+        labels = series.astype(object).where(series.notna(), "(missing)").astype(str).to_numpy()
+        classes, counts = np.unique(labels, return_counts=True)
+        colours = plt.get_cmap("tab20" if len(classes) > 10 else "tab10")
+        for i, (label, count) in enumerate(zip(classes, counts, strict=True)):
+            axes.scatter(*coordinates[labels == label].T, s=size, color=colours(i % colours.N), label=f"{label} ({count:,})", linewidths=0)
+        if len(classes) <= MAX_CLASSES:
+            axes.legend(
+                loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, markerscale=max(1.0, 6 / size**0.5), fontsize=8, ncols=1 + len(classes) // 26
+            )
+    axes.set(title=title, xlabel="UMAP 1", ylabel="UMAP 2", xticks=[], yticks=[])
+    axes.spines[["top", "right"]].set_visible(False)
+    _save(plt, figure, path)
+
+
+def plot_heatmap(embeddings: np.ndarray, values: Sequence[Any], path: Path, *, title: str, name: str) -> None:
+    """Draw the mean embedding of every class, scaled over classes; classes and dimensions are put in order by similarity."""
+    from scipy.cluster.hierarchy import leaves_list, linkage
+
+    plt = _pyplot()
+    keep = ~np.isnan(embeddings).any(axis=1)
+    labels = pd.Series(list(values)).astype(object)[keep]
+    means = pd.DataFrame(embeddings[keep]).groupby(labels.astype(str).to_numpy()).mean()
+    names = means.index.tolist()
+    spread = means.std(axis=0).replace(0, 1) if len(means) > 1 else 1.0
+    scaled = ((means - means.mean(axis=0)) / spread).to_numpy()
+    rows = leaves_list(linkage(scaled, "average")) if len(scaled) > 2 else np.arange(len(scaled))
+    columns = leaves_list(linkage(scaled.T, "average")) if scaled.shape[1] > 2 else np.arange(scaled.shape[1])
+    figure, axes = plt.subplots(figsize=(9, 1.5 + 0.3 * len(means)), layout="constrained")
+    image = axes.imshow(scaled[rows][:, columns], aspect="auto", cmap="RdBu_r", vmin=-2.5, vmax=2.5, interpolation="nearest")
+    axes.set_yticks(range(len(means)), [str(names[r]) for r in rows.tolist()], fontsize=8)
+    axes.set(title=title, xlabel=f"{embeddings.shape[1]} dimensions, ordered by similarity", ylabel=name, xticks=[])
+    figure.colorbar(image, ax=axes, label="mean, in standard deviations over classes")
+    _save(plt, figure, path)
+
+
+def plot_loss(steps: Sequence[int], losses: Sequence[float], path: Path, *, title: str, references: Mapping[str, float] | None = None) -> None:
+    """Draw training loss in nats by step, with other losses as horizontal lines."""
+    plt = _pyplot()
+    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    axes.plot(steps, losses, label="training")
+    for i, (label, value) in enumerate((references or {}).items()):
+        axes.axhline(value, linestyle="--", color=f"C{i + 1}", label=f"{label} ({value:.2f})")
+    axes.set(title=title, xlabel="step", ylabel="masked-gene loss (nats)")
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    _save(plt, figure, path)
+
+
+def _save(plt: Any, figure: Any, path: Path) -> None:
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
