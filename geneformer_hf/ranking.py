@@ -5,9 +5,10 @@ Everything here is numpy on raw counts. The rules, stated once:
 - A stored zero is not detected. A gene in several columns is summed before ranking (`sum_columns`).
 - The value of a gene is ``count / median``. The published formula also divides by the cell's total and multiplies by
   10,000, which cannot change the order within a cell.
-- Values that agree in the leading 44 of their 64 bits (relative difference below 3e-10) are ties, and ties keep column
-  order. The published order of ties is undefined; the 20 bits left out carry the rounding noise that differs between
-  sparse and dense arithmetic, and they hold the column during the sort, which makes a plain fast sort a stable one.
+- Values equal after rounding to 44 of their 64 bits (32 of the fraction, a relative difference of about 2e-10) are ties,
+  and ties keep column order. The published order of ties is undefined; the 20 bits left out carry the rounding noise that
+  differs between sparse and dense arithmetic, and they hold the column during the sort, which makes a plain fast sort a
+  stable one.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ TARGET_SUM = 10_000.0
 
 TIE_BITS = 20
 MAX_COLUMNS = 1 << TIE_BITS
+_HALF = np.uint64(1 << (TIE_BITS - 1))
 _COLUMN_MASK = np.uint64(MAX_COLUMNS - 1)
 _NOT_DETECTED = ~_COLUMN_MASK
 """Sort keys from here on belong to a value of zero: a stored zero, or a column left out."""
@@ -141,6 +143,8 @@ def rank_columns(counts_ng: sp.csr_array, medians_g: np.ndarray, *, most: int | 
     # Positive floats sort like their bit patterns; inverted, the largest comes first. The low bits give way to the column.
     values = counts_ng.data / medians_g[counts_ng.indices]
     keys = values.view(np.uint64)
+    # Rounded, not cut off: 3 / 0.3 and 6 / 0.6 fall on either side of 10 and are the same value.
+    keys += _HALF
     np.invert(keys, out=keys)
     keys &= ~_COLUMN_MASK
     keys |= counts_ng.indices.astype(np.uint64)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -169,9 +168,4 @@ def open_tokens(cells: Any, tokenizer: Callable[[], GeneformerTokenizer], *, gen
         cells = datasets.load_from_disk(str(cells))
     if hasattr(cells, "column_names"):
         return DatasetCells(cells)
-    work_dir = tempfile.TemporaryDirectory(prefix="geneformer-hf-")
-    source = open_cells(cells, gene_ids=gene_ids, counts_layer=counts_layer, work_dir=Path(work_dir.name))
-    opened = SourceCells(source, tokenizer())
-    # The folder (rows of a file stored by gene) lives as long as the cells do.
-    opened.work_dir = work_dir  # type: ignore[attr-defined]
-    return opened
+    return SourceCells(open_cells(cells, gene_ids=gene_ids, counts_layer=counts_layer), tokenizer())

@@ -12,7 +12,6 @@ import logging
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from glob import glob
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,9 +21,9 @@ import pyarrow as pa
 import xxhash
 from datasets.builder import Key
 
-from ..errors import CellFileError
 from ..models.tokenization_geneformer import EncodedCells, GeneformerTokenizer
 from .columns import ObsColumns
+from .files import content_hash, find_files
 from .readers import CellSource, H5adSource, SourceOptions, open_cells, read_ahead
 
 logger = logging.getLogger(__name__)
@@ -61,7 +60,7 @@ class CellDatasetConfig(datasets.BuilderConfig):
             msg = "CellDatasetBuilder needs `files=` and `tokenizer=`; `load_cells` passes both."
             raise ValueError(msg)
         digest = xxhash.xxh3_128()
-        for part in (self.tokenizer.encoding_fingerprint, self.source, self.encoding, *(content_hash(Path(f)) for f in self.files)):
+        for part in (self.tokenizer.encoding_fingerprint, self.source, self.encoding, *(content_hash(f) for f in self.files)):
             digest.update(repr(part).encode() + b"\0")
         return f"{self.name}-{digest.hexdigest()}"
 
@@ -236,35 +235,6 @@ def _load_memory(adata: Any, tokenizer: GeneformerTokenizer, source_options: Sou
     return _with_report(datasets.Dataset(table, info=datasets.DatasetInfo(features=features)), [source], tokenizer)
 
 
-def find_files(files: Any) -> list[Path]:
-    """Return the paths a user means: one file, several in their order, a glob or a folder sorted by name.
-
-    Raises:
-        CellFileError: if nothing is found, or a file is named twice.
-    """
-    paths: list[Path] = []
-    for item in [files] if isinstance(files, (str, Path)) else files:
-        path = Path(item)
-        if path.is_dir():
-            found = sorted(path.glob("*.h5ad"))
-        elif not path.exists() and any(c in str(item) for c in "*?["):
-            found = [Path(p) for p in sorted(glob(str(item), recursive=True))]  # noqa: PTH207 - Path.glob takes no absolute patterns
-        else:
-            found = [path]
-        if not found:
-            msg = f"{item}: no .h5ad file there."
-            raise CellFileError(msg)
-        paths += found
-    if not paths:
-        msg = "No file was given."
-        raise CellFileError(msg)
-    twice = sorted({str(p) for p in paths if paths.count(p) > 1})
-    if twice:
-        msg = f"Named more than once: {', '.join(twice)}. Each file's cells would be there twice."
-        raise CellFileError(msg)
-    return paths
-
-
 def features_of(tokenizer: GeneformerTokenizer, columns: ObsColumns, options: EncodingOptions) -> datasets.Features:
     """Return the columns of a tokenized dataset; tokens take the smallest of int16, uint16 and int32 that holds them."""
     largest = max(tokenizer.get_vocab().values()) if not len(tokenizer.gene_table) else int(tokenizer.gene_table.token_ids.max())
@@ -281,19 +251,6 @@ def row_ranges(n_cells: int) -> list[tuple[int, int]]:
     """Cut a file into row ranges; they depend on nothing but the number of cells, so neither do the shards."""
     size = min(RANGE_CELLS, max(256, -(-n_cells // RANGES_OF_A_FILE)))
     return [(start, min(start + size, n_cells)) for start in range(0, n_cells, size)] or [(0, 0)]
-
-
-def content_hash(path: Path) -> str:
-    """Return the xxh3 hash of a file's bytes."""
-    digest = xxhash.xxh3_128()
-    try:
-        with path.open("rb") as file:
-            while chunk := file.read(16 << 20):
-                digest.update(chunk)
-    except OSError as error:
-        msg = f"{path} cannot be read: {error.strerror or error}."
-        raise CellFileError(msg) from error
-    return digest.hexdigest()
 
 
 def _lists(cells: EncodedCells, values: Any, arrow_type: pa.DataType) -> pa.ListArray:

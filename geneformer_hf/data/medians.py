@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +11,7 @@ from tqdm.auto import tqdm
 from ..errors import GeneIdError
 from ..genes import GeneTable, human_genes, is_ensembl_id, species_of
 from ..ranking import TARGET_SUM, sum_columns
-from .builder import find_files
+from .files import find_files
 from .readers import CellSource, open_cells
 
 N_SPECIAL_TOKENS = 4
@@ -55,29 +53,28 @@ def fit_gene_table(
         array([7000., 3000.])
     """
     is_memory = hasattr(files, "obs") and hasattr(files, "var")
-    with tempfile.TemporaryDirectory(prefix="geneformer-hf-") as work_dir:
-        options: dict[str, Any] = {"gene_ids": gene_ids, "counts_layer": counts_layer, "total_counts": total_counts, "work_dir": Path(work_dir)}
-        sources = [open_cells(item, **options) for item in ([files] if is_memory else find_files(files))]
-        ids = sorted({name for source in sources for name in _ensembl_ids(source)})
-        if not ids:
-            msg = f"{sources[0].name}: none of its genes ({', '.join(sources[0].gene_names[:3])}, …) is an Ensembl id or a human symbol. Name the column with `gene_ids=` (`--gene-ids`)."
-            raise GeneIdError(msg)
-        species = species_of(ids) or "human"
-        everything = GeneTable(ids, range(len(ids)), np.ones(len(ids)), species=species)
-        genes, values = [], []
-        with tqdm(total=sum(s.n_cells for s in sources), unit=" cells", desc="Reading", disable=not progress) as bar:
-            for source in sources:
-                columns = source.match_genes(everything)
-                totals_n, _ = source.totals()
-                for block in source.iter_blocks():
-                    rows = slice(block.start, block.start + block.counts_ng.shape[0])
-                    counts = sum_columns(block.counts_ng, columns.slot_of_column, len(columns.token_ids))
-                    scaled = sp.diags_array(TARGET_SUM / np.maximum(totals_n[rows], 1)) @ counts.astype(np.float64)
-                    if source.passing is not None:
-                        scaled = scaled[source.passing[rows]]
-                    genes.append(columns.token_ids[scaled.indices])
-                    values.append(scaled.data)
-                    bar.update(block.counts_ng.shape[0])
+    options: dict[str, Any] = {"gene_ids": gene_ids, "counts_layer": counts_layer, "total_counts": total_counts}
+    sources = [open_cells(item, **options) for item in ([files] if is_memory else find_files(files))]
+    ids = sorted({name for source in sources for name in _ensembl_ids(source)})
+    if not ids:
+        msg = f"{sources[0].name}: none of its genes ({', '.join(sources[0].gene_names[:3])}, …) is an Ensembl id or a human symbol. Name the column with `gene_ids=` (`--gene-ids`)."
+        raise GeneIdError(msg)
+    species = species_of(ids) or "human"
+    everything = GeneTable(ids, range(len(ids)), np.ones(len(ids)), species=species)
+    genes, values = [], []
+    with tqdm(total=sum(s.n_cells for s in sources), unit=" cells", desc="Reading", disable=not progress) as bar:
+        for source in sources:
+            columns = source.match_genes(everything)
+            totals_n, _ = source.totals()
+            for block in source.iter_blocks():
+                rows = slice(block.start, block.start + block.counts_ng.shape[0])
+                counts = sum_columns(block.counts_ng, columns.slot_of_column, len(columns.token_ids))
+                scaled = sp.diags_array(TARGET_SUM / np.maximum(totals_n[rows], 1)) @ counts.astype(np.float64)
+                if source.passing is not None:
+                    scaled = scaled[source.passing[rows]]
+                genes.append(columns.token_ids[scaled.indices])
+                values.append(scaled.data)
+                bar.update(block.counts_ng.shape[0])
     medians = _median_by_group(np.concatenate(genes), np.concatenate(values), len(ids))
     found = {ids[i]: float(medians[i]) for i in np.flatnonzero(~np.isnan(medians))}
     if not found:

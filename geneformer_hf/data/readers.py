@@ -8,6 +8,9 @@ slabs, CSC through one transposition on disk (`transpose.py`).
 from __future__ import annotations
 
 import logging
+import shutil
+import tempfile
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -200,8 +203,8 @@ class AnnDataSource(CellSource):
 class H5adSource(CellSource):
     """An .h5ad file, read a block at a time."""
 
-    def __init__(self, path: Path, options: SourceOptions, work_dir: Path | None = None) -> None:
-        self.path, self.name, self.options, self._work_dir = path, str(path), options, work_dir
+    def __init__(self, path: Path, options: SourceOptions) -> None:
+        self.path, self.name, self.options = path, str(path), options
         self._transposed: CsrOnDisk | None = None
         with open_h5(path) as file:
             for key in ("obs", "var"):
@@ -252,20 +255,24 @@ class H5adSource(CellSource):
         with open_h5(self.path) as file:
             return read_frame(file["obs"], columns, start, stop, where=self.name)
 
-    def prepare(self, work_dir: Path) -> None:
-        """Transpose a CSC file to disk once, for any number of passes over any of its cells; other layouts need nothing."""
-        if self._layout == "csc" and self._transposed is None:
-            with open_h5(self.path) as file:
-                self._transposed = transpose_to_disk(file[self._key], self.n_cells, work_dir)
+    def prepare(self, work_dir: Path | None = None) -> None:
+        """Transpose a CSC file to disk once, for any number of passes over any of its cells; other layouts need nothing.
+
+        Args:
+            work_dir (`Path`, *optional*): a folder the caller removes; otherwise a temporary one that goes with this object.
+        """
+        if self._layout != "csc" or self._transposed is not None:
+            return
+        if work_dir is None:
+            work_dir = Path(tempfile.mkdtemp(prefix="geneformer-hf-"))
+            weakref.finalize(self, shutil.rmtree, work_dir, ignore_errors=True)
+        with open_h5(self.path) as file:
+            self._transposed = transpose_to_disk(file[self._key], self.n_cells, work_dir)
 
     def iter_blocks(self, start: int = 0, stop: int | None = None) -> Iterator[CellBlock]:
         """Yield the cells in order."""
         stop = self.n_cells if stop is None else stop
-        if self._layout == "csc" and self._transposed is None:
-            if self._work_dir is None:
-                msg = f"{self.name}: counts stored by gene (CSC) need a working folder; call prepare() first."
-                raise CellFileError(msg)
-            self.prepare(self._work_dir)
+        self.prepare()
         with open_h5(self.path) as file:
             rows = self._iter_dense(file[self._key], start, stop) if self._layout == "dense" else self._iter_sparse(file[self._key], start, stop)
             for counts, first in rows:
@@ -291,22 +298,19 @@ class H5adSource(CellSource):
             yield sp.csr_array((data, indices, indptr[first : last + 1] - begin), shape=(last - first, len(self.gene_names))), first
 
 
-def open_cells(
-    cells: Any, *, gene_ids: str | None = None, counts_layer: str | None = None, total_counts: str | None = None, work_dir: Path | None = None
-) -> CellSource:
+def open_cells(cells: Any, *, gene_ids: str | None = None, counts_layer: str | None = None, total_counts: str | None = None) -> CellSource:
     """Open an .h5ad file or an AnnData.
 
     Args:
         cells (`str`, `Path` or `AnnData`).
         gene_ids, counts_layer, total_counts (`str`, *optional*): see `SourceOptions`.
-        work_dir (`Path`, *optional*): where a file stored by gene (CSC) may be transposed.
 
     Raises:
         CellFileError, NotRawCountsError, GeneIdError, ColumnNotFoundError
     """
     options = SourceOptions(gene_ids, counts_layer, total_counts)
     if isinstance(cells, (str, Path)):
-        return H5adSource(Path(cells), options, work_dir)
+        return H5adSource(Path(cells), options)
     if all(hasattr(cells, part) for part in ("obs", "var", "X")):
         return AnnDataSource(cells, options)
     msg = f"Expected an AnnData or the path of an .h5ad file, got {type(cells).__name__}."

@@ -179,7 +179,7 @@ class GeneformerTokenizer(PreTrainedTokenizerFast):
         words: list[str] = []
         stack = [text, *rest]
         while stack:
-            item = stack.pop()
+            item = stack.pop(0)
             if isinstance(item, str):
                 words += item.split()
             elif isinstance(item, (list, tuple)):

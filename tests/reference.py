@@ -1,0 +1,39 @@
+"""Naive twins of the fast code: one loop a cell, no tricks."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+TIE_BITS = 20
+
+
+def rank_cell(counts_g: np.ndarray, token_ids_g: np.ndarray, medians_g: np.ndarray) -> list[int]:
+    """Rank one dense cell: divide, drop what is not detected, sort stably; values that round to the same 44 bits are ties."""
+    values = np.where(token_ids_g >= 0, counts_g / medians_g, 0.0)
+    shift = np.uint64(TIE_BITS)
+    rounded = (((values.view(np.uint64) + np.uint64(1 << (TIE_BITS - 1))) >> shift) << shift).view(np.float64)
+    order = np.argsort(-rounded, kind="stable")
+    return [int(token_ids_g[i]) for i in order if rounded[i] > 0]
+
+
+def rank_exactly(counts_g: np.ndarray, token_ids_g: np.ndarray, medians_g: np.ndarray) -> list[int]:
+    """Rank one dense cell by the published formula in float64, ties in column order."""
+    values = counts_g / counts_g.sum() * 10_000 / medians_g
+    order = np.argsort(-values, kind="stable")
+    return [int(token_ids_g[i]) for i in order if values[i] > 0]
+
+
+@torch.no_grad()
+def hidden_states(model: torch.nn.Module, cell: list[int], layer: int) -> torch.Tensor:
+    """Run one cell alone through the whole model, as anyone would, and take a layer."""
+    return model(input_ids=torch.tensor([cell]), output_hidden_states=True).hidden_states[layer][0]
+
+
+def embed_cell(model: torch.nn.Module, cell: list[int], layer: int, pooling: str) -> np.ndarray:
+    hidden = hidden_states(model, cell, layer)
+    if pooling == "cls":
+        return hidden[0].numpy()
+    special = {model.config.cls_token_id, model.config.eos_token_id} - {None}
+    genes = [i for i, token in enumerate(cell) if token not in special]
+    return hidden[genes].mean(0).numpy()
