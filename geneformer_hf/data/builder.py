@@ -20,7 +20,9 @@ import numpy as np
 import pyarrow as pa
 import xxhash
 from datasets.builder import Key
+from datasets.exceptions import DatasetGenerationError
 
+from ..errors import GeneformerError
 from ..models.tokenization_geneformer import EncodedCells, GeneformerTokenizer
 from .columns import ObsColumns
 from .files import content_hash, find_files
@@ -63,6 +65,10 @@ class CellDatasetConfig(datasets.BuilderConfig):
         for part in (self.tokenizer.encoding_fingerprint, self.source, self.encoding, *(content_hash(f) for f in self.files)):
             digest.update(repr(part).encode() + b"\0")
         return f"{self.name}-{digest.hexdigest()}"
+
+
+class CellsRefusedError(DatasetGenerationError):
+    """Carries our own error through datasets, which would replace it by one that says only that something went wrong."""
 
 
 class CellDatasetBuilder(datasets.ArrowBasedBuilder):
@@ -109,9 +115,12 @@ class CellDatasetBuilder(datasets.ArrowBasedBuilder):
         return [datasets.SplitGenerator(name=datasets.Split.TRAIN, gen_kwargs={"ranges": ranges})]
 
     def _generate_tables(self, ranges: list[tuple[int, int, int]]) -> Iterator[tuple[Key, pa.Table]]:
-        for place, (number, start, stop) in enumerate(ranges):
-            for batch, table in enumerate(self._encoder(number).tables(start, stop)):
-                yield Key(place, batch), table
+        try:
+            for place, (number, start, stop) in enumerate(ranges):
+                for batch, table in enumerate(self._encoder(number).tables(start, stop)):
+                    yield Key(place, batch), table
+        except GeneformerError as error:
+            raise CellsRefusedError(error) from error
 
     def clean_up(self) -> None:
         """Remove the rows of transposed files; only needed while the dataset is generated."""
@@ -221,6 +230,13 @@ def load_cells(
     builder = CellDatasetBuilder(cache_dir=cache_dir, files=tuple(map(str, paths)), tokenizer=tokenizer, source=source_options, encoding=encoding)
     try:
         builder.download_and_prepare(num_proc=num_proc)
+    except CellsRefusedError as refused:
+        raise refused.args[0] from None
+    except DatasetGenerationError as error:
+        # A full disk, for instance: the operating system's own error says more.
+        if isinstance(error.__cause__, OSError):
+            raise error.__cause__ from None
+        raise
     finally:
         builder.clean_up()
     return _with_report(builder.as_dataset("train"), builder.sources, tokenizer)

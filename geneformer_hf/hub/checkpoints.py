@@ -140,6 +140,11 @@ def convert_checkpoint(
     if len(tokenizer) != config.vocab_size:
         msg = f"{folder} has a vocabulary of {config.vocab_size:,} and the dictionaries in {found['tokens'].parent} one of {len(tokenizer):,}. Give the dictionaries of this checkpoint with `dictionaries=` (`--dictionaries`)."
         raise VocabularyMismatchError(msg)
+    try:
+        tensors = source_tensors(folder)
+    except Exception as error:
+        msg = f"{folder}: the weights cannot be read ({type(error).__name__}: {error}). Download them again."
+        raise CheckpointError(msg) from error
     model, loading = model_class.from_pretrained(folder, output_loading_info=True)
     problems = {name: sorted(map(str, keys)) for name, keys in loading.items() if name in ("missing_keys", "unexpected_keys", "mismatched_keys") and keys}
     if problems:
@@ -154,7 +159,7 @@ def convert_checkpoint(
         (partial / "README.md").write_text(
             checkpoint_card(model.config, tokenizer, origin=describe_source(source, subfolder, revision), version=version), encoding="utf-8"
         )
-        n_tensors = _require_equal(partial, folder, model_class, found["tokens"])
+        n_tensors = _require_equal(partial, tensors, model_class, found["tokens"])
     return Conversion(Path(output), model_class.__name__, version, len(tokenizer.gene_table), n_tensors)
 
 
@@ -301,17 +306,17 @@ def source_tensors(folder: Path) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def _require_equal(converted: Path, source: Path, model_class: Any, token_dictionary: Path) -> int:
+def _require_equal(converted: Path, source: dict[str, torch.Tensor], model_class: Any, token_dictionary: Path) -> int:
     """Open the converted folder as a user will and compare it with the source."""
     reloaded = model_class.from_pretrained(converted)
     ours = reloaded.state_dict()
     compared = 0
-    for name, tensor in source_tensors(source).items():
+    for name, tensor in source.items():
         # Position ids are a constant that old releases stored.
         if name.endswith("position_ids"):
             continue
         if name not in ours or not torch.equal(ours[name].cpu(), tensor.to(ours[name].dtype)):
-            msg = f"{converted}: {name} differs from {source} after the conversion. Nothing was written; please report this."
+            msg = f"{converted}: {name} differs from the source after the conversion. Nothing was written; please report this."
             raise CheckpointError(msg)
         compared += 1
     tokenizer = AutoTokenizer.from_pretrained(converted)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 from ..errors import CheckpointError, VocabularyMismatchError
@@ -61,7 +62,7 @@ def load_model(model: Any, **kwargs: Any) -> Any:
     try:
         config = GeneformerConfig.from_pretrained(str(model), **{k: v for k, v in kwargs.items() if k in ("subfolder", "revision")})
         return model_class_of(config, str(model)).from_pretrained(str(model), config=config, **kwargs)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         if isinstance(error, CheckpointError):
             raise
         msg = f"{model} cannot be opened as a Geneformer checkpoint: {str(error).splitlines()[0]}"

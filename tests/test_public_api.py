@@ -1,0 +1,32 @@
+import subprocess
+import sys
+
+import geneformer_hf
+
+PUBLIC = {
+    "CHECKPOINTS", "CellDatasetBuilder", "GeneTable", "GeneformerConfig", "GeneformerForMaskedLM", "GeneformerForMultiTaskClassification",
+    "GeneformerForSequenceClassification", "GeneformerForTokenClassification", "GeneformerModel", "GeneformerTokenizer", "__version__",
+    "convert_checkpoint", "embed_cells", "embed_genes", "export_checkpoint", "fit_gene_table", "iter_gene_embeddings", "load_cells", "rank_genes",
+    "state_embeddings",
+}  # fmt: skip
+
+
+def test_the_top_level_names():
+    assert set(geneformer_hf.__all__) == set(dir(geneformer_hf)) == PUBLIC
+    assert all(getattr(geneformer_hf, name) is not None for name in PUBLIC)
+
+
+def test_another_name_is_an_attribute_error():
+    assert not hasattr(geneformer_hf, "nothing")
+
+
+def test_the_import_is_light():
+    code = "import geneformer_hf, sys; print([m for m in ('anndata', 'datasets', 'h5py', 'pandas', 'peft', 'scanpy', 'sklearn') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_the_import_twice_is_harmless():
+    code = "import geneformer_hf, importlib; importlib.reload(geneformer_hf.models); from transformers import AutoConfig; print(AutoConfig.for_model('geneformer').model_type)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "geneformer"
