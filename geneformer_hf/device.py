@@ -8,6 +8,8 @@ from typing import TypeVar
 
 import torch
 
+from .errors import SettingError
+
 logger = logging.getLogger(__name__)
 
 DTYPES = {
@@ -26,7 +28,7 @@ def resolve_device(device: str | torch.device | None = None) -> torch.device:
     """Return the device to compute on: the one asked for, else CUDA (or ROCm), else Apple MPS, else the CPU.
 
     Raises:
-        ValueError: if the device asked for does not exist here.
+        SettingError: if the device asked for does not exist here.
 
     Example:
         >>> resolve_device("cpu")
@@ -42,13 +44,13 @@ def resolve_device(device: str | torch.device | None = None) -> torch.device:
         resolved = torch.device(device)
     except RuntimeError as error:
         msg = f"device {device!r} is not known to torch. Use 'cpu', 'cuda', 'cuda:1', 'mps' or leave it out."
-        raise ValueError(msg) from error
+        raise SettingError(msg) from error
     if resolved.type == "cuda" and not torch.cuda.is_available():
         msg = f"device {device!r} was asked for, but torch {torch.__version__} sees no CUDA device. Leave device out to use what is there."
-        raise ValueError(msg)
+        raise SettingError(msg)
     if resolved.type == "mps" and not torch.backends.mps.is_available():
         msg = f"device {device!r} was asked for, but torch {torch.__version__} sees no Apple GPU. Leave device out to use what is there."
-        raise ValueError(msg)
+        raise SettingError(msg)
     return resolved
 
 
@@ -63,7 +65,7 @@ def resolve_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
         return dtype
     if dtype not in DTYPES:
         msg = f"dtype {dtype!r} is not one of {', '.join(DTYPES)}."
-        raise ValueError(msg)
+        raise SettingError(msg)
     return DTYPES[dtype]
 
 

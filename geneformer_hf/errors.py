@@ -51,6 +51,14 @@ class LayerError(GeneformerError, ValueError):
     """The requested layer or pooling does not exist in this model."""
 
 
+class SettingError(GeneformerError, ValueError):
+    """An argument has a value that cannot be used here."""
+
+
+class OutputError(GeneformerError, OSError):
+    """The output cannot be written where it was asked for."""
+
+
 class OutputExistsError(GeneformerError, FileExistsError):
     """The output exists and overwriting was not asked for."""
 

@@ -127,6 +127,8 @@ class GeneReport:
     """Symbols that several genes of the vocabulary carry; left out."""
     unknown: tuple[str, ...] = ()
     """Names that led to no gene of the vocabulary; left out."""
+    species_code: str = ""
+    """Species of the vocabulary as in its Ensembl ids: empty for human, `MUS` for mouse."""
 
     @property
     def n_summed(self) -> int:
@@ -148,6 +150,9 @@ class GeneReport:
             parts.append(f"{len(self.ambiguous):,} ambiguous symbols left out ({_some(self.ambiguous)})")
         if self.unknown:
             parts.append(f"{len(self.unknown):,} not in the vocabulary left out ({_some(self.unknown)})")
+        strange = [name for name in self.unknown if (match := _ENSEMBL.fullmatch(name)) and (match["species"] or "") != self.species_code]
+        if strange:
+            parts.append(f"{len(strange):,} of these are {species_of(strange)} Ensembl ids")
         return "; ".join(parts)
 
 
@@ -362,6 +367,7 @@ class GeneTable:
             n_symbols=tally.get("symbol", 0),
             ambiguous=tuple(ambiguous),
             unknown=tuple(unknown),
+            species_code=next(((match["species"] or "") for match in map(_ENSEMBL.fullmatch, self.ensembl_ids[:1]) if match), ""),
         )
         self._require_overlap(report, where)
         return GeneColumns(slots, self.token_ids[rows], self.medians[rows], report)
@@ -379,6 +385,11 @@ class GeneTable:
             )
         elif sum(name.capitalize() == name for name in report.unknown) > len(report.unknown) / 2 and species is None:
             msg = f"{prefix}only {found}: the names look like mouse or rat symbols ({_some(report.unknown)}). Map them to {self.species} orthologues first."
+        elif species is not None:
+            msg = (
+                f"{prefix}only {found}; expected at least {MIN_OVERLAP:.0%}. They are {species} Ensembl ids, but not those of this vocabulary "
+                f"({_some(report.unknown)}): a small panel, or a model whose vocabulary is another one."
+            )
         else:
             msg = (
                 f"{prefix}only {found}; expected at least {MIN_OVERLAP:.0%}. Not found: {_some(report.unknown)}. "
@@ -484,6 +495,9 @@ def choose_gene_ids(columns: Mapping[str, Sequence[str]], index: Sequence[str], 
     for name in SYMBOL_COLUMNS:
         if name in columns:
             return list(columns[name]), f"symbols in var[{name!r}]"
+    if not index:
+        msg = f"{prefix}there are no genes: var has 0 rows."
+        raise GeneIdError(msg)
     if not any(str(name)[:1].isalpha() for name in index[:1000]):
         msg = (
             f"{prefix}nothing in var names the genes: its index reads {_some(map(str, index))} and its text columns are {sorted(columns)}. "

@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from .errors import OutputExistsError
+from .errors import OutputError, OutputExistsError
 
 
 def require_free(output: Path, *, overwrite: bool = False) -> None:
-    """Raise if the output exists and may not be replaced; called before any work is done.
+    """Raise if the output exists and may not be replaced, or cannot be written; called before any work is done.
 
     Raises:
-        OutputExistsError
+        OutputExistsError, OutputError
     """
     if output.exists() and not overwrite:
         msg = f"{output} exists. Choose another name, or pass --overwrite (`overwrite=True`) to replace it."
         raise OutputExistsError(msg)
+    existing = next(p for p in (output, *output.parents) if p.exists())
+    if existing != output and not (existing.is_dir() and os.access(existing, os.W_OK)):
+        msg = f"cannot write {output}: {existing} is {'a folder without write permission' if existing.is_dir() else 'not a folder'}. Choose another output."
+        raise OutputError(msg)
 
 
 @contextmanager
@@ -31,8 +36,7 @@ def new_folder(output: str | Path, *, overwrite: bool = False) -> Iterator[Path]
     """
     output = Path(output)
     require_free(output, overwrite=overwrite)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{output.name}.", suffix=".partial", dir=output.parent))
+    partial = _temporary_beside(output)
     try:
         # mkdtemp makes folders for the owner alone.
         partial.chmod(0o755)
@@ -51,11 +55,26 @@ def new_file(output: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
     """
     output = Path(output)
     require_free(output, overwrite=overwrite)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{output.name}.", suffix=".partial", dir=output.parent) as folder:
-        partial = Path(folder) / output.name
-        yield partial
-        partial.replace(output)
+    folder = _temporary_beside(output)
+    try:
+        yield folder / output.name
+        (folder / output.name).replace(output)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _temporary_beside(output: Path) -> Path:
+    """Make a temporary folder where the output will be, so that a rename is all that is left to do.
+
+    Raises:
+        OutputError: if nothing can be written there.
+    """
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        return Path(tempfile.mkdtemp(prefix=f".{output.name}.", suffix=".partial", dir=output.parent))
+    except OSError as error:
+        msg = f"cannot write to the folder {output.parent}: {error.strerror or error}. Choose another output."
+        raise OutputError(msg) from error
 
 
 def _replace(partial: Path, output: Path) -> None:

@@ -61,14 +61,17 @@ def count_problem(values: np.ndarray) -> str | None:
         return None
     if not (np.isfinite(low) and np.isfinite(high)):
         n_bad = int((~np.isfinite(values)).sum())
-        return f"holds {n_bad:,} values that are NaN or infinite among {values.size:,}"
+        return f"holds {n_bad:,} values that are NaN or infinite among {values.size:,}; remove or mend these cells"
     if low < 0:
-        return f"looks scaled (smallest value {low:.3g}, {(values < 0).mean():.0%} of the values negative)"
+        n_negative = int((values < 0).sum())
+        looks = "looks scaled" if n_negative > values.size / 100 else "holds negative values"
+        return f"{looks} (smallest value {low:.3g}, {n_negative:,} of {values.size:,} values negative)"
     fractional = np.trunc(values) != values
     if not fractional.any():
         return None
-    share, looks = fractional.mean(), "log-normalised" if high < 20 else "normalised"
-    return f"looks {looks} (largest value {high:.4g}, {share:.0%} of the values not whole numbers)"
+    n_fractional, looks = int(fractional.sum()), "log-normalised" if high < 20 else "normalised"
+    looks = f"looks {looks}" if n_fractional > values.size / 100 else "holds fractions"
+    return f"{looks} (largest value {high:.4g}, {n_fractional:,} of {values.size:,} values not whole numbers)"
 
 
 def choose_counts(samples: Mapping[str, Callable[[], np.ndarray]], counts_layer: str | None = None, *, where: str = "") -> str:

@@ -53,6 +53,8 @@ def test_embed_into_a_copy_of_the_file(h5ad, cells, model, tokenizer, model_fold
     assert np.array_equal(result.X.toarray(), cells.X.toarray())
     assert (tmp_path / "out_umap_cell_type.png").stat().st_size > 5000
     assert (tmp_path / "out_heatmap_cell_type.png").stat().st_size > 5000
+    assert result.uns["X_geneformer"]["pooling"] == "cls"
+    assert result.uns["X_geneformer"]["gene_table"] == tokenizer.gene_table.fingerprint
     assert "Embeddings of cells (layer -2, cls, 16 dimensions)" in capsys.readouterr().out
 
 

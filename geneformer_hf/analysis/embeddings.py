@@ -21,7 +21,7 @@ import torch
 from tqdm.auto import tqdm
 
 from ..device import resolve_device, resolve_dtype, run_with_backoff
-from ..errors import LayerError, VocabularyMismatchError
+from ..errors import LayerError, SettingError, VocabularyMismatchError
 from ..genes import GeneTable
 from ..models.attention import encode_packed
 from ..models.configuration_geneformer import GeneformerConfig
@@ -267,7 +267,7 @@ class Embedder:
             raise LayerError(msg)
         if batch_size is not None and batch_size < 1:
             msg = f"batch_size is {batch_size}; expected at least 1."
-            raise ValueError(msg)
+            raise SettingError(msg)
         self.batch_size, self.progress = batch_size, progress
         self.tokens_per_pass = TOKENS_PER_PASS.get(self.device.type, TOKENS_PER_PASS_ON_ACCELERATOR)
         self._tokenizer = tokenizer

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from argparse import ArgumentParser, Namespace
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from pathlib import Path
 
 
@@ -20,6 +20,18 @@ class Command(ABC):
     @abstractmethod
     def run(self, args: Namespace) -> int:
         """Do it and return the exit code."""
+
+
+def positive(text: str) -> int:
+    """Read a whole number above 0."""
+    try:
+        number = int(text)
+    except ValueError:
+        number = 0
+    if number < 1:
+        msg = f"{text!r} is not a whole number above 0"
+        raise ArgumentTypeError(msg)
+    return number
 
 
 def add_reading(parser: ArgumentParser) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator
@@ -9,8 +10,9 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+from .._version import __version__
 from ..errors import CellFileError, ColumnNotFoundError
-from .command import Command, add_overwrite, add_reading, describe_size
+from .command import Command, add_overwrite, add_reading, describe_size, positive
 
 
 class Embed(Command):
@@ -40,7 +42,7 @@ class Embed(Command):
             "--plot", nargs="+", metavar="COL", default=[], help="draw a UMAP and a heat map coloured by these columns of obs, beside the output"
         )
         add_reading(parser)
-        parser.add_argument("--batch-size", type=int, metavar="N", help="most cells in one pass (default: by tokens)")
+        parser.add_argument("--batch-size", type=positive, metavar="N", help="most cells in one pass (default: by tokens)")
         parser.add_argument("--device", help="where to compute (default: the accelerator if there is one)")
         parser.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], help="compute in this type (default: fp32)")
         parser.add_argument("--seed", type=int, default=0, help="of the UMAP (default: 0)")
@@ -66,8 +68,11 @@ class Embed(Command):
         )
         cells = runner.open(args.input, gene_ids=args.gene_ids, counts_layer=args.counts_layer)
         columns = {column: cells.column(column) for column in args.plot}
+        if not cells.n_cells:
+            msg = f"{args.input} holds no cells."
+            raise CellFileError(msg)
         if isinstance(cells, SourceCells):
-            print(f"{args.input}: {cells.n_cells:,} cells, counts in {cells.source.counts}; {cells.genes.report.describe()}.")
+            print_source(args.input, cells, args.genes)
         with new_file(args.output, overwrite=args.overwrite) as partial:
             written: list[Path] = []
             if args.genes:
@@ -75,6 +80,7 @@ class Embed(Command):
             else:
                 embeddings = self._cells(args, runner, cells, partial)
                 written = self._plot(args, embeddings, columns, partial) if columns else []
+            note_in_file(partial, record_of(args, runner))
             for path in written:
                 path.replace(args.output.with_name(path.name))
         what = "genes" if args.genes else "cells"
@@ -106,15 +112,18 @@ class Embed(Command):
         import pyarrow.parquet as pq
 
         size = runner.config.hidden_size
+        metadata = {"geneformer": json.dumps(record_of(args, runner))}
         kept = np.empty((cells.n_cells if args.plot else 0, size), dtype=np.float32)
         with ExitStack() as stack:
             if partial.suffix == ".parquet":
-                schema = pa.schema([("cell_id", pa.string()), ("embedding", pa.list_(pa.float32(), size))])
+                schema = pa.schema([("cell_id", pa.string()), ("embedding", pa.list_(pa.float32(), size))], metadata)
                 writer = stack.enter_context(pq.ParquetWriter(partial, schema))
             else:
                 shutil.copyfile(args.input, partial)
                 obsm = stack.enter_context(_new_array(partial, "obsm", "X_geneformer", (cells.n_cells, size)))
+            n_embedded = 0
             for chunk, vectors in runner.iter_cells(cells):
+                n_embedded += int((~np.isnan(vectors[:, 0])).sum())
                 rows = slice(chunk.start, chunk.start + len(vectors))
                 if partial.suffix == ".parquet":
                     lists = pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), size)
@@ -123,9 +132,13 @@ class Embed(Command):
                     obsm[rows] = vectors
                 if args.plot:
                     kept[rows] = vectors
+            if not n_embedded:
+                msg = f"{args.input}: none of its {cells.n_cells:,} cells holds a gene of the model's vocabulary, so there is nothing to embed."
+                raise CellFileError(msg)
         return kept
 
     def _genes(self, args: Namespace, runner: Any, cells: Any, partial: Path) -> None:
+        import numpy as np
         import pyarrow as pa
         import pyarrow.parquet as pq
 
@@ -140,9 +153,12 @@ class Embed(Command):
             "counts_layer": args.counts_layer,
             "tokenizer": runner.tokenizer(),
         }
+        metadata = {"geneformer": json.dumps(record_of(args, runner))}
         if args.genes == "contextual":
             size = runner.config.hidden_size
-            schema = pa.schema([("cell_id", pa.string()), ("ensembl_id", pa.string()), ("rank", pa.int32()), ("embedding", pa.list_(pa.float32(), size))])
+            schema = pa.schema(
+                [("cell_id", pa.string()), ("ensembl_id", pa.string()), ("rank", pa.int32()), ("embedding", pa.list_(pa.float32(), size))], metadata
+            )
             with pq.ParquetWriter(partial, schema) as writer:
                 for batch in iter_gene_embeddings(runner.model, args.input, **options):
                     writer.write_batch(batch)
@@ -150,10 +166,13 @@ class Embed(Command):
         genes = embed_genes(runner.model, args.input, **options)
         if args.output.suffix == ".parquet":
             vectors = pa.FixedSizeListArray.from_arrays(pa.array(genes.vectors.ravel()), genes.vectors.shape[1])
-            pq.write_table(pa.table({"ensembl_id": genes.ensembl_ids, "n_cells": genes.n_cells, "embedding": vectors}), partial)
+            pq.write_table(pa.table({"ensembl_id": genes.ensembl_ids, "n_cells": genes.n_cells, "embedding": vectors}, metadata=metadata), partial)
             return
         ids = runner.gene_table(cells).ensembl_of_tokens(cells.genes.token_of_column)
         vectors = genes.for_genes([ensembl_id or "" for ensembl_id in ids])
+        n_without = int(np.isnan(vectors[:, 0]).sum())
+        if n_without:
+            print(f"{n_without:,} of {len(vectors):,} genes are outside the vocabulary or in no cell's tokens; their rows of varm are NaN.")
         shutil.copyfile(args.input, partial)
         with _new_array(partial, "raw/varm" if cells.source.counts == "raw.X" else "varm", "X_geneformer", vectors.shape) as varm:
             varm[:] = vectors
@@ -173,6 +192,43 @@ class Embed(Command):
             with _new_array(partial, "obsm", "X_geneformer_umap", coordinates.shape) as obsm:
                 obsm[:] = coordinates
         return written
+
+
+def print_source(path: Path, cells: Any, genes: str | None) -> None:
+    """Print what was found in a file, and what a user may not expect to happen with it."""
+    import numpy as np
+
+    source = cells.source
+    print(f"{path}: {cells.n_cells:,} cells, counts in {source.counts_described}; {cells.genes.report.describe()}.")
+    if source.passing is not None and not source.passing.all():
+        print(f"{int(np.sum(~source.passing)):,} cells have filter_pass 0; they are embedded like the others.")
+    place = "varm" if genes else "obsm"
+    if "X_geneformer" in source.keys_of(place):
+        print(f'{place}["X_geneformer"] of the input is replaced in the output.')
+
+
+def record_of(args: Namespace, runner: Any) -> dict[str, Any]:
+    """Return how the embeddings were made, to keep beside them."""
+    return {
+        "model": str(args.model),
+        "layer": args.layer,
+        "pooling": runner.pooling if not args.genes else args.genes,
+        "dtype": args.dtype or "fp32",
+        "gene_table": str(runner.config.vocabulary_fingerprint),
+        "geneformer_hf": __version__,
+    }
+
+
+def note_in_file(path: Path, record: dict[str, Any]) -> None:
+    """Keep how the embeddings were made in uns["X_geneformer"] of an .h5ad; a Parquet file has it in its metadata."""
+    if path.suffix == ".h5ad":
+        import anndata
+        import h5py
+
+        with h5py.File(path, "r+") as file:
+            if "uns" not in file:
+                anndata.io.write_elem(file, "uns", {})
+            anndata.io.write_elem(file["uns"], "X_geneformer", record)
 
 
 @contextmanager

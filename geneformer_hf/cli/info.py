@@ -6,7 +6,7 @@ import json
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
-from ..errors import CellFileError, CheckpointError
+from ..errors import CellFileError, CheckpointError, NotRawCountsError
 from .command import Command
 
 
@@ -29,7 +29,10 @@ class Info(Command):
         elif (path / "dataset_info.json").is_file():
             self._dataset(path)
         elif path.is_dir() and not (path / "config.json").is_file():
-            msg = f"{path} is neither a checkpoint (no config.json) nor a dataset (no dataset_info.json)."
+            inside = ", ".join(sorted(p.parent.name for p in path.glob("*/config.json")))
+            msg = f"{path} is neither a checkpoint (no config.json) nor a dataset (no dataset_info.json)." + (
+                f" Checkpoints inside: {inside}." if inside else ""
+            )
             raise CheckpointError(msg)
         elif args.what in PRESETS:
             self._preset(args.what)
@@ -40,7 +43,8 @@ class Info(Command):
     def _file(self, path: Path, model: str | None) -> None:
         import numpy as np
 
-        from ..data.readers import H5adSource, open_cells
+        from ..data.obs import frame_columns, frame_length
+        from ..data.readers import H5adSource, open_cells, open_h5
         from ..genes import is_ensembl_id, species_of
         from ..models.loading import load_tokenizer
 
@@ -52,11 +56,20 @@ class Info(Command):
                 f"Gene table: {len(table):,} {table.species} genes, token ids {table.token_ids.min():,} to {table.token_ids.max():,}, {len(table.aliases):,} aliases; {table.source}; fingerprint {table.fingerprint}"
             )
             return
-        source = open_cells(path)
+        try:
+            source = open_cells(path)
+        except NotRawCountsError:
+            # What there is helps to find the right layer; the error follows.
+            with open_h5(path) as file:
+                print(
+                    f"Cells: {frame_length(file['obs']):,} x {frame_length(file['var']):,} genes; layers: {', '.join(file.get('layers', ())) or 'none'}; raw: {'yes' if 'raw' in file else 'no'}"
+                )
+                print(f"obs: {', '.join(frame_columns(file['obs'])) or 'no columns'}")
+            raise
         if not isinstance(source, H5adSource):
             raise CellFileError(str(path))
         print(f"Cells: {source.n_cells:,} x {len(source.gene_names):,} genes")
-        print(f"Raw counts: in {source.counts}, stored as {source.layout}")
+        print(f"Raw counts: in {source.counts_described}, stored as {source.layout}")
         species = f"{species_of(source.gene_names)} Ensembl ids in " if is_ensembl_id(source.gene_names[0]) else ""
         print(f"Genes: {species}{source.gene_names_from}, for instance {', '.join(source.gene_names[:3])}")
         print(f"obs: {', '.join(source.obs_columns) or 'no columns'}")
@@ -69,7 +82,7 @@ class Info(Command):
     def _dataset(self, path: Path) -> None:
         import datasets
 
-        from .tokenize import print_report
+        from .tokenize import print_files, print_left_out
 
         dataset = datasets.load_from_disk(str(path))
         if isinstance(dataset, datasets.DatasetDict):
@@ -85,7 +98,8 @@ class Info(Command):
             report = {}
         if "encoding" in report:
             print(f"Encoding: {report['encoding']}")
-            print_report(report)
+            print_files(report)
+            print_left_out(report)
 
     def _preset(self, name: str) -> None:
         from ..hub.checkpoints import CHECKPOINTS

@@ -6,7 +6,7 @@ import json
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
-from .command import Command, add_overwrite, add_reading, describe_size
+from .command import Command, add_overwrite, add_reading, describe_size, positive
 
 
 class Tokenize(Command):
@@ -22,7 +22,7 @@ class Tokenize(Command):
         parser.add_argument("--obs", nargs="*", metavar="COL", help="columns of obs to keep (default: all; --obs alone: none)")
         add_reading(parser)
         parser.add_argument("--keep-counts", action="store_true", help="also keep counts per 10,000 beside each token (default: no)")
-        parser.add_argument("--num-proc", type=int, default=1, metavar="N", help="processes (default: 1)")
+        parser.add_argument("--num-proc", type=positive, default=1, metavar="N", help="processes (default: 1)")
         add_overwrite(parser)
 
     def run(self, args: Namespace) -> int:
@@ -51,7 +51,8 @@ class Tokenize(Command):
             lengths = dataset.with_format("numpy")["length"][:]
             with new_folder(args.output, overwrite=args.overwrite) as partial:
                 dataset.save_to_disk(partial)
-        print_report(report)
+        # What was left out has been said as a warning.
+        print_files(report)
         if len(lengths):
             n_full = int((lengths == tokenizer.model_max_length).sum())
             print(
@@ -61,10 +62,14 @@ class Tokenize(Command):
         return 0
 
 
-def print_report(report: dict) -> None:
-    """Print what `load_cells` read and left out."""
+def print_files(report: dict) -> None:
+    """Print what `load_cells` read."""
     for file in report["files"]:
         print(f"{file['file']}: {file['cells']:,} cells, counts in {file['counts']}; {file['genes']}.")
+
+
+def print_left_out(report: dict) -> None:
+    """Print what `load_cells` left out."""
     if report["left_out_by_filter_pass"]:
         print(f"Left out: {report['left_out_by_filter_pass']:,} cells with filter_pass 0.")
     if report["left_out_without_genes"]:

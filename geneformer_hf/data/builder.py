@@ -22,7 +22,7 @@ import xxhash
 from datasets.builder import Key
 from datasets.exceptions import DatasetGenerationError
 
-from ..errors import GeneformerError
+from ..errors import CellFileError, GeneformerError
 from ..models.tokenization_geneformer import EncodedCells, GeneformerTokenizer
 from .columns import ObsColumns
 from .files import content_hash, find_files
@@ -141,12 +141,13 @@ class CellEncoder:
     def __init__(self, source: CellSource, tokenizer: GeneformerTokenizer, columns: ObsColumns, options: EncodingOptions) -> None:
         self.source, self.tokenizer, self.columns, self.options = source, tokenizer, columns, options
         self.genes = source.match_genes(tokenizer.gene_table)
+        self.passing = source.passing
         self.totals_n: np.ndarray | None
         self.totals_n, self.totals_from = source.totals() if options.keep_counts else (None, "")
 
     def tables(self, start: int = 0, stop: int | None = None) -> Iterator[pa.Table]:
         """Yield the rows of some cells: those that pass the filter and hold a gene of the vocabulary, in order."""
-        passing = self.source.passing
+        passing = self.passing
         obs = self.columns.read(self.source, start, stop)
         for block in read_ahead(self.source.iter_blocks(start, stop)):
             rows = np.arange(block.start, block.start + block.counts_ng.shape[0])
@@ -239,6 +240,8 @@ def load_cells(
         raise
     finally:
         builder.clean_up()
+    if not builder.info.splits or not builder.info.splits["train"].num_examples:
+        return _with_report(_in_memory([], builder.info.features), builder.sources, tokenizer)
     return _with_report(builder.as_dataset("train"), builder.sources, tokenizer)
 
 
@@ -247,8 +250,12 @@ def _load_memory(adata: Any, tokenizer: GeneformerTokenizer, source_options: Sou
     columns = ObsColumns.of([source], encoding.obs)
     features = features_of(tokenizer, columns, encoding)
     tables = list(CellEncoder(source, tokenizer, columns, encoding).tables())
+    return _with_report(_in_memory(tables, features), [source], tokenizer)
+
+
+def _in_memory(tables: list[pa.Table], features: datasets.Features) -> datasets.Dataset:
     table = pa.concat_tables(tables) if tables else features.arrow_schema.empty_table()
-    return _with_report(datasets.Dataset(table, info=datasets.DatasetInfo(features=features)), [source], tokenizer)
+    return datasets.Dataset(table, info=datasets.DatasetInfo(features=features))
 
 
 def features_of(tokenizer: GeneformerTokenizer, columns: ObsColumns, options: EncodingOptions) -> datasets.Features:
@@ -280,13 +287,17 @@ def _with_report(dataset: datasets.Dataset, sources: Sequence[CellSource], token
     for source in sources:
         genes = source.match_genes(tokenizer.gene_table).report
         n_filtered = 0 if source.passing is None else int((~source.passing).sum())
-        files.append({"file": source.name, "cells": source.n_cells, "filter_pass": n_filtered, "counts": source.counts, "genes": genes.describe()})
+        files.append({"file": source.name, "cells": source.n_cells, "filter_pass": n_filtered, "counts": source.counts_described, "genes": genes.describe()})
     n_filtered = sum(f["filter_pass"] for f in files)
     n_empty = sum(f["cells"] for f in files) - n_filtered - len(dataset)
     if n_filtered:
         logger.warning("%s cells were left out because obs['filter_pass'] is 0.", f"{n_filtered:,}")
     if n_empty:
         logger.warning("%s cells were left out because they hold no gene of the vocabulary.", f"{n_empty:,}")
+    if not len(dataset):
+        names = ", ".join(source.name for source in sources[:3])
+        msg = f"{names}: none of {n_filtered + n_empty:,} cells is left: {n_filtered:,} have filter_pass 0, {n_empty:,} hold no gene of the vocabulary."
+        raise CellFileError(msg)
     report = {
         "encoding": tokenizer.encoding_fingerprint,
         "cells": len(dataset),

@@ -55,6 +55,10 @@ def fit_gene_table(
     is_memory = hasattr(files, "obs") and hasattr(files, "var")
     options: dict[str, Any] = {"gene_ids": gene_ids, "counts_layer": counts_layer, "total_counts": total_counts}
     sources = [open_cells(item, **options) for item in ([files] if is_memory else find_files(files))]
+    kinds = {source.name: species_of(_ensembl_ids(source)) for source in sources}
+    if len(set(kinds.values()) - {None}) > 1:
+        msg = f"The files are of several species: {', '.join(f'{name} ({kind})' for name, kind in kinds.items())}. Fit one gene table per species."
+        raise GeneIdError(msg)
     ids = sorted({name for source in sources for name in _ensembl_ids(source)})
     if not ids:
         msg = f"{sources[0].name}: none of its genes ({', '.join(sources[0].gene_names[:3])}, …) is an Ensembl id or a human symbol. Name the column with `gene_ids=` (`--gene-ids`)."

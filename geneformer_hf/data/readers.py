@@ -80,6 +80,11 @@ class CellSource(ABC):
         """Yield the cells from `start` up to `stop` in order, each once, in blocks of bounded size."""
 
     @property
+    def counts_described(self) -> str:
+        """Where the counts are, for people."""
+        return self.counts if self.counts in ("X", "raw.X") else f"layers[{self.counts!r}]"
+
+    @property
     @abstractmethod
     def obs_columns(self) -> list[str]:
         """Names of the obs columns, in order."""
@@ -87,6 +92,10 @@ class CellSource(ABC):
     @abstractmethod
     def read_obs(self, columns: Sequence[str], start: int = 0, stop: int | None = None) -> pd.DataFrame:
         """Return obs columns of some cells, indexed by cell id; categories stay categories."""
+
+    @abstractmethod
+    def keys_of(self, place: str) -> list[str]:
+        """Return the names of what is stored in `obsm` or `varm`."""
 
     def match_genes(self, table: GeneTable) -> GeneColumns:
         """Match the genes of this source against a table; done once per table."""
@@ -173,6 +182,10 @@ class AnnDataSource(CellSource):
         columns = {c: var[c].astype(str).tolist() for c in var.columns if _is_text(var[c])}
         self.gene_names, self.gene_names_from = choose_gene_ids(columns, [str(v) for v in var.index], options.gene_ids, where=self.name)
 
+    def keys_of(self, place: str) -> list[str]:
+        """Return the names of what is stored in `obsm` or `varm`."""
+        return list(getattr(self._adata, place).keys())
+
     @property
     def obs_columns(self) -> list[str]:
         """Names of the obs columns, in order."""
@@ -239,6 +252,11 @@ class H5adSource(CellSource):
         if isinstance(matrix, h5py.Dataset):
             return matrix[: max(1, SAMPLE_VALUES // max(1, matrix.shape[-1]))].ravel()
         return matrix["data"][:SAMPLE_VALUES]
+
+    def keys_of(self, place: str) -> list[str]:
+        """Return the names of what is stored in `obsm` or `varm`."""
+        with open_h5(self.path) as file:
+            return list(file.get(place, ()))
 
     @property
     def layout(self) -> str:

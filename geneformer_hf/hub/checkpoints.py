@@ -20,7 +20,7 @@ from ..errors import CheckpointError, VocabularyMismatchError
 from ..genes import GeneTable
 from ..models.configuration_geneformer import GeneformerConfig
 from ..models.loading import model_class_of, require_checkpoint
-from ..models.tokenization_geneformer import GeneformerTokenizer
+from ..models.tokenization_geneformer import GENE_TABLE_FILE, GeneformerTokenizer
 from ..outputs import new_folder
 from ..pickles import read_dictionary, require_content, sha256
 from ..reports.cards import checkpoint_card
@@ -188,9 +188,12 @@ def fetch(source: str | Path, *, subfolder: str | None = None, revision: str | N
                 f" Name one of its checkpoints with `subfolder=` (`--subfolder`): {', '.join(inside)}." if inside else " Give the folder of a checkpoint."
             )
             raise CheckpointError(msg)
-        # A checkpoint inside a clone: the dictionaries are in a sibling folder.
+        if (folder / GENE_TABLE_FILE).is_file():
+            msg = f"{folder} holds {GENE_TABLE_FILE}: it is converted already and opens with the Auto classes."
+            raise CheckpointError(msg)
+        # A checkpoint inside a clone: the dictionaries are in the folder `geneformer` beside it.
         has_own = any(folder.rglob(DICTIONARY_PATTERNS["tokens"]))
-        return folder, folder if has_own else (local if subfolder else local.parent)
+        return folder, folder if has_own else (local if subfolder else local.absolute().parent) / "geneformer"
     known = CHECKPOINTS.get(str(source))
     if known is not None:
         repository, subfolder, revision = known.repository, subfolder or known.subfolder, revision or known.revision
@@ -244,9 +247,12 @@ def find_dictionaries(folder: Path, vocab_size: int) -> dict[str, Path]:
     if not complete:
         msg = f"Dictionaries are incomplete; missing in {'; '.join(missing)}."
         raise CheckpointError(msg)
-    if len(complete) == 1:
+    if len(complete) == 1 and not missing:
         return complete[0]
     fitting = [found for found in complete if len(read_dictionary(found["tokens"])) == vocab_size]
+    if not fitting and missing:
+        msg = f"No complete dictionaries for a vocabulary of {vocab_size:,}; missing in {'; '.join(missing)}."
+        raise CheckpointError(msg)
     return (fitting or complete)[0]
 
 

@@ -73,12 +73,14 @@ def require_checkpoint(model: str | Path) -> None:
     """Raise if a local folder cannot be a checkpoint: no config.json, or git-lfs pointers in place of weights."""
     folder = Path(model)
     if not folder.exists():
-        if len(folder.parts) > 2 or str(model).startswith((".", "/", "~")):
+        if len(folder.parts) != 2 or str(model).startswith((".", "/", "~")):
             msg = f"{model} does not exist. Give the folder of a converted checkpoint, or a Hub id such as 'name/model'."
             raise CheckpointError(msg)
         return
     if not (folder / "config.json").is_file():
-        msg = f"{model} holds no config.json, so no checkpoint. A published clone keeps them in subfolders such as Geneformer-V2-104M."
+        inside = sorted(path.parent.name for path in folder.glob("*/config.json"))
+        hint = f"Checkpoints inside: {', '.join(inside)}." if inside else "Give the folder of a converted checkpoint."
+        msg = f"{model} holds no config.json, so it is no checkpoint. {hint}"
         raise CheckpointError(msg)
     for path in (*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")):
         require_content(path)

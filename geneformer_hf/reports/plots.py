@@ -53,13 +53,14 @@ def plot_umap(coordinates: np.ndarray, values: Sequence[Any], path: Path, *, tit
     """Draw UMAP coordinates of shape `(n, 2)`, coloured by a column of classes or numbers."""
     plt = _pyplot()
     figure, axes = plt.subplots(figsize=(8, 5.5), layout="constrained")
-    series = pd.Series(list(values))
+    drawn = ~np.isnan(coordinates).any(axis=1)
+    coordinates, series = coordinates[drawn], pd.Series(list(values))[drawn]
     size = float(np.clip(20_000 / max(1, len(series)), 1, 18))
-    if pd.api.types.is_numeric_dtype(series) and series.nunique() > 10:
+    if _is_continuous(series):
         points = axes.scatter(*coordinates.T, c=series, s=size, cmap="viridis", linewidths=0)
         figure.colorbar(points, ax=axes, label=name)
     else:
-        labels = series.astype(object).where(series.notna(), "(missing)").astype(str).to_numpy()
+        labels = _class_names(series)
         classes, counts = np.unique(labels, return_counts=True)
         colours = plt.get_cmap("tab20" if len(classes) > 10 else "tab10")
         for i, (label, count) in enumerate(zip(classes, counts, strict=True)):
@@ -74,24 +75,41 @@ def plot_umap(coordinates: np.ndarray, values: Sequence[Any], path: Path, *, tit
 
 
 def plot_heatmap(embeddings: np.ndarray, values: Sequence[Any], path: Path, *, title: str, name: str) -> None:
-    """Draw the mean embedding of every class, scaled over classes; classes and dimensions are put in order by similarity."""
+    """Draw the mean embedding of every class, in standard deviations over cells.
+
+    Classes and dimensions are put in order by similarity. Numbers of more than ten values are cut into tenths.
+    """
     from scipy.cluster.hierarchy import leaves_list, linkage
 
     plt = _pyplot()
     keep = ~np.isnan(embeddings).any(axis=1)
-    labels = pd.Series(list(values)).astype(object)[keep]
-    means = pd.DataFrame(embeddings[keep]).groupby(labels.astype(str).to_numpy()).mean()
-    names = means.index.tolist()
-    spread = means.std(axis=0).replace(0, 1) if len(means) > 1 else 1.0
-    scaled = ((means - means.mean(axis=0)) / spread).to_numpy()
+    series = pd.Series(list(values))[keep]
+    if _is_continuous(series):
+        series = pd.qcut(series.astype(float), 10, duplicates="drop")
+    vectors = embeddings[keep]
+    spread = vectors.std(axis=0)
+    standardised = (vectors - vectors.mean(axis=0)) / np.where(spread > 0, spread, 1)
+    means = pd.DataFrame(standardised).groupby(_class_names(series)).mean()
+    names, scaled = means.index.tolist(), means.to_numpy()
     rows = leaves_list(linkage(scaled, "average")) if len(scaled) > 2 else np.arange(len(scaled))
-    columns = leaves_list(linkage(scaled.T, "average")) if scaled.shape[1] > 2 else np.arange(scaled.shape[1])
-    figure, axes = plt.subplots(figsize=(9, 1.5 + 0.3 * len(means)), layout="constrained")
-    image = axes.imshow(scaled[rows][:, columns], aspect="auto", cmap="RdBu_r", vmin=-2.5, vmax=2.5, interpolation="nearest")
-    axes.set_yticks(range(len(means)), [str(names[r]) for r in rows.tolist()], fontsize=8)
+    columns = leaves_list(linkage(scaled.T, "average")) if scaled.shape[1] > 2 and len(scaled) else np.arange(scaled.shape[1])
+    figure, axes = plt.subplots(figsize=(9, min(30.0, 2.5 + 0.3 * len(means))), layout="constrained")
+    image = axes.imshow(scaled[rows][:, columns], aspect="auto", cmap="RdBu_r", vmin=-2, vmax=2, interpolation="nearest")
+    if len(means) <= 90:
+        axes.set_yticks(range(len(means)), [str(names[r]) for r in rows.tolist()], fontsize=8)
     axes.set(title=title, xlabel=f"{embeddings.shape[1]} dimensions, ordered by similarity", ylabel=name, xticks=[])
-    figure.colorbar(image, ax=axes, label="mean, in standard deviations over classes")
+    figure.colorbar(image, ax=axes, label="mean (SD)")
     _save(plt, figure, path)
+
+
+def _is_continuous(series: pd.Series) -> bool:
+    return pd.api.types.is_numeric_dtype(series) and not pd.api.types.is_bool_dtype(series) and series.nunique() > 10
+
+
+def _class_names(series: pd.Series) -> np.ndarray:
+    """Return classes as text; what is missing or empty says so."""
+    text = series.astype(object).where(series.notna(), "(missing)").astype(str)
+    return text.where(text.str.strip() != "", "(empty)").to_numpy()
 
 
 def plot_loss(steps: Sequence[int], losses: Sequence[float], path: Path, *, title: str, references: Mapping[str, float] | None = None) -> None:

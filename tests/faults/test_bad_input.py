@@ -61,14 +61,16 @@ N = 60
 REFUSED = [
     pytest.param(log_normalised, r"no raw counts: X looks log-normalised \(largest value", id="log_normalised"),
     pytest.param(scaled, r"X looks scaled \(smallest value -", id="scaled"),
-    pytest.param(with_value(-1), "X looks scaled", id="negative"),
+    pytest.param(with_value(-1), r"X holds negative values \(smallest value -1, 1 of ", id="negative"),
     pytest.param(with_value(np.nan), "X holds 1 values that are NaN or infinite", id="nan"),
     pytest.param(with_value(np.inf), "X holds 1 values that are NaN or infinite", id="infinite"),
-    pytest.param(with_value(2.5), "X looks log-normalised|X looks normalised", id="not_whole"),
+    pytest.param(with_value(2.5), r"X holds fractions \(largest value .* 1 of ", id="not_whole"),
     pytest.param(named([str(i) for i in range(N)]), "nothing in var names the genes", id="no_gene_ids"),
     pytest.param(named([f"ENSMUSG{i:011d}" for i in range(N)]), "mouse Ensembl ids", id="mouse_ids"),
     pytest.param(named([f"Abc{i}" for i in range(N)]), "look like mouse or rat symbols", id="mouse_symbols"),
-    pytest.param(named([f"ENSG{90000 + i:011d}" for i in range(N)]), "only 0 of 60 genes", id="low_overlap"),
+    pytest.param(
+        named([f"ENSG{90000 + i:011d}" for i in range(N)]), "only 0 of 60 genes .* human Ensembl ids, but not those of this vocabulary", id="low_overlap"
+    ),
 ]
 
 
@@ -115,6 +117,7 @@ def test_files_that_cannot_be_read(command, damage, words, h5ad, model_folder, t
         pytest.param(["--plot", "donor"], "obs has no column 'donor'. Found: cell_type", id="plot_column"),
         pytest.param(["--counts-layer", "umi"], "there is no layer 'umi'. Found: X", id="counts_layer"),
         pytest.param(["--gene-ids", "names"], "var has no column 'names'", id="gene_ids"),
+        pytest.param(["--device", "nonsense"], "device 'nonsense' is not known to torch", id="device"),
         pytest.param(["--genes", "contextual"], "only a .parquet file takes", id="contextual_into_h5ad"),
         pytest.param(["--genes", "--plot", "cell_type"], "leave out --genes or --plot", id="genes_and_plot"),
     ],
@@ -196,6 +199,43 @@ def test_a_bad_cell_far_down_is_found_by_every_process(processes, genes, model_f
     refuse(command, r"bad\.h5ad: X \(cells \d+ to 599\) looks", tmp_path, capsys)
 
 
+def test_no_cell_is_left(genes, model_folder, tmp_path, capsys):
+    cells = make_cells(genes, 4, filter_pass=[0, 0, 0, 0])
+    cells.write_h5ad(tmp_path / "none.h5ad")
+    command = ["tokenize", str(tmp_path / "none.h5ad"), "--model", str(model_folder), "--output", str(tmp_path / "out")]
+    refuse(command, "none of 4 cells is left: 4 have filter_pass 0", tmp_path, capsys)
+    cells.X = sp.csr_matrix((4, 60), dtype=np.float32)
+    cells.write_h5ad(tmp_path / "none.h5ad")
+    command = ["embed", str(tmp_path / "none.h5ad"), "--model", str(model_folder), "--output", str(tmp_path / "out.h5ad")]
+    refuse(command, "none of its 4 cells holds a gene", tmp_path, capsys)
+    cells[:0].copy().write_h5ad(tmp_path / "none.h5ad")
+    refuse(command, "holds no cells", tmp_path, capsys)
+
+
+def test_an_output_where_nothing_can_be_written(h5ad, model_folder, tmp_path, capsys):
+    (tmp_path / "file").write_text("x")
+    command = ["embed", str(h5ad), "--model", str(model_folder), "--output", str(tmp_path / "file" / "out.h5ad")]
+    refuse(command, "cannot write .*file is not a folder", tmp_path, capsys)
+
+
+def test_files_of_two_species_have_no_common_medians(h5ad, genes, tmp_path, capsys):
+    make_cells([f"ENSMUSG{i:011d}" for i in range(60)], 5).write_h5ad(tmp_path / "mouse.h5ad")
+    refuse(
+        ["medians", str(h5ad), str(tmp_path / "mouse.h5ad"), "--output", str(tmp_path / "t.json")],
+        r"several species: .*\(human\), .*\(mouse\)",
+        tmp_path,
+        capsys,
+    )
+
+
+def test_info_shows_what_there_is_before_it_refuses(cells, tmp_path, capsys):
+    log_normalised(cells).write_h5ad(tmp_path / "log.h5ad")
+    assert main(["info", str(tmp_path / "log.h5ad")]) == 1
+    printed = capsys.readouterr()
+    assert "Cells: 30 x 60 genes; layers: none; raw: no" in printed.out
+    assert "looks log-normalised" in printed.err
+
+
 def test_what_is_mended_is_counted(genes, model_folder, tmp_path, capsys):
     """Duplicate, retired and versioned ids, symbols, an empty cell and a cell with one gene."""
     cells = make_cells(genes, 6)
@@ -229,7 +269,7 @@ def test_counts_elsewhere_need_no_option(cells, model_folder, tmp_path, capsys):
     shown.X = np.log1p(dense(cells))
     path = write(shown, tmp_path / "a.h5ad", "as it is")
     assert main(["tokenize", str(path), "--model", str(model_folder), "--output", str(tmp_path / "out")]) == 0
-    assert "counts in counts" in capsys.readouterr().out
+    assert "counts in layers['counts']" in capsys.readouterr().out
 
 
 def test_an_interrupted_write_leaves_nothing(h5ad, model_folder, tmp_path, capsys, monkeypatch):

@@ -190,6 +190,26 @@ def test_a_gene_without_a_median_is_named(clone, tmp_path):
         convert_checkpoint(clone, tmp_path / "out", subfolder="Geneformer-tiny", allow_unknown_dictionaries=True)
 
 
+def test_a_converted_folder_is_not_converted_again(clone, tmp_path):
+    convert_checkpoint(clone, tmp_path / "out", subfolder="Geneformer-tiny")
+    with pytest.raises(CheckpointError, match="it is converted already"):
+        convert_checkpoint(tmp_path / "out", tmp_path / "again")
+
+
+def test_dictionaries_of_strangers_are_not_looked_at(clone, tmp_path):
+    (tmp_path / "alone").mkdir()
+    shutil.move(clone / "Geneformer-tiny", tmp_path / "alone" / "model")
+    with pytest.raises(CheckpointError, match=r"No token_dictionary"):
+        convert_checkpoint(tmp_path / "alone" / "model", tmp_path / "out")
+
+
+def test_an_incomplete_generation_is_named_even_beside_a_complete_one(clone, tmp_path):
+    write_dictionaries(clone / "geneformer" / "gene_dictionaries_30m", "_gc30M", ("<pad>", "<mask>"), n=9)
+    (clone / "geneformer" / "ensembl_mapping_dict_gc104M.pkl").unlink()
+    with pytest.raises(CheckpointError, match=r"for a vocabulary of 24; missing in .*ensembl_mapping_dict_gc104M\.pkl"):
+        convert_checkpoint(clone, tmp_path / "out", subfolder="Geneformer-tiny")
+
+
 @pytest.mark.parametrize(
     ("source", "words"),
     [

@@ -93,9 +93,9 @@ def test_most_front_and_back_leave_room():
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        pytest.param([0.0, 1.5, 3.2], "looks log-normalised (largest value 3.2", id="log_normalised"),
+        pytest.param([0.0, 1.5, 3.2], "looks log-normalised (largest value 3.2, 2 of 3 values not whole", id="log_normalised"),
         pytest.param([0.5, 900.0], "looks normalised (largest value 900", id="normalised"),
-        pytest.param([-1.0, 2.0], "looks scaled (smallest value -1, 50% of the values negative)", id="scaled"),
+        pytest.param([-1.0, 2.0], "looks scaled (smallest value -1, 1 of 2 values negative)", id="scaled"),
         pytest.param([-3, 2], "looks scaled", id="negative_integers"),
         pytest.param([np.nan, 2.0], "1 values that are NaN or infinite among 2", id="nan"),
         pytest.param([np.inf, 2.0], "NaN or infinite", id="infinite"),
