@@ -156,11 +156,26 @@ def convert_checkpoint(
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
         (partial / "generation_config.json").unlink(missing_ok=True)
-        (partial / "README.md").write_text(
-            checkpoint_card(model.config, tokenizer, origin=describe_source(source, subfolder, revision), version=version), encoding="utf-8"
+        specials = ", ".join(f"`{token}` {tokenizer.convert_tokens_to_ids(token)}" for token in tokenizer.all_special_tokens)
+        card = checkpoint_card(
+            model.config,
+            title=f"Geneformer {version or '(own vocabulary)'}",
+            vocabulary=f"{len(tokenizer.gene_table):,} human genes; {specials}; gene table `{tokenizer.gene_table.fingerprint}`",
+            origin=describe_source(source, subfolder, revision),
+            version=version,
         )
+        (partial / "README.md").write_text(card, encoding="utf-8")
         n_tensors = _require_equal(partial, tensors, model_class, found["tokens"])
     return Conversion(Path(output), model_class.__name__, version, len(tokenizer.gene_table), n_tensors)
+
+
+def published_card(name: str) -> str:
+    """Return the card of a published checkpoint as `convert` would write it, without having it."""
+    known, config = CHECKPOINTS[name], GeneformerConfig.from_preset(name)
+    n_special = 2 if config.cls_token_id is None else 4
+    specials = ", ".join(f"`{token}` {i}" for i, token in enumerate(SPECIAL_TOKENS[:n_special]))
+    vocabulary = f"{config.vocab_size - n_special:,} human genes; {specials}"
+    return checkpoint_card(config, title=name, vocabulary=vocabulary, origin=describe_source(name, None, None), version=known.version, folder=name.lower())
 
 
 def describe_source(source: str | Path, subfolder: str | None, revision: str | None) -> str:

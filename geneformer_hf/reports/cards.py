@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from ..models.configuration_geneformer import GeneformerConfig
 
-_PAPERS = {
+PAPERS = {
     "V1": "Theodoris et al. 2023, Transfer learning enables predictions in network biology, Nature 618:616 (doi:10.1038/s41586-023-06139-9)",
     "V2": "Chen et al. 2024, Quantized multi-task learning for context-specific representations of gene network dynamics (bioRxiv 2024.08.16.608180)",
 }
 
 
-def checkpoint_card(config: GeneformerConfig, tokenizer: Any, *, origin: str, version: str | None) -> str:
-    """Return the card of a converted checkpoint as Markdown with the metadata the Hub reads."""
-    table = tokenizer.gene_table
-    specials = ", ".join(f"`{token}` {tokenizer.convert_tokens_to_ids(token)}" for token in tokenizer.all_special_tokens)
+def checkpoint_card(config: GeneformerConfig, *, title: str, vocabulary: str, origin: str, version: str | None, folder: str = "FOLDER") -> str:
+    """Return the card of a converted checkpoint as Markdown with the metadata the Hub reads.
+
+    Args:
+        title (`str`): heading.
+        vocabulary (`str`): genes and special tokens, for people.
+        origin (`str`): where the checkpoint comes from.
+        version (`"V1"`, `"V2"` or None): which paper to cite.
+        folder (`str`, *optional*): what to open in the example.
+    """
     rows = {
         "Architecture": (config.architectures or ["GeneformerForMaskedLM"])[0],
-        "Layers, hidden size, heads, feed-forward": f"{config.num_hidden_layers}, {config.hidden_size}, {config.num_attention_heads}, {config.intermediate_size}",
+        "Layers, hidden size, heads, feed-forward": f"{config.num_hidden_layers}, {config.hidden_size:,}, {config.num_attention_heads}, {config.intermediate_size:,}",
         "Tokens per cell": f"{config.max_position_embeddings:,}",
-        "Vocabulary": f"{config.vocab_size:,} ({len(table):,} {table.species} genes; {specials})",
-        "Gene table": f"`{table.fingerprint}` ({table.source})",
+        "Vocabulary": f"{config.vocab_size:,} ({vocabulary})",
         "Converted from": origin,
     }
     lines = [
@@ -31,7 +34,7 @@ def checkpoint_card(config: GeneformerConfig, tokenizer: Any, *, origin: str, ve
         "tags: [geneformer, single-cell, transcriptomics, biology]",
         "---",
         "",
-        f"# Geneformer {version or '(own vocabulary)'}",
+        f"# {title}",
         "",
         "A converted copy of a Geneformer checkpoint for the Auto classes of transformers. The weights are unchanged: every tensor",
         "and token id was compared with the source. This is not an official release of the Geneformer authors.",
@@ -44,13 +47,14 @@ def checkpoint_card(config: GeneformerConfig, tokenizer: Any, *, origin: str, ve
         "import geneformer_hf  # registers the Auto classes",
         "from transformers import AutoModelForMaskedLM, AutoTokenizer",
         "",
-        'tokenizer = AutoTokenizer.from_pretrained("FOLDER")',
-        'model = AutoModelForMaskedLM.from_pretrained("FOLDER")',
+        f'tokenizer = AutoTokenizer.from_pretrained("{folder}")',
+        f'model = AutoModelForMaskedLM.from_pretrained("{folder}")',
         'adata.obsm["X_geneformer"] = geneformer_hf.embed_cells(model, adata, tokenizer=tokenizer)',
         "```",
         "",
-        "Input: raw transcript counts with Ensembl ids or symbols; not normalised values.",
+        "Input: raw transcript counts of human cells with Ensembl ids or symbols; not normalised values.",
+        "Zero-shot embeddings are not always better than simple baselines (Kedzierska et al., Genome Biology 26:101, 2025): compare with PCA on your data.",
     ]
     if version:
-        lines += ["", f"Please cite: {_PAPERS[version]}."]
+        lines += ["", f"Please cite: {PAPERS[version]}."]
     return "\n".join(lines) + "\n"

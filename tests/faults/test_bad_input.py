@@ -254,10 +254,11 @@ def test_what_is_mended_is_counted(genes, model_folder, tmp_path, capsys):
         "1 version suffixes taken off",
         "1 retired",
         "2 columns summed",
-        "1 cells without any gene",
         "5 cells written",
     ):
         assert words in printed
+    assert main(["info", str(tmp_path / "out")]) == 0
+    assert "Left out: 1 cells without any gene" in capsys.readouterr().out
     assert main(["embed", str(tmp_path / "a.h5ad"), "--model", str(model_folder), "--output", str(tmp_path / "out.h5ad")]) == 0
     embedded = anndata.read_h5ad(tmp_path / "out.h5ad").obsm["X_geneformer"]
     assert np.isnan(embedded).all(axis=1).tolist() == [False, True, False, False, False, False]

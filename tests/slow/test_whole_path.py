@@ -1,0 +1,83 @@
+"""The demo as a newcomer runs it, and checkpoints of the published shapes on real cells."""
+
+import json
+import subprocess
+import sys
+
+import anndata
+import numpy as np
+import pytest
+import torch
+from transformers import BertConfig, BertForMaskedLM
+
+from geneformer_hf import GeneformerConfig
+from tests import reference
+from tests.tolerances import NAIVE_TWIN
+
+pytestmark = pytest.mark.slow
+
+
+def command(*arguments, timeout=900):
+    done = subprocess.run([sys.executable, "-m", "geneformer_hf.cli.main", *map(str, arguments)], capture_output=True, text=True, timeout=timeout, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def test_the_demo(tmp_path):
+    printed = command("demo", "--output", tmp_path / "demo")
+    folder = tmp_path / "demo"
+    assert sorted(p.name for p in folder.iterdir()) == ["figures.json", "loss.png", "model", "pbmc_geneformer.h5ad", "umap_cell_type.png"]
+    figures = json.loads((folder / "figures.json").read_text())
+    assert figures["loss_model"] < figures["loss_gene_frequency"] - 1
+    assert figures["loss_rank_frequency"] < figures["loss_gene_frequency"]
+    assert 0.25 < figures["accuracy_majority"] < 0.4
+    for name in ("untrained", "trained"):
+        assert figures["accuracy_majority"] < figures[f"accuracy_{name}"] < 1
+    assert "does not make good embeddings" in printed
+    adata = anndata.read_h5ad(folder / "pbmc_geneformer.h5ad")
+    assert adata.obsm["X_geneformer"].shape == (700, 128)
+    assert np.isfinite(adata.obsm["X_umap"]).all()
+    # The three commands it proposes, but for the one that needs a network.
+    proposed = [line.split("#")[0].split()[1:] for line in printed.splitlines() if line.startswith("  geneformer-hf")]
+    assert [words[0] for words in proposed] == ["info", "embed", "convert"]
+    command(*proposed[0])
+    command(*[str(tmp_path / "embedded.h5ad") if word == "embedded.h5ad" else word for word in proposed[1]])
+    assert np.abs(anndata.read_h5ad(tmp_path / "embedded.h5ad").obsm["X_geneformer"] - adata.obsm["X_geneformer"]).max() < 1e-5
+
+
+def test_the_demo_repeats_with_its_seed(tmp_path):
+    figures = []
+    for name in ("a", "b"):
+        command("demo", "--output", tmp_path / name, "--epochs", "1", "--seed", "3")
+        figures.append(json.loads((tmp_path / name / "figures.json").read_text()))
+    assert figures[0] == pytest.approx(figures[1], abs=1e-4)
+
+
+@pytest.mark.shared
+@pytest.mark.parametrize(("preset", "version"), [("Geneformer-V1-10M", "v1"), ("Geneformer-V2-104M", "v2")])
+def test_published_shapes_with_the_real_dictionaries_embed_real_cells(preset, version, shared, tmp_path):
+    """Random weights of the published shape, the real dictionaries, real cells: convert, open, embed, compare."""
+    config = GeneformerConfig.from_preset(preset)
+    known = BertConfig().to_dict()
+    torch.manual_seed(0)
+    plain = BertForMaskedLM(BertConfig(**{k: v for k, v in config.to_dict().items() if k in known and k not in ("model_type", "architectures")})).eval()
+    plain.save_pretrained(tmp_path / preset)
+    printed = command("convert", tmp_path / preset, tmp_path / "converted", "--dictionaries", shared / "data" / f"geneformer_dicts_{version}")
+    assert "all token ids equal the source" in printed
+    adata = anndata.read_h5ad(shared / "data" / "pbmc3k" / "pbmc3k_raw_annotated.h5ad")
+    # All 2,700 cells for the small model; a tenth of an hour of the large one is enough of them.
+    adata = adata if version == "v1" else adata[:60].copy()
+    adata.write_h5ad(tmp_path / "cells.h5ad")
+    command("tokenize", tmp_path / "cells.h5ad", "--model", tmp_path / "converted", "--output", tmp_path / "tokens")
+    command("embed", tmp_path / "cells.h5ad", "--model", tmp_path / "converted", "--output", tmp_path / "out.h5ad")
+    embedded = anndata.read_h5ad(tmp_path / "out.h5ad").obsm["X_geneformer"]
+    assert embedded.shape == (adata.n_obs, config.hidden_size)
+    assert np.isfinite(embedded).all()
+    import datasets
+
+    tokens = datasets.load_from_disk(str(tmp_path / "tokens"))
+    plain.config.cls_token_id, plain.config.eos_token_id = config.cls_token_id, config.eos_token_id
+    pooling = "mean" if version == "v1" else "cls"
+    for row in (0, 7, adata.n_obs - 1):
+        expected = reference.embed_cell(plain, tokens[row]["input_ids"], -2, pooling)
+        np.testing.assert_allclose(embedded[row], expected, atol=NAIVE_TWIN)
