@@ -236,6 +236,9 @@ class GeneTable:
                 twice = [v for v in values if v in seen or seen.add(v)]  # type: ignore[func-returns-value]
                 msg = f"A gene table needs distinct {name}; {len(twice)} repeat: {_some(map(str, twice))}."
                 raise ValueError(msg)
+        if g == 0:
+            msg = "A gene table needs at least one gene."
+            raise ValueError(msg)
         bad = ~(np.isfinite(self.medians) & (self.medians > 0))
         if bad.any():
             names = [self.ensembl_ids[i] for i in np.flatnonzero(bad).tolist()]

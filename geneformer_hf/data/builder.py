@@ -142,6 +142,7 @@ class CellEncoder:
         self.source, self.tokenizer, self.columns, self.options = source, tokenizer, columns, options
         self.genes = source.match_genes(tokenizer.gene_table)
         self.passing = source.passing
+        self.schema = features_of(tokenizer, columns, options).arrow_schema
         self.totals_n: np.ndarray | None
         self.totals_n, self.totals_from = source.totals() if options.keep_counts else (None, "")
 
@@ -160,17 +161,17 @@ class CellEncoder:
     def _table(self, counts: Any, rows: np.ndarray, obs: pa.Table) -> pa.Table:
         totals_n = None if self.totals_n is None else self.totals_n[rows]
         cells = self.tokenizer.encode_block(counts, self.genes, totals_n=totals_n)
-        features = features_of(self.tokenizer, self.columns, self.options).arrow_schema
+        schema = self.schema
         lengths = np.diff(cells.offsets).astype(np.int32)
-        arrays: dict[str, Any] = {"input_ids": _lists(cells, cells.input_ids, features.field("input_ids").type), "length": lengths}
+        arrays: dict[str, Any] = {"input_ids": _lists(cells, cells.input_ids, schema.field("input_ids").type), "length": lengths}
         arrays |= {name: obs.column(name) for name in obs.column_names}
         if self.options.keep_counts:
-            arrays["counts"] = _lists(cells, cells.counts, features.field("counts").type)
+            arrays["counts"] = _lists(cells, cells.counts, schema.field("counts").type)
         if self.options.keep_uncropped:
             whole = self.tokenizer.encode_block(counts, self.genes, crop=False, special_tokens=False)
-            arrays["input_ids_uncropped"] = _lists(whole, whole.input_ids, features.field("input_ids_uncropped").type)
+            arrays["input_ids_uncropped"] = _lists(whole, whole.input_ids, schema.field("input_ids_uncropped").type)
             arrays["length_uncropped"] = np.diff(whole.offsets).astype(np.int32)
-        table = pa.table(arrays).select(features.names).cast(features)
+        table = pa.table(arrays).select(schema.names).cast(schema)
         empty = lengths == self.tokenizer.n_special_tokens
         return table.filter(pa.array(~empty)) if empty.any() else table
 
@@ -260,7 +261,7 @@ def _in_memory(tables: list[pa.Table], features: datasets.Features) -> datasets.
 
 def features_of(tokenizer: GeneformerTokenizer, columns: ObsColumns, options: EncodingOptions) -> datasets.Features:
     """Return the columns of a tokenized dataset; tokens take the smallest of int16, uint16 and int32 that holds them."""
-    largest = max(tokenizer.get_vocab().values()) if not len(tokenizer.gene_table) else int(tokenizer.gene_table.token_ids.max())
+    largest = int(tokenizer.gene_table.token_ids.max())
     token = datasets.Value("int16" if largest < 1 << 15 else "uint16" if largest < 1 << 16 else "int32")
     features: dict[str, Any] = {"input_ids": datasets.List(token), "length": datasets.Value("int32"), "cell_id": datasets.Value("string")}
     if options.keep_counts:

@@ -1,6 +1,7 @@
 import copy
 import logging
 
+import anndata
 import datasets
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from geneformer_hf import (
 )
 from geneformer_hf.analysis import embeddings
 from geneformer_hf.analysis.embeddings import Embedder, resolve_layer
+from geneformer_hf.device import resolve_device
 from geneformer_hf.errors import CheckpointError, ColumnNotFoundError, LayerError, VocabularyMismatchError
 from geneformer_hf.models import attention
 from tests import reference
@@ -263,3 +265,16 @@ def test_bad_settings(model):
         Embedder(model, dtype="int4")
     with pytest.raises(ValueError, match="device 'tpu9' is not known"):
         Embedder(model, device="tpu9")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("pooling", ["cls", "mean"])
+def test_an_accelerator_gives_the_same(pooling, model, dataset):
+    on_cpu = embed_cells(model, dataset, pooling=pooling, device="cpu", progress=False)
+    np.testing.assert_allclose(embed_cells(model, dataset, pooling=pooling, device=resolve_device(), progress=False), on_cpu, atol=NAIVE_TWIN)
+
+
+def test_a_backed_anndata_is_read_where_it_lies(h5ad, model, tokenizer, dataset, quiet):
+    backed = anndata.read_h5ad(h5ad, backed="r")
+    np.testing.assert_allclose(embed_cells(model, backed, tokenizer=tokenizer, **quiet), embed_cells(model, dataset, **quiet), atol=SAME_MODEL)
+    backed.file.close()
