@@ -53,6 +53,24 @@ SPECIES_OF_PREFIX = {
 }
 
 
+def _canonical(match: re.Match[str]) -> str:
+    """Return an Ensembl id without its version, in capitals."""
+    stripped = match["id"].upper()
+    # The pseudo-autosomal copy on Y: GENCODE's suffix is the R of older Ensembl releases.
+    return stripped.replace("ENSG0", "ENSGR", 1) if match["par"] else stripped
+
+
+def canonical_id(name: str) -> str | None:
+    """Return an Ensembl id without its version; None for anything else.
+
+    Example:
+        >>> canonical_id("ENSG00000141510.18"), canonical_id("ENSG00000182378.15_PAR_Y"), canonical_id("TP53")
+        ('ENSG00000141510', 'ENSGR0000182378', None)
+    """
+    match = _ENSEMBL.fullmatch(name)
+    return _canonical(match) if match else None
+
+
 def is_ensembl_id(name: str) -> bool:
     """Return True for an Ensembl gene id of any species, with or without a version.
 
@@ -239,6 +257,10 @@ class GeneTable:
         if g == 0:
             msg = "A gene table needs at least one gene."
             raise ValueError(msg)
+        astray = [old for old, new in self.aliases.items() if new not in self.row_of]
+        if astray:
+            msg = f"{len(astray)} aliases lead to genes that are not in the table: {_some(astray)}. Leave them out."
+            raise ValueError(msg)
         bad = ~(np.isfinite(self.medians) & (self.medians > 0))
         if bad.any():
             names = [self.ensembl_ids[i] for i in np.flatnonzero(bad).tolist()]
@@ -319,10 +341,7 @@ class GeneTable:
         return (self.row_of[alias], "alias symbol") if alias is not None else (None, "unknown")
 
     def _find_ensembl(self, match: re.Match[str]) -> tuple[int | None, str]:
-        stripped = match["id"].upper()
-        if match["par"]:
-            # The pseudo-autosomal copy on Y: GENCODE's suffix is the R of older Ensembl releases.
-            stripped = stripped.replace("ENSG0", "ENSGR", 1)
+        stripped = _canonical(match)
         how = "version" if match["version"] or match["par"] else "id"
         if (row := self.row_of.get(stripped)) is not None:
             return row, how
@@ -464,7 +483,9 @@ class GeneTable:
         return cls(ids, token_ids, [medians[i] for i in ids], [names.get(i, "") for i in ids], {}, species, source)
 
 
-def choose_gene_ids(columns: Mapping[str, Sequence[str]], index: Sequence[str], gene_ids: str | None = None, *, where: str = "") -> tuple[list[str], str]:
+def choose_gene_ids(
+    columns: Mapping[str, Sequence[str]], index: Sequence[str], gene_ids: str | None = None, *, index_name: str | None = None, where: str = ""
+) -> tuple[list[str], str]:
     """Decide which column of var names the genes.
 
     The column named, else `ensembl_id`, `gene_ids` or `feature_id` where it holds Ensembl ids, else the index if it does,
@@ -473,7 +494,7 @@ def choose_gene_ids(columns: Mapping[str, Sequence[str]], index: Sequence[str], 
     Args:
         columns: the text columns of var.
         index (length g): the index of var.
-        gene_ids (`str`, *optional*): a column of var, or `"index"`.
+        gene_ids (`str`, *optional*): a column of var, or `"index"` or its name.
 
     Returns:
         the names, and where they come from.
@@ -483,7 +504,7 @@ def choose_gene_ids(columns: Mapping[str, Sequence[str]], index: Sequence[str], 
         GeneIdError: if nothing in var names genes, for instance where the index only counts the columns.
     """
     prefix = f"{where}: " if where else ""
-    if gene_ids == "index":
+    if gene_ids == "index" or (gene_ids is not None and gene_ids == index_name and gene_ids not in columns):
         return list(index), "index of var"
     if gene_ids is not None:
         if gene_ids not in columns:

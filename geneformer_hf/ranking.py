@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -74,6 +75,13 @@ def count_problem(values: np.ndarray) -> str | None:
     return f"{looks} (largest value {high:.4g}, {n_fractional:,} of {values.size:,} values not whole numbers)"
 
 
+def stored_values(matrix: Any, n_rows: int = 256) -> np.ndarray:
+    """Return the stored values of a matrix in memory, or those of the first rows of one that is not."""
+    if not sp.issparse(matrix) and not isinstance(matrix, np.ndarray):
+        matrix = matrix[:n_rows]
+    return matrix.data if sp.issparse(matrix) else np.asarray(matrix).ravel()
+
+
 def choose_counts(samples: Mapping[str, Callable[[], np.ndarray]], counts_layer: str | None = None, *, where: str = "") -> str:
     """Decide which matrix of a file holds raw counts: the one named, else X, else raw.X, else the layer `counts`.
 
@@ -114,16 +122,16 @@ def choose_counts(samples: Mapping[str, Callable[[], np.ndarray]], counts_layer:
 def sum_columns(counts_ng: sp.csr_array, slot_of_column: np.ndarray, n_slots: int) -> sp.csr_array:
     """Return the counts per slot, adding what falls into one slot and leaving out columns at -1 and stored zeros.
 
+    The result is float64, so that sums of narrow integers do not overflow, and shares no memory with the input.
+
     Args:
         counts_ng (`scipy.sparse.csr_array` of shape `(n, g)`).
         slot_of_column (int32 of shape `(g,)`).
     """
     slots = slot_of_column[counts_ng.indices]
     keep = (slots >= 0) & (counts_ng.data > 0)
-    data, indptr = counts_ng.data, counts_ng.indptr
-    if not keep.all():
-        kept = np.flatnonzero(keep)
-        data, slots, indptr = data[kept], slots[kept], np.searchsorted(kept, indptr)
+    kept = np.flatnonzero(keep)
+    data, slots, indptr = counts_ng.data[kept].astype(np.float64), slots[kept], np.searchsorted(kept, counts_ng.indptr)
     out = sp.csr_array((data, slots, indptr), shape=(counts_ng.shape[0], n_slots))
     # Sorted rows of distinct columns, as nearly every file has them, pass this check without being touched.
     if not out.has_canonical_format:
@@ -143,8 +151,13 @@ def rank_columns(counts_ng: sp.csr_array, medians_g: np.ndarray, *, most: int | 
     Returns:
         columns in rank order (int64 of shape `(t,)`) and the offsets of the rows (int64 of shape `(n + 1,)`).
     """
+    if counts_ng.shape[1] > MAX_COLUMNS:
+        msg = f"counts_ng has {counts_ng.shape[1]:,} columns; at most {MAX_COLUMNS:,} can be ranked. Leave out what is not in the vocabulary first."
+        raise ValueError(msg)
     # Positive floats sort like their bit patterns; inverted, the largest comes first. The low bits give way to the column.
     values = counts_ng.data / medians_g[counts_ng.indices]
+    # A stored -0.0, which rounding leaves, would carry its sign into the key.
+    values += 0.0
     keys = values.view(np.uint64)
     # Rounded, not cut off: 3 / 0.3 and 6 / 0.6 fall on either side of 10 and are the same value.
     keys += _HALF
@@ -216,4 +229,4 @@ def rank_genes(counts_ng: Any, token_ids_g: np.ndarray, medians_g: np.ndarray, t
     counts = sum_columns(counts, slot_of_column, len(first))
     ranked, offsets = rank_columns(counts, medians_g[used][first][by_appearance])
     tokens = slot_tokens[by_appearance].astype(np.int32)[ranked]
-    return np.split(tokens, offsets[1:-1])
+    return [tokens[start:stop] for start, stop in pairwise(offsets.tolist())]

@@ -43,6 +43,13 @@ class TokenChunk:
         special = np.isin(self.input_ids, [t for t in (config.cls_token_id, config.eos_token_id, config.pad_token_id) if t is not None])
         return np.diff(np.concatenate(([0], np.cumsum(~special)))[self.offsets])
 
+    def without(self, token: int | None) -> TokenChunk:
+        """Return the same cells without one token, such as pads."""
+        if token is None or not (unwanted := self.input_ids == token).any():
+            return self
+        kept = np.concatenate(([0], np.cumsum(~unwanted)))
+        return TokenChunk(self.start, self.input_ids[~unwanted], kept[self.offsets], self.cell_ids)
+
     def require_fits(self, config: GeneformerConfig) -> None:
         """Raise unless ids and lengths fit the model.
 
@@ -136,6 +143,8 @@ class DatasetCells(Cells):
             lists = table.column("input_ids").combine_chunks()
             if isinstance(lists, pa.ChunkedArray):
                 lists = lists.chunk(0)
+            if pa.types.is_fixed_size_list(lists.type):
+                lists = lists.cast(pa.list_(lists.type.value_type))
             offsets = np.asarray(lists.offsets, dtype=np.int64)
             ids = np.asarray(lists.values)[offsets[0] : offsets[-1]]
             cell_ids = table.column("cell_id").to_pylist() if "cell_id" in names else [str(i) for i in range(start, start + len(lists))]

@@ -271,6 +271,10 @@ class Embedder:
         self.batch_size, self.progress = batch_size, progress
         self.tokens_per_pass = TOKENS_PER_PASS.get(self.device.type, TOKENS_PER_PASS_ON_ACCELERATOR)
         self._tokenizer = tokenizer
+        stored = next(self.model.parameters()).dtype
+        if self.dtype is not None and stored not in (torch.float32, self.dtype):
+            msg = f"dtype {dtype} was asked for, but the weights are {stored}, whose precision is lost already. Leave dtype out, or load the model with dtype=torch.float32."
+            raise SettingError(msg)
 
     def open(self, cells: Any, *, gene_ids: str | None = None, counts_layer: str | None = None) -> Cells:
         """Open cells as tokens for this model."""
@@ -309,7 +313,8 @@ class Embedder:
 
     def _iter_chunks(self, tokens: Cells) -> Iterator[tuple[TokenChunk, Iterator[HiddenPart]]]:
         with self._ready(), tqdm(total=tokens.n_cells, unit=" cells", desc="Embedding", disable=not self.progress) as bar:
-            for chunk in tokens.chunks():
+            for given in tokens.chunks():
+                chunk = given.without(self.config.pad_token_id)
                 yield chunk, self._run_chunk(chunk, bar)
 
     def _run_chunk(self, chunk: TokenChunk, bar: tqdm) -> Iterator[HiddenPart]:

@@ -45,7 +45,12 @@ class ObsColumns:
                 if missing:
                     msg = f"{source.name}: obs has no column {', '.join(map(repr, missing))}. Found: {', '.join(source.obs_columns) or 'none'}."
                     raise ColumnNotFoundError(msg)
-        names = {name: f"obs_{name}" if name in OWN else name for name in wanted}
+        names: dict[str, str] = {}
+        for name in wanted:
+            kept_as = name
+            while kept_as in OWN or (kept_as != name and kept_as in wanted):
+                kept_as = f"obs_{kept_as}"
+            names[name] = kept_as
         samples = {name: [s.read_obs([name], 0, 1)[name] for s in sources if name in s.obs_columns] for name in wanted}
         return cls(names, {names[name]: _feature(columns) for name, columns in samples.items()})
 
@@ -67,6 +72,8 @@ def _feature(columns: list[pd.Series]) -> Any:
     types = [_numpy_type(c.dtype) for c in columns]
     if all(t.kind == "b" for t in types):
         return datasets.Value("bool")
+    if all(t == np.uint64 for t in types):
+        return datasets.Value("uint64")
     if all(t.kind in "iu" for t in types):
         return datasets.Value("int64")
     if all(t.kind in "iuf" for t in types):

@@ -39,7 +39,8 @@ def find_files(files: Any) -> list[Path]:
     if not paths:
         msg = "No file was given."
         raise CellFileError(msg)
-    twice = sorted({str(p) for p in paths if paths.count(p) > 1})
+    real = [p.resolve() for p in paths]
+    twice = sorted({str(p) for p, target in zip(paths, real, strict=True) if real.count(target) > 1})
     if twice:
         msg = f"Named more than once: {', '.join(twice)}. Each file's cells would be there twice."
         raise CellFileError(msg)

@@ -9,7 +9,7 @@ import scipy.sparse as sp
 from tqdm.auto import tqdm
 
 from ..errors import GeneIdError
-from ..genes import GeneTable, human_genes, is_ensembl_id, species_of
+from ..genes import GeneTable, canonical_id, human_genes, species_of
 from ..ranking import TARGET_SUM, sum_columns
 from .files import find_files
 from .readers import CellSource, open_cells
@@ -93,8 +93,8 @@ def _ensembl_ids(source: CellSource) -> list[str]:
     ids = []
     for raw in source.gene_names:
         name = raw.strip()
-        if is_ensembl_id(name):
-            ids.append(name.split(".")[0].upper())
+        if (ensembl_id := canonical_id(name)) is not None:
+            ids.append(ensembl_id)
         elif len(found := human_genes().ids_of_symbol.get(name, ())) == 1:
             ids += found
     return ids

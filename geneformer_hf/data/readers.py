@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ import scipy.sparse as sp
 from ..errors import CellFileError, ColumnNotFoundError
 from ..genes import GeneColumns, GeneTable, choose_gene_ids
 from ..pickles import is_lfs_pointer
-from ..ranking import check_counts, choose_counts
+from ..ranking import check_counts, choose_counts, stored_values
 from .obs import frame_columns, frame_length, read_frame, require_frame, text_columns
 from .transpose import CsrOnDisk, transpose_to_disk
 
@@ -173,14 +173,16 @@ class AnnDataSource(CellSource):
         if adata.raw is not None:
             matrices["raw.X"] = adata.raw.X
         matrices.update(adata.layers)
-        samples = {n: lambda m=m: _stored(m[: max(1, SAMPLE_VALUES // max(1, m.shape[1]))]) for n, m in matrices.items()}
+        samples = {n: partial(stored_values, m) for n, m in matrices.items()}
         self.counts = choose_counts(samples, options.counts_layer, where=self.name)
         matrix = matrices[self.counts]
         # One conversion, not one a block.
         self._matrix = matrix.tocsr() if sp.issparse(matrix) and matrix.format != "csr" else matrix
         var = adata.raw.var if self.counts == "raw.X" else adata.var
         columns = {c: var[c].astype(str).tolist() for c in var.columns if _is_text(var[c])}
-        self.gene_names, self.gene_names_from = choose_gene_ids(columns, [str(v) for v in var.index], options.gene_ids, where=self.name)
+        self.gene_names, self.gene_names_from = choose_gene_ids(
+            columns, [str(v) for v in var.index], options.gene_ids, index_name=var.index.name, where=self.name
+        )
 
     def keys_of(self, place: str) -> list[str]:
         """Return the names of what is stored in `obsm` or `varm`."""
@@ -193,7 +195,13 @@ class AnnDataSource(CellSource):
 
     def read_obs(self, columns: Sequence[str], start: int = 0, stop: int | None = None) -> pd.DataFrame:
         """Return obs columns of some cells."""
-        frame = self._adata.obs.iloc[start:stop][list(columns)].copy()
+        place_of = {str(c): i for i, c in enumerate(self._adata.obs.columns)}
+        missing = [c for c in columns if c not in place_of]
+        if missing:
+            msg = f"{self.name}: obs has no column {', '.join(map(repr, missing))}. Found: {', '.join(place_of) or 'none'}."
+            raise ColumnNotFoundError(msg)
+        frame = self._adata.obs.iloc[start:stop, [place_of[c] for c in columns]].copy()
+        frame.columns = pd.Index(list(columns), dtype=object)
         frame.index = frame.index.astype(str)
         return frame
 
@@ -243,15 +251,20 @@ class H5adSource(CellSource):
                 msg = f"{path}: {self.counts} has shape {shape}, but obs has {self.n_cells:,} rows and var {len(self.gene_names):,}. The file is damaged; write it again."
                 raise CellFileError(msg)
 
+            if self._layout != "dense":
+                _require_sound_index(file[self._key], shape, self._layout, f"{path}: {self.counts}")
+
     def _read_gene_names(self, var: h5py.Group) -> tuple[list[str], str]:
         frame = read_frame(var, text_columns(var), where=self.name)
         columns = {name: frame[name].astype(str).tolist() for name in frame.columns}
-        return choose_gene_ids(columns, frame.index.tolist(), self.options.gene_ids, where=self.name)
+        return choose_gene_ids(columns, frame.index.tolist(), self.options.gene_ids, index_name=str(var.attrs["_index"]), where=self.name)
 
     def _sample(self, matrix: h5py.Group | h5py.Dataset) -> np.ndarray:
-        if isinstance(matrix, h5py.Dataset):
-            return matrix[: max(1, SAMPLE_VALUES // max(1, matrix.shape[-1]))].ravel()
-        return matrix["data"][:SAMPLE_VALUES]
+        """Return values from the beginning, the middle and the end."""
+        values = matrix if isinstance(matrix, h5py.Dataset) else matrix["data"]
+        size = max(1, SAMPLE_VALUES // 4 // int(np.prod(values.shape[1:], dtype=int) or 1))
+        starts = sorted({max(0, min(start, len(values) - size)) for start in (0, len(values) // 3, 2 * len(values) // 3, len(values))})
+        return np.concatenate([values[start : start + size].ravel() for start in starts])
 
     def keys_of(self, place: str) -> list[str]:
         """Return the names of what is stored in `obsm` or `varm`."""
@@ -299,7 +312,9 @@ class H5adSource(CellSource):
 
     def _iter_dense(self, matrix: h5py.Dataset, start: int, stop: int) -> Iterator[tuple[sp.csr_array, int]]:
         for first, last in _bounds_by_cells(max(1, BLOCK_VALUES * 8 // max(1, matrix.shape[1])), start, stop):
-            yield sp.csr_array(matrix[first:last]), first
+            rows = matrix[first:last]
+            # scipy knows no half precision.
+            yield sp.csr_array(rows.astype(np.float32) if rows.dtype == np.float16 else rows), first
 
     def _iter_sparse(self, matrix: h5py.Group, start: int, stop: int) -> Iterator[tuple[sp.csr_array, int]]:
         store = self._transposed if self._transposed is not None else matrix
@@ -389,6 +404,16 @@ def _layout_of(matrix: h5py.Group | h5py.Dataset, where: str) -> tuple[str, tupl
     return encoding[:3], (int(shape[0]), int(shape[1]))
 
 
+def _require_sound_index(matrix: h5py.Group, shape: tuple[int, int], layout: str, where: str) -> None:
+    """Raise unless the index pointer of a sparse matrix divides its entries into its rows (CSR) or columns (CSC)."""
+    indptr, n = matrix["indptr"][:], shape[0] if layout == "csr" else shape[1]
+    n_data, n_indices = len(matrix["data"]), len(matrix["indices"])
+    sound = len(indptr) == n + 1 and indptr[0] == 0 and indptr[-1] == n_data == n_indices and bool((np.diff(indptr.astype(np.int64)) >= 0).all())
+    if not sound:
+        msg = f"{where}: its index does not fit its entries ({len(indptr):,} pointers for {n:,} {'cells' if layout == 'csr' else 'genes'}, {n_data:,} values, {n_indices:,} indices). The file is damaged; write it again."
+        raise CellFileError(msg)
+
+
 def _bounds_by_values(indptr: np.ndarray, start: int, stop: int) -> Iterator[tuple[int, int]]:
     """Cut rows into runs of at most BLOCK_VALUES stored values and BLOCK_CELLS cells; a run has at least one cell."""
     while start < stop:
@@ -401,10 +426,6 @@ def _bounds_by_values(indptr: np.ndarray, start: int, stop: int) -> Iterator[tup
 def _bounds_by_cells(step: int, start: int, stop: int) -> Iterator[tuple[int, int]]:
     for first in range(start, stop, min(step, BLOCK_CELLS)):
         yield first, min(first + min(step, BLOCK_CELLS), stop)
-
-
-def _stored(matrix: Any) -> np.ndarray:
-    return matrix.data if sp.issparse(matrix) else np.asarray(matrix).ravel()
 
 
 def _is_text(column: pd.Series) -> bool:

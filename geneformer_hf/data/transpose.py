@@ -58,7 +58,8 @@ def transpose_to_disk(matrix: h5py.Group, n_cells: int, work_dir: Path) -> CsrOn
     while firsts[-1] < n_cells:
         last = int(np.searchsorted(indptr, indptr[firsts[-1]] + CHUNK_VALUES, side="right")) - 1
         firsts.append(min(max(last, firsts[-1] + 1), n_cells))
-    value_type = matrix["data"].dtype
+    # Wide enough for sums of what names one cell and gene twice.
+    value_type = np.promote_types(matrix["data"].dtype, np.float32)
     entry = np.dtype([("row", np.int32), ("gene", np.int32), ("value", value_type)])
     gene = 0
     while gene < n_genes:

@@ -57,8 +57,11 @@ def load_model(model: Any, **kwargs: Any) -> Any:
         CheckpointError: if the folder holds no such checkpoint, or git-lfs pointers in place of weights.
     """
     if not isinstance(model, (str, Path)):
+        if not isinstance(getattr(model, "config", None), GeneformerConfig):
+            msg = f"{type(model).__name__} is not a Geneformer model. Open its checkpoint with GeneformerForMaskedLM.from_pretrained, or pass its folder."
+            raise CheckpointError(msg)
         return model
-    require_checkpoint(model)
+    require_checkpoint(Path(model) / kwargs["subfolder"] if kwargs.get("subfolder") and Path(model).is_dir() else model)
     try:
         config = GeneformerConfig.from_pretrained(str(model), **{k: v for k, v in kwargs.items() if k in ("subfolder", "revision")})
         return model_class_of(config, str(model)).from_pretrained(str(model), config=config, **kwargs)

@@ -30,9 +30,10 @@ def _mean_of(total: torch.Tensor, count: torch.Tensor | int, num_items_in_batch:
     """Divide a summed loss by the items of the whole step where Trainer gives them, else by those of this batch."""
     if num_items_in_batch is None:
         return total / max(int(count), 1)
+    # A step without any label has a loss of zero, not of zero by zero.
     if isinstance(num_items_in_batch, torch.Tensor):
-        num_items_in_batch = num_items_in_batch.to(total.device)
-    return total / num_items_in_batch
+        return total / num_items_in_batch.to(total.device).clamp(min=1)
+    return total / max(num_items_in_batch, 1)
 
 
 def gene_positions(input_ids_bl: torch.Tensor, attention_mask_bl: torch.Tensor | None, config: GeneformerConfig) -> torch.Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,9 @@ from transformers import BatchEncoding, PreTrainedTokenizerFast
 
 from ..errors import CheckpointError, NotRawCountsError, UnknownGeneError, VocabularyMismatchError
 from ..genes import GeneColumns, GeneTable, choose_gene_ids
-from ..ranking import ENCODING_VERSION, TARGET_SUM, check_counts, choose_counts, rank_columns, sum_columns
+from ..ranking import ENCODING_VERSION, MAX_COLUMNS, TARGET_SUM, check_counts, choose_counts, rank_columns, stored_values, sum_columns
 
 GENE_TABLE_FILE = "gene_table.json"
-SAMPLE_ROWS = 64
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class EncodedCells:
 
     def split(self) -> list[np.ndarray]:
         """Return one array per cell."""
-        return np.split(self.input_ids, self.offsets[1:-1])
+        return [self.input_ids[start:stop] for start, stop in pairwise(self.offsets.tolist())]
 
 
 class GeneformerTokenizer(PreTrainedTokenizerFast):
@@ -146,10 +146,13 @@ class GeneformerTokenizer(PreTrainedTokenizerFast):
                 msg = "Counts need the names of their columns: pass `gene_ids=` with one Ensembl id or symbol per column."
                 raise ValueError(msg)
             return self._pad_cells(self.encode_counts(text, gene_ids), **kwargs)
+        return super().__call__(text, *args, **kwargs)
+
+    def _encode_plus(self, text: Any, text_pair: Any = None, *args: Any, **kwargs: Any) -> BatchEncoding:
         try:
-            return super().__call__(text, *args, **kwargs)
+            return super()._encode_plus(text, text_pair, *args, **kwargs)
         except Exception as error:
-            unknown = self._unknown_words(text, args)
+            unknown = self._unknown_words(text, text_pair)
             if not unknown:
                 raise
             raise UnknownGeneError(self._unknown_message(unknown)) from error
@@ -175,9 +178,9 @@ class GeneformerTokenizer(PreTrainedTokenizerFast):
             raise UnknownGeneError(self._unknown_message(unknown))
         return ids
 
-    def _unknown_words(self, text: Any, rest: tuple[Any, ...]) -> list[str]:
+    def _unknown_words(self, *texts: Any) -> list[str]:
         words: list[str] = []
-        stack = [text, *rest]
+        stack = list(texts)
         while stack:
             item = stack.pop(0)
             if isinstance(item, str):
@@ -236,14 +239,14 @@ class GeneformerTokenizer(PreTrainedTokenizerFast):
         if getattr(adata, "raw", None) is not None:
             matrices["raw.X"] = adata.raw.X
         matrices.update(adata.layers)
-        name = choose_counts({n: partial(_sample, m) for n, m in matrices.items()}, counts_layer)
+        name = choose_counts({n: partial(stored_values, m) for n, m in matrices.items()}, counts_layer)
         var = adata.raw.var if name == "raw.X" else adata.var
-        names, _ = choose_gene_ids(
-            {c: [str(v) for v in var[c]] for c in var.columns if var[c].dtype.kind == "O" or str(var[c].dtype) in ("category", "string", "str")},
-            list(var.index),
-            gene_ids,
-        )
-        return self.encode_counts(matrices[name], names)
+        text = {c: [str(v) for v in var[c]] for c in var.columns if var[c].dtype.kind == "O" or str(var[c].dtype) in ("category", "string", "str")}
+        names, _ = choose_gene_ids(text, list(var.index), gene_ids, index_name=var.index.name)
+        counts = matrices[name]
+        # A backed AnnData hands out rows, not itself.
+        counts = counts if sp.issparse(counts) or isinstance(counts, np.ndarray) else counts[:]
+        return self.encode_counts(counts, names)
 
     def encode_block(
         self, counts_ng: sp.csr_array, columns: GeneColumns, *, totals_n: np.ndarray | None = None, crop: bool = True, special_tokens: bool = True
@@ -256,7 +259,7 @@ class GeneformerTokenizer(PreTrainedTokenizerFast):
             totals_n (`np.ndarray` of shape `(n,)`, *optional*): if given, counts per 10,000 are returned too.
             crop, special_tokens (`bool`, *optional*, defaults to `True`): cut to `model_max_length`; add `<cls>` and `<eos>`.
         """
-        if columns.has_merges or not counts_ng.has_canonical_format:
+        if columns.has_merges or not counts_ng.has_canonical_format or counts_ng.shape[1] > MAX_COLUMNS:
             counts_ng = sum_columns(counts_ng, columns.slot_of_column, len(columns.token_ids))
             medians, token_ids = columns.medians, columns.token_ids
         else:
@@ -291,11 +294,6 @@ class GeneformerTokenizer(PreTrainedTokenizerFast):
         path = Path(save_directory) / ((f"{filename_prefix}-" if filename_prefix else "") + GENE_TABLE_FILE)
         path.write_text(self._gene_table.to_json(), encoding="utf-8")
         return (*file_names, str(path))
-
-
-def _sample(matrix: Any) -> np.ndarray:
-    rows = matrix[:SAMPLE_ROWS]
-    return rows.data if sp.issparse(rows) else np.asarray(rows).ravel()
 
 
 def _lookup(counts_ns: sp.csr_array, rows: np.ndarray, slots: np.ndarray) -> np.ndarray:
