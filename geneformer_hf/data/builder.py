@@ -198,7 +198,8 @@ def load_cells(
         files (`str`, `Path`, a sequence of them, or `AnnData`): .h5ad files, a glob, a folder, or cells in memory.
         tokenizer (`GeneformerTokenizer`): the one of the model the dataset is for.
         obs (`"all"`, `"none"` or a sequence of names, *optional*, defaults to `"all"`):
-            Columns of obs to keep. Categories become `ClassLabel`s in their order; missing values become None. A column
+            Columns of obs to keep. Categories become `ClassLabel`s in their order (anndata turns repeated text into
+            categories when it writes a file); missing values become None. A column
             named like one of ours is kept as `obs_<name>`.
         gene_ids (`str`, *optional*): column of var that names the genes, or `index`. Found by itself where it can be.
         counts_layer (`str`, *optional*): layer of the raw counts, or `X` or `raw.X`. Found by itself where it can be.
