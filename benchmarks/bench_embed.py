@@ -20,10 +20,9 @@ from transformers.models.bert import BertConfig
 
 from geneformer_hf import GeneformerConfig, GeneformerForMaskedLM
 from geneformer_hf.device import resolve_device
-from geneformer_hf.models.attention import encode_packed
+from geneformer_hf.models.encoding import PackedEncoder
 
 BAR, LARGEST_DIFFERENCE = 3.5, 2e-5
-TOKENS_PER_PASS = {"cpu": 8192}
 
 
 def published_way(model: BertForMaskedLM, cells: list[np.ndarray], device: torch.device) -> np.ndarray:
@@ -44,22 +43,14 @@ def published_way(model: BertForMaskedLM, cells: list[np.ndarray], device: torch
 
 
 def ours(model: GeneformerForMaskedLM, cells: list[np.ndarray], device: torch.device) -> np.ndarray:
-    """What `embed_cells` does between tokens and vectors; it cannot be called here, where datasets may be absent."""
-    budget = TOKENS_PER_PASS.get(device.type, 65_536)
-    order = list(range(len(cells))) if device.type == "cpu" else sorted(range(len(cells)), key=lambda i: -len(cells[i]))
+    """What `embed_cells` does between tokens and vectors; it cannot be called itself where datasets is absent."""
+    encoder = PackedEncoder(model, n_layers=model.config.num_hidden_layers - 1, device=device)
+    offsets = np.concatenate(([0], np.cumsum([len(cell) for cell in cells])))
     out = np.empty((len(cells), model.config.hidden_size), dtype=np.float32)
-    while order:
-        batch, tokens = [], 0
-        while order and (not batch or tokens + len(cells[order[0]]) <= budget):
-            tokens += len(cells[order[0]])
-            batch.append(order.pop(0))
-        lengths = [len(cells[i]) for i in batch]
-        with torch.inference_mode():
-            hidden = encode_packed(
-                model.bert, torch.from_numpy(np.concatenate([cells[i] for i in batch])).to(device), lengths, model.config.num_hidden_layers - 1
-            )
-        for i, part in zip(batch, hidden.split(lengths), strict=True):
-            out[i] = part.mean(0).cpu().numpy()
+    with encoder.ready():
+        for done in encoder.encode(np.concatenate(cells), offsets, np.arange(len(cells))):
+            for i, part in zip(done.cells, done.hidden.split(done.lengths), strict=True):
+                out[i] = part.mean(0).cpu().numpy()
     return out
 
 

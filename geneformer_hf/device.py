@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -22,6 +22,7 @@ DTYPES = {
 }
 
 T = TypeVar("T")
+Items = TypeVar("Items", bound=Any)
 
 
 def resolve_device(device: str | torch.device | None = None) -> torch.device:
@@ -69,24 +70,26 @@ def resolve_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
     return DTYPES[dtype]
 
 
-def run_with_backoff(run: Callable[[int], T], budget: int, *, smallest: int) -> tuple[T, int]:
-    """Call ``run(budget)``; each time the accelerator runs out of memory, halve the budget and call again.
+def run_with_backoff(run: Callable[[Items], T], items: Items) -> list[T]:
+    """Call ``run(items)``; each time the accelerator runs out of memory, cut the items in half and run the halves.
 
     Args:
-        run: computes everything within a budget (tokens per pass); must be safe to call again after a failure.
-        budget (`int`): tokens per pass to begin with.
-        smallest (`int`): below this the error is passed on, because a single cell no longer fits.
+        run: must be safe to call again after a failure.
+        items: anything with a length that can be sliced.
 
     Returns:
-        the result and the budget that worked, to start from the next time.
+        the results in order: one, or as many as there were parts in the end.
+
+    Raises:
+        torch.OutOfMemoryError: if a single item does not fit.
     """
-    while True:
-        try:
-            return run(budget), budget
-        except torch.OutOfMemoryError:
-            if budget <= smallest:
-                raise
-            budget = max(smallest, budget // 2)
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
-            logger.warning("Out of memory: going on with at most %s tokens per pass.", f"{budget:,}")
+    try:
+        return [run(items)]
+    except torch.OutOfMemoryError:
+        if len(items) == 1:
+            raise
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    half = len(items) // 2
+    logger.warning("Out of memory with %s cells in one pass: going on with smaller passes.", f"{len(items):,}")
+    return [*run_with_backoff(run, items[:half]), *run_with_backoff(run, items[half:])]

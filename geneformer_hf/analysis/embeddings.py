@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,19 +18,16 @@ import pyarrow as pa
 import torch
 from tqdm.auto import tqdm
 
-from ..device import resolve_device, resolve_dtype, run_with_backoff
+from ..device import resolve_device, resolve_dtype
 from ..errors import LayerError, SettingError, VocabularyMismatchError
 from ..genes import GeneTable
-from ..models.attention import encode_packed
 from ..models.configuration_geneformer import GeneformerConfig
+from ..models.encoding import PackedEncoder
 from ..models.loading import load_model, require_same_vocabulary, tokenizer_of
 from ..models.tokenization_geneformer import GeneformerTokenizer
 from .cells import Cells, TokenChunk, open_tokens
 
 logger = logging.getLogger(__name__)
-
-TOKENS_PER_PASS = {"cpu": 8192}
-TOKENS_PER_PASS_ON_ACCELERATOR = 65_536
 
 
 @dataclass(frozen=True)
@@ -255,9 +250,7 @@ class Embedder:
     ) -> None:
         self.model = load_model(model)
         self.config: GeneformerConfig = self.model.config
-        self.bert = self.model.base_model
-        self.device, self.dtype = resolve_device(device), resolve_dtype(dtype)
-        self.n_layers = resolve_layer(layer, self.config.num_hidden_layers)
+        n_layers = resolve_layer(layer, self.config.num_hidden_layers)
         self.pooling = pooling or ("cls" if self.config.cls_token_id is not None else "mean")
         if self.pooling not in ("cls", "mean"):
             msg = f"pooling {pooling!r} is not 'cls' or 'mean'."
@@ -268,13 +261,8 @@ class Embedder:
         if batch_size is not None and batch_size < 1:
             msg = f"batch_size is {batch_size}; expected at least 1."
             raise SettingError(msg)
-        self.batch_size, self.progress = batch_size, progress
-        self.tokens_per_pass = TOKENS_PER_PASS.get(self.device.type, TOKENS_PER_PASS_ON_ACCELERATOR)
-        self._tokenizer = tokenizer
-        stored = next(self.model.parameters()).dtype
-        if self.dtype is not None and stored not in (torch.float32, self.dtype):
-            msg = f"dtype {dtype} was asked for, but the weights are {stored}, whose precision is lost already. Leave dtype out, or load the model with dtype=torch.float32."
-            raise SettingError(msg)
+        self.progress, self._tokenizer = progress, tokenizer
+        self.encoder = PackedEncoder(self.model, n_layers=n_layers, device=resolve_device(device), dtype=resolve_dtype(dtype), batch_size=batch_size)
 
     def open(self, cells: Any, *, gene_ids: str | None = None, counts_layer: str | None = None) -> Cells:
         """Open cells as tokens for this model."""
@@ -312,46 +300,25 @@ class Embedder:
             yield from parts
 
     def _iter_chunks(self, tokens: Cells) -> Iterator[tuple[TokenChunk, Iterator[HiddenPart]]]:
-        with self._ready(), tqdm(total=tokens.n_cells, unit=" cells", desc="Embedding", disable=not self.progress) as bar:
+        with self.encoder.ready(), tqdm(total=tokens.n_cells, unit=" cells", desc="Embedding", disable=not self.progress) as bar:
             for given in tokens.chunks():
                 chunk = given.without(self.config.pad_token_id)
+                chunk.require_fits(self.config)
                 yield chunk, self._run_chunk(chunk, bar)
 
     def _run_chunk(self, chunk: TokenChunk, bar: tqdm) -> Iterator[HiddenPart]:
-        lengths = np.diff(chunk.offsets)
-        chunk.require_fits(self.config)
         full = np.flatnonzero(chunk.n_genes(self.config) > 0)
         bar.update(chunk.n_cells - len(full))
-        if self.device.type != "cpu":
-            # Attention is padded there, so cells of one length share a pass.
-            full = full[np.argsort(-lengths[full], kind="stable")]
-        done = 0
-        while done < len(full):
-            part, self.tokens_per_pass = run_with_backoff(
-                partial(self._run_pass, chunk, full[done:], lengths), self.tokens_per_pass, smallest=int(lengths[full[done]])
+        for done in self.encoder.encode(chunk.input_ids, chunk.offsets, full):
+            bar.update(len(done.cells))
+            yield HiddenPart(
+                rows=(chunk.start + done.cells).tolist(),
+                cell_ids=[chunk.cell_ids[i] for i in done.cells],
+                input_ids=done.input_ids,
+                lengths=done.lengths,
+                hidden=done.hidden,
+                config=self.config,
             )
-            done += len(part.rows)
-            bar.update(len(part.rows))
-            yield part
-
-    def _take(self, cells: np.ndarray, lengths: np.ndarray, budget: int) -> np.ndarray:
-        """Return the first cells whose tokens fit the budget, at least one."""
-        if self.device.type == "cpu":
-            tokens = np.cumsum(lengths[cells])
-        else:
-            tokens = lengths[cells[0]] * np.arange(1, len(cells) + 1)
-        n = max(1, int(np.searchsorted(tokens, budget, side="right")))
-        return cells[: min(n, self.batch_size or n)]
-
-    def _run_pass(self, chunk: TokenChunk, cells: np.ndarray, lengths_m: np.ndarray, budget: int) -> HiddenPart:
-        """Run as many of these cells as fit the budget."""
-        cells = self._take(cells, lengths_m, budget)
-        arrays = [chunk.input_ids[chunk.offsets[i] : chunk.offsets[i + 1]] for i in cells]
-        ids = torch.from_numpy(np.concatenate(arrays).astype(np.int64))
-        lengths = [len(a) for a in arrays]
-        with torch.inference_mode(), self._autocast():
-            hidden = encode_packed(self.bert, ids.to(self.device), lengths, self.n_layers)
-        return HiddenPart([chunk.start + int(i) for i in cells], [chunk.cell_ids[i] for i in cells], ids, lengths, hidden, self.config)
 
     def _pool(self, part: HiddenPart, first: int, last: int) -> torch.Tensor:
         if self.pooling == "mean":
@@ -361,24 +328,6 @@ class Embedder:
             msg = f"pooling 'cls': a cell begins with token {int(part.input_ids[first])} instead of <cls> ({self.config.cls_token_id}). The dataset was tokenized without special tokens; tokenize it with this model's tokenizer, or use pooling='mean'."
             raise VocabularyMismatchError(msg)
         return part.hidden[first].float()
-
-    def _autocast(self) -> Any:
-        lower = self.dtype in (torch.bfloat16, torch.float16)
-        return torch.autocast(self.device.type, dtype=self.dtype if lower else torch.bfloat16, enabled=lower)
-
-    @contextmanager
-    def _ready(self) -> Iterator[None]:
-        """Put the model on the device in eval mode, and leave it as it was."""
-        training, home = self.model.training, next(self.model.parameters()).device
-        self.model.eval()
-        if home != self.device:
-            self.model.to(self.device)
-        try:
-            yield
-        finally:
-            self.model.train(training)
-            if home != self.device:
-                self.model.to(home)
 
 
 def resolve_layer(layer: int, n_layers: int) -> int:

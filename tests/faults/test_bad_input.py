@@ -274,12 +274,12 @@ def test_counts_elsewhere_need_no_option(cells, model_folder, tmp_path, capsys):
 
 
 def test_an_interrupted_write_leaves_nothing(h5ad, model_folder, tmp_path, capsys, monkeypatch):
-    from geneformer_hf.analysis import embeddings
+    from geneformer_hf.models import encoding
 
     def stop(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(embeddings, "encode_packed", stop)
+    monkeypatch.setattr(encoding, "encode_packed", stop)
     before = sorted(p.name for p in tmp_path.iterdir())
     assert main(["embed", str(h5ad), "--model", str(model_folder), "--output", str(tmp_path / "out.h5ad")]) == 130
     assert sorted(p.name for p in tmp_path.iterdir()) == before

@@ -19,11 +19,10 @@ from geneformer_hf import (
     load_cells,
     state_embeddings,
 )
-from geneformer_hf.analysis import embeddings
 from geneformer_hf.analysis.embeddings import Embedder, resolve_layer
 from geneformer_hf.device import resolve_device
 from geneformer_hf.errors import CheckpointError, ColumnNotFoundError, LayerError, VocabularyMismatchError
-from geneformer_hf.models import attention
+from geneformer_hf.models import attention, encoding
 from tests import reference
 from tests.conftest import ensembl, make_cells, tiny_config, with_row, write
 from tests.tolerances import BF16, NAIVE_TWIN, SAME_MODEL
@@ -57,7 +56,7 @@ def test_v1_cells_have_no_special_tokens_to_leave_out(v1_model, v1_tokenizer, ce
 @pytest.mark.parametrize(("batch_size", "tokens"), [(1, 8192), (3, 8192), (None, 40), (None, 8192)])
 def test_batch_size_and_budget_change_nothing(batch_size, tokens, model, dataset, quiet, monkeypatch):
     whole = embed_cells(model, dataset, **quiet)
-    monkeypatch.setitem(embeddings.TOKENS_PER_PASS, "cpu", tokens)
+    monkeypatch.setattr(encoding, "TOKENS_PER_PASS_ON_CPU", tokens)
     np.testing.assert_allclose(embed_cells(model, dataset, batch_size=batch_size, **quiet), whole, atol=SAME_MODEL)
 
 
@@ -136,7 +135,7 @@ def test_no_cells_at_all(model, tokenizer, cells, quiet):
 
 def test_out_of_memory_halves_the_pass_and_goes_on(model, dataset, quiet, monkeypatch, caplog):
     whole = embed_cells(model, dataset, **quiet)
-    real, seen = embeddings.encode_packed, []
+    real, seen = encoding.encode_packed, []
 
     def small_device(bert, input_ids, lengths, n_layers):
         seen.append(len(input_ids))
@@ -144,15 +143,29 @@ def test_out_of_memory_halves_the_pass_and_goes_on(model, dataset, quiet, monkey
             raise torch.OutOfMemoryError
         return real(bert, input_ids, lengths, n_layers)
 
-    monkeypatch.setattr(embeddings, "encode_packed", small_device)
+    monkeypatch.setattr(encoding, "encode_packed", small_device)
     with caplog.at_level(logging.WARNING):
         got = embed_cells(model, dataset, **quiet)
     np.testing.assert_allclose(got, whole, atol=SAME_MODEL)
     assert max(seen) > 300
-    assert "going on with at most" in caplog.text
-    monkeypatch.setattr(embeddings, "encode_packed", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError()))
+    assert "going on with smaller passes" in caplog.text
+    monkeypatch.setattr(encoding, "encode_packed", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError()))
     with pytest.raises(torch.OutOfMemoryError):
         embed_cells(model, dataset, **quiet)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_threads_change_nothing_and_are_given_back(threads, model, dataset, quiet, monkeypatch):
+    whole = embed_cells(model, dataset, **quiet)
+    monkeypatch.setattr(encoding, "TOKENS_PER_PASS_ON_CPU", 60)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        got = embed_cells(model, dataset, **quiet)
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    np.testing.assert_allclose(got, whole, atol=SAME_MODEL)
 
 
 def test_the_head_never_runs_and_layers_stop(model, dataset, quiet, monkeypatch):

@@ -157,16 +157,20 @@ def test_devices(monkeypatch):
     assert resolve_device().type == "cuda"
 
 
-def test_backoff_stops_at_the_smallest():
+def test_backoff_halves_until_it_fits():
     tried = []
 
-    def run(budget):
-        tried.append(budget)
-        if budget > 30:
+    def run(items):
+        tried.append(len(items))
+        if len(items) > 3:
             raise torch.OutOfMemoryError
-        return "done"
+        return sum(items)
 
-    assert run_with_backoff(run, 100, smallest=10) == ("done", 25)
-    assert tried == [100, 50, 25]
+    assert run_with_backoff(run, list(range(10))) == [0 + 1, 2 + 3 + 4, 5 + 6, 7 + 8 + 9]
+    assert tried == [10, 5, 2, 3, 5, 2, 3]
+
+    def never(items):
+        raise torch.OutOfMemoryError
+
     with pytest.raises(torch.OutOfMemoryError):
-        run_with_backoff(run, 100, smallest=40)
+        run_with_backoff(never, [1, 2])
