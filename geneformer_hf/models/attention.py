@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 
 def encode_packed(bert: Any, input_ids_t: torch.Tensor, lengths: Sequence[int], n_layers: int) -> torch.Tensor:
@@ -40,9 +41,12 @@ def encode_packed(bert: Any, input_ids_t: torch.Tensor, lengths: Sequence[int], 
             context_te = _cell_by_cell(query, key, value, heads, lengths)
         else:
             context_te = layout.attend(query, key, value, heads)
-        # In eval mode the output modules are a linear layer, the residual and LayerNorm.
-        hidden_te = layer.attention.output(context_te, hidden_te)
-        hidden_te = layer.output(layer.intermediate(hidden_te), hidden_te)
+        # BERT's output modules without dropout; the sums are in place, as nothing else holds those tensors.
+        hidden_te = layer.attention.output.LayerNorm(layer.attention.output.dense(context_te).add_(hidden_te))
+        inner_te = layer.intermediate.dense(hidden_te)
+        activation = layer.intermediate.intermediate_act_fn
+        inner_te = inner_te.relu_() if isinstance(activation, nn.ReLU) else activation(inner_te)
+        hidden_te = layer.output.LayerNorm(layer.output.dense(inner_te).add_(hidden_te))
     return hidden_te
 
 

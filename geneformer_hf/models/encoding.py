@@ -21,7 +21,7 @@ from ..errors import SettingError
 from .attention import encode_packed
 
 TOKENS_PER_PASS = 65_536
-TOKENS_PER_PASS_ON_CPU = 4096
+TOKENS_PER_PASS_ON_CPU = 2048
 
 
 @dataclass(frozen=True)
