@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
+import sys
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import Any
@@ -249,15 +251,21 @@ def verdict(figures: dict[str, float]) -> str:
         else "The model predicts hidden genes no better than gene frequency"
     )
     trained, pca, untrained = (figures[f"accuracy_{name}"] for name in ("trained", "pca", "untrained"))
-    against_pca = "PCA of the counts is better at cell types" if pca > trained else "its embeddings tell cell types as well as PCA does"
-    against_untrained = f"training moved that from {untrained:.2f} to {trained:.2f}"
-    return f"""{learnt}; {against_pca}, and {against_untrained}.
+    better = (
+        "PCA of the counts tells cell types better than the model's embeddings"
+        if pca > trained
+        else "The model's embeddings tell cell types as well as PCA of the counts"
+    )
+    return f"""{learnt}.
+{better}; training moved their accuracy from {untrained:.2f} to {trained:.2f}.
 A minute on {700 - N_HELD_OUT} cells does not make good embeddings: that takes pretraining on millions. For work, convert a published
 checkpoint (below) and fine-tune it."""
 
 
 def print_files(output: Path) -> None:
     """Print what lies where and what to try next."""
+    # As it can be typed here: the full path where the environment is not activated.
+    program = "geneformer-hf" if shutil.which("geneformer-hf") else sys.argv[0]
     print(f"""
 In {output}/
   pbmc_geneformer.h5ad   the cells: raw counts, published cell types, obsm["X_geneformer"], obsm["X_umap"]
@@ -267,6 +275,6 @@ In {output}/
   figures.json           the figures above
 
 Try next
-  geneformer-hf info {output}/pbmc_geneformer.h5ad --model {output}/model
-  geneformer-hf embed {output}/pbmc_geneformer.h5ad --model {output}/model --output embedded.h5ad --pooling mean --plot {LABEL}
-  geneformer-hf convert Geneformer-V1-10M geneformer-v1      # a published checkpoint, with a network""")
+  {program} info {output}/pbmc_geneformer.h5ad --model {output}/model
+  {program} embed {output}/pbmc_geneformer.h5ad --model {output}/model --output embedded.h5ad --pooling mean --plot {LABEL}
+  {program} convert Geneformer-V1-10M geneformer-v1      # a published checkpoint, with a network""")

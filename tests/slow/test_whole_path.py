@@ -38,7 +38,8 @@ def test_the_demo(tmp_path):
     assert adata.obsm["X_geneformer"].shape == (700, 128)
     assert np.isfinite(adata.obsm["X_umap"]).all()
     # The three commands it proposes, but for the one that needs a network.
-    proposed = [line.split("#")[0].split()[1:] for line in printed.splitlines() if line.startswith("  geneformer-hf")]
+    lines = printed[printed.index("Try next") :].splitlines()[1:]
+    proposed = [line.split("#")[0].split()[1:] for line in lines if line.strip()]
     assert [words[0] for words in proposed] == ["info", "embed", "convert"]
     command(*proposed[0])
     command(*[str(tmp_path / "embedded.h5ad") if word == "embedded.h5ad" else word for word in proposed[1]])

@@ -171,7 +171,7 @@ def test_threads_change_nothing_and_are_given_back(threads, model, dataset, quie
 def test_the_head_never_runs_and_layers_stop(model, dataset, quiet, monkeypatch):
     calls = []
     for i, layer in enumerate(model.bert.encoder.layer):
-        monkeypatch.setattr(layer.output, "forward", lambda *a, i=i, real=layer.output.forward: calls.append(i) or real(*a))
+        monkeypatch.setattr(layer.output.dense, "forward", lambda *a, i=i, real=layer.output.dense.forward: calls.append(i) or real(*a))
     monkeypatch.setattr(model.cls, "forward", lambda *_: pytest.fail("the masked-gene head ran"))
     embed_cells(model, dataset, layer=1, **quiet)
     assert set(calls) == {0}
