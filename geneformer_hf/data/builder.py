@@ -10,7 +10,9 @@ from __future__ import annotations
 import json
 import logging
 import tempfile
+from collections import deque
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -26,7 +28,7 @@ from ..errors import CellFileError, GeneformerError
 from ..models.tokenization_geneformer import EncodedCells, GeneformerTokenizer
 from .columns import ObsColumns
 from .files import content_hash, find_files
-from .readers import CellSource, H5adSource, SourceOptions, open_cells, read_ahead
+from .readers import CellSource, H5adSource, SourceOptions, open_cells
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +36,9 @@ RANGE_CELLS = 8192
 """Most cells in one row range, the unit of work of a process."""
 RANGES_OF_A_FILE = 8
 """Row ranges of a file of fewer cells than that many ranges would hold; small files are not cut below 256 cells."""
+
+
+RANKING_THREADS = 2
 
 
 @dataclass(frozen=True)
@@ -150,13 +155,20 @@ class CellEncoder:
         """Yield the rows of some cells: those that pass the filter and hold a gene of the vocabulary, in order."""
         passing = self.passing
         obs = self.columns.read(self.source, start, stop)
-        for block in read_ahead(self.source.iter_blocks(start, stop)):
-            rows = np.arange(block.start, block.start + block.counts_ng.shape[0])
-            counts = block.counts_ng
-            if passing is not None and not passing[rows].all():
-                kept = np.flatnonzero(passing[rows])
-                counts, rows = counts[kept], rows[kept]
-            yield self._table(counts, rows, obs.take(pa.array(rows - start)))
+        # Ranking spends its time in numpy, which leaves other threads alone: one block is read while two are ranked.
+        with ThreadPoolExecutor(RANKING_THREADS) as workers:
+            pending: deque[Future[pa.Table]] = deque()
+            for block in self.source.iter_blocks(start, stop):
+                rows = np.arange(block.start, block.start + block.counts_ng.shape[0])
+                counts = block.counts_ng
+                if passing is not None and not passing[rows].all():
+                    kept = np.flatnonzero(passing[rows])
+                    counts, rows = counts[kept], rows[kept]
+                pending.append(workers.submit(self._table, counts, rows, obs.take(pa.array(rows - start))))
+                if len(pending) > RANKING_THREADS:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
 
     def _table(self, counts: Any, rows: np.ndarray, obs: pa.Table) -> pa.Table:
         totals_n = None if self.totals_n is None else self.totals_n[rows]
