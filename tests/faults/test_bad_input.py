@@ -79,10 +79,10 @@ REFUSED = [
 def test_cells_that_cannot_be_ranked(command, change, words, cells, model_folder, tmp_path, capsys):
     path = tmp_path / "bad.h5ad"
     change(cells).write_h5ad(path)
-    refuse([command, str(path), "--model", str(model_folder), "--output", str(tmp_path / "out.h5ad")], words, tmp_path, capsys, file="bad.h5ad")
+    check_refused([command, str(path), "--model", str(model_folder), "--output", str(tmp_path / "out.h5ad")], words, tmp_path, capsys, file="bad.h5ad")
 
 
-def refuse(command, words, folder, capsys, file=""):
+def check_refused(command, words, folder, capsys, file=""):
     before = sorted(p.name for p in folder.iterdir())
     assert main(command) == 1
     error = capsys.readouterr().err
@@ -107,7 +107,7 @@ def refuse(command, words, folder, capsys, file=""):
 def test_files_that_cannot_be_read(command, damage, words, h5ad, model_folder, tmp_path, capsys):
     damage(h5ad)
     model = [] if command == "medians" else ["--model", str(model_folder)]
-    refuse([command, str(h5ad), *model, "--output", str(tmp_path / "out.h5ad")], words, tmp_path, capsys, file="cells.h5ad")
+    check_refused([command, str(h5ad), *model, "--output", str(tmp_path / "out.h5ad")], words, tmp_path, capsys, file="cells.h5ad")
 
 
 @pytest.mark.parametrize(
@@ -123,14 +123,14 @@ def test_files_that_cannot_be_read(command, damage, words, h5ad, model_folder, t
     ],
 )
 def test_options_that_do_not_fit(options, words, h5ad, model_folder, tmp_path, capsys):
-    refuse(["embed", str(h5ad), "--model", str(model_folder), "--output", str(tmp_path / "out.h5ad"), *options], words, tmp_path, capsys)
+    check_refused(["embed", str(h5ad), "--model", str(model_folder), "--output", str(tmp_path / "out.h5ad"), *options], words, tmp_path, capsys)
 
 
 def test_cls_pooling_without_cls(h5ad, v1_model, v1_tokenizer, tmp_path, capsys):
     v1_model.save_pretrained(tmp_path / "v1")
     v1_tokenizer.save_pretrained(tmp_path / "v1")
     command = ["embed", str(h5ad), "--model", str(tmp_path / "v1"), "--output", str(tmp_path / "out.h5ad")]
-    refuse([*command, "--pooling", "cls"], "needs a <cls> token, and this model's vocabulary of 62 has none", tmp_path, capsys)
+    check_refused([*command, "--pooling", "cls"], "needs a <cls> token, and this model's vocabulary of 62 has none", tmp_path, capsys)
     assert main(command) == 0
 
 
@@ -147,15 +147,15 @@ def test_an_output_that_exists_is_not_touched(command, h5ad, model_folder, tmp_p
         "demo": ["--output", str(out)],
     }
     if command != "convert":
-        refuse([command, *arguments[command]], "exists. Choose another name, or pass --overwrite", tmp_path, capsys)
+        check_refused([command, *arguments[command]], "exists. Choose another name, or pass --overwrite", tmp_path, capsys)
     else:
-        refuse([command, *arguments[command]], "exists|No token_dictionary", tmp_path, capsys)
+        check_refused([command, *arguments[command]], "exists|No token_dictionary", tmp_path, capsys)
     assert out.read_text() == "mine"
 
 
 def test_model_and_tokenizer_that_differ(h5ad, model_folder, v1_tokenizer, tmp_path, capsys):
     v1_tokenizer.save_pretrained(model_folder)
-    refuse(
+    check_refused(
         ["embed", str(h5ad), "--model", str(model_folder), "--output", str(tmp_path / "out.h5ad")],
         "do not belong together: the model has 64 tokens and the tokenizer 62",
         tmp_path,
@@ -166,25 +166,25 @@ def test_model_and_tokenizer_that_differ(h5ad, model_folder, v1_tokenizer, tmp_p
 def test_folders_that_are_no_checkpoint(h5ad, model_folder, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     embed = ["embed", str(h5ad), "--output", str(tmp_path / "out.h5ad"), "--model"]
-    refuse([*embed, str(tmp_path / "empty")], "holds no config.json", tmp_path, capsys)
-    refuse([*embed, str(tmp_path / "nothing" / "there")], "does not exist", tmp_path, capsys)
-    refuse(["info", str(tmp_path / "empty")], "neither a checkpoint .* nor a dataset", tmp_path, capsys)
+    check_refused([*embed, str(tmp_path / "empty")], "holds no config.json", tmp_path, capsys)
+    check_refused([*embed, str(tmp_path / "nothing" / "there")], "does not exist", tmp_path, capsys)
+    check_refused(["info", str(tmp_path / "empty")], "neither a checkpoint .* nor a dataset", tmp_path, capsys)
     (model_folder / "gene_table.json").unlink()
-    refuse([*embed, str(model_folder)], "holds no gene_table.json: published checkpoints come without a tokenizer", tmp_path, capsys)
+    check_refused([*embed, str(model_folder)], "holds no gene_table.json: published checkpoints come without a tokenizer", tmp_path, capsys)
 
 
 def test_a_dataset_goes_into_parquet(h5ad, model_folder, tmp_path, capsys):
     assert main(["tokenize", str(h5ad), "--model", str(model_folder), "--output", str(tmp_path / "tokens")]) == 0
     capsys.readouterr()
-    refuse(["embed", str(tmp_path / "tokens"), "--model", str(model_folder), "--output", str(tmp_path / "out.h5ad")], "is a dataset", tmp_path, capsys)
-    refuse(["embed", str(h5ad), "--model", str(model_folder), "--output", str(tmp_path / "out.csv")], "ends in .h5ad or .parquet", tmp_path, capsys)
+    check_refused(["embed", str(tmp_path / "tokens"), "--model", str(model_folder), "--output", str(tmp_path / "out.h5ad")], "is a dataset", tmp_path, capsys)
+    check_refused(["embed", str(h5ad), "--model", str(model_folder), "--output", str(tmp_path / "out.csv")], "ends in .h5ad or .parquet", tmp_path, capsys)
 
 
 def test_filter_pass_that_is_neither(cells, model_folder, tmp_path, capsys):
     path = tmp_path / "bad.h5ad"
     with_obs(filter_pass=[2] * 30)(cells).write_h5ad(path)
     command = ["tokenize", str(path), "--model", str(model_folder), "--output", str(tmp_path / "out")]
-    refuse(command, r"obs\['filter_pass'\] holds 30 values that are neither 0 nor 1 \(2\)", tmp_path, capsys)
+    check_refused(command, r"obs\['filter_pass'\] holds 30 values that are neither 0 nor 1 \(2\)", tmp_path, capsys)
 
 
 @pytest.mark.parametrize("processes", ["1", "2"])
@@ -196,31 +196,31 @@ def test_a_bad_cell_far_down_is_found_by_every_process(processes, genes, model_f
     as_given(cells, sp.csr_matrix(x)).write_h5ad(path)
     monkeypatch.setattr(readers, "SAMPLE_VALUES", 100)
     command = ["tokenize", str(path), "--model", str(model_folder), "--output", str(tmp_path / "out"), "--num-proc", processes]
-    refuse(command, r"bad\.h5ad: X \(cells \d+ to 599\) looks", tmp_path, capsys)
+    check_refused(command, r"bad\.h5ad: X \(cells \d+ to 599\) looks", tmp_path, capsys)
 
 
 def test_no_cell_is_left(genes, model_folder, tmp_path, capsys):
     cells = make_cells(genes, 4, filter_pass=[0, 0, 0, 0])
     cells.write_h5ad(tmp_path / "none.h5ad")
     command = ["tokenize", str(tmp_path / "none.h5ad"), "--model", str(model_folder), "--output", str(tmp_path / "out")]
-    refuse(command, "none of 4 cells is left: 4 have filter_pass 0", tmp_path, capsys)
+    check_refused(command, "none of 4 cells is left: 4 have filter_pass 0", tmp_path, capsys)
     cells.X = sp.csr_matrix((4, 60), dtype=np.float32)
     cells.write_h5ad(tmp_path / "none.h5ad")
     command = ["embed", str(tmp_path / "none.h5ad"), "--model", str(model_folder), "--output", str(tmp_path / "out.h5ad")]
-    refuse(command, "none of its 4 cells holds a gene", tmp_path, capsys)
+    check_refused(command, "none of its 4 cells holds a gene", tmp_path, capsys)
     cells[:0].copy().write_h5ad(tmp_path / "none.h5ad")
-    refuse(command, "holds no cells", tmp_path, capsys)
+    check_refused(command, "holds no cells", tmp_path, capsys)
 
 
 def test_an_output_where_nothing_can_be_written(h5ad, model_folder, tmp_path, capsys):
     (tmp_path / "file").write_text("x")
     command = ["embed", str(h5ad), "--model", str(model_folder), "--output", str(tmp_path / "file" / "out.h5ad")]
-    refuse(command, "cannot write .*file is not a folder", tmp_path, capsys)
+    check_refused(command, "cannot write .*file is not a folder", tmp_path, capsys)
 
 
 def test_files_of_two_species_have_no_common_medians(h5ad, genes, tmp_path, capsys):
     make_cells([f"ENSMUSG{i:011d}" for i in range(60)], 5).write_h5ad(tmp_path / "mouse.h5ad")
-    refuse(
+    check_refused(
         ["medians", str(h5ad), str(tmp_path / "mouse.h5ad"), "--output", str(tmp_path / "t.json")],
         r"several species: .*\(human\), .*\(mouse\)",
         tmp_path,
@@ -292,4 +292,4 @@ def test_a_full_disk_leaves_nothing(h5ad, model_folder, tmp_path, capsys, monkey
         raise OSError(28, "No space left on device", str(tmp_path / "out.h5ad"))
 
     monkeypatch.setattr(shutil, "copyfile", full)
-    refuse(["embed", str(h5ad), "--model", str(model_folder), "--output", str(tmp_path / "out.h5ad")], "No space left on device", tmp_path, capsys)
+    check_refused(["embed", str(h5ad), "--model", str(model_folder), "--output", str(tmp_path / "out.h5ad")], "No space left on device", tmp_path, capsys)
