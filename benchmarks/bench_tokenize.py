@@ -15,6 +15,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -110,16 +111,30 @@ def child(way: str, path: Path, num_proc: int) -> None:
 
     datasets.disable_progress_bars()
     with tempfile.TemporaryDirectory() as folder:
-        before = peak_kb()
+        memory = PeakMemory()
+        memory.start()
         start = time.perf_counter()
         run_published_way(path, Path(folder) / "out") if way == "published" else run_ours(path, Path(folder), num_proc)
         seconds = time.perf_counter() - start
-    print(json.dumps({"seconds": seconds, "peak_mb": (peak_kb() - before) / 1024}))
+    memory.done.set()
+    print(json.dumps({"seconds": seconds, "peak_mb": (memory.peak - memory.before) / 1024}))
 
 
-def peak_kb() -> int:
-    """Peak resident memory of this process; unlike ru_maxrss it is not inherited from the parent."""
-    return next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+class PeakMemory(threading.Thread):
+    """Samples the anonymous memory of this process; pages of mapped files, which the system takes back at will, do not count."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.before = self.peak = self.now_kb()
+        self.done = threading.Event()
+
+    @staticmethod
+    def now_kb() -> int:
+        return next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon"))
+
+    def run(self) -> None:
+        while not self.done.wait(0.005):
+            self.peak = max(self.peak, self.now_kb())
 
 
 def measure(way: str, path: Path, cores: int = 2, num_proc: int = 1, repeats: int = 3) -> tuple[float, float]:
@@ -149,7 +164,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         ratios = {}
         print(f"{'layout':8} {'way':30} {'seconds':>8} {'ratio':>6} {'peak MB above import':>21}")
-        for layout in args.layouts.split(","):
+        for layout in filter(None, args.layouts.split(",")):
             path = Path(folder) / f"{layout}.h5ad"
             write_cells(path, args.cells, layout)
             for cores, num_proc in ((1, 1), (2, 1), (2, 2)):
