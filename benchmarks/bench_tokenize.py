@@ -180,7 +180,7 @@ def main() -> None:
             for n_cells in (args.cells, 5 * args.cells):
                 path = Path(folder) / "memory.h5ad"
                 write_cells(path, n_cells, "csr")
-                peaks.append(measure("ours", path, repeats=1)[1])
+                peaks.append(measure("ours", path, repeats=3)[1])
                 path.unlink()
                 print(f"peak MB above import for {n_cells:,} cells: {peaks[-1]:.0f}")
             print(

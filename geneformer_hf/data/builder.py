@@ -169,6 +169,8 @@ class CellEncoder:
                     yield pending.popleft().result()
             while pending:
                 yield pending.popleft().result()
+        # Arrow keeps freed memory for itself otherwise, a little more with every range.
+        pa.default_memory_pool().release_unused()
 
     def _table(self, counts: Any, rows: np.ndarray, obs: pa.Table) -> pa.Table:
         totals_n = None if self.totals_n is None else self.totals_n[rows]

@@ -34,7 +34,7 @@ from .transpose import CsrOnDisk, transpose_to_disk
 
 logger = logging.getLogger(__name__)
 
-BLOCK_VALUES = 1 << 20
+BLOCK_VALUES = 1 << 19
 """Stored values read at once; a block takes about 40 times as many bytes while it is ranked."""
 BLOCK_CELLS = 4096
 SAMPLE_VALUES = 1 << 18
