@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 from transformers import BertConfig
-
-Pooling = Literal["first", "mean", "cls"]
 
 # Special tokens of the published vocabularies by their size, which is how a published config.json tells them apart.
 CLS_EOS_OF_VOCABULARY = {20_275: (2, 3)}

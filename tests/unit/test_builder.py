@@ -1,5 +1,7 @@
 import json
 import os
+import shutil
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -121,7 +123,7 @@ def test_the_cache_follows_content_table_and_options_not_names(tmp_path, genes, 
 
     first = built()
     assert built() == first
-    assert built(write(cells, tmp_path / "renamed.h5ad")) == first or (tmp_path / "renamed.h5ad").read_bytes() != path.read_bytes()
+    assert built(Path(shutil.copy(path, tmp_path / "renamed.h5ad"))) == first, "the same content under another name"
     assert built(obs="none") != first
     assert (
         built(
