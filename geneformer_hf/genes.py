@@ -26,8 +26,9 @@ from .errors import CheckpointError, ColumnNotFoundError, GeneIdError, UnknownGe
 FORMAT = "geneformer_hf.gene_table"
 FORMAT_VERSION = 1
 
-ENSEMBL_COLUMNS = ("ensembl_id", "gene_ids", "feature_id")
-SYMBOL_COLUMNS = ("gene_symbol", "feature_name")
+# The last of each is what loom files use.
+ENSEMBL_COLUMNS = ("ensembl_id", "gene_ids", "feature_id", "Accession")
+SYMBOL_COLUMNS = ("gene_symbol", "feature_name", "Gene")
 MIN_OVERLAP = 0.05
 """Least share of a file's genes that must be in the vocabulary, unless the file covers that of the vocabulary below."""
 MIN_COVERAGE = 0.25

@@ -6,7 +6,7 @@ import json
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
-from ..errors import CellFileError, CheckpointError, NotRawCountsError
+from ..errors import CheckpointError, NotRawCountsError
 from .command import Command
 
 
@@ -17,14 +17,16 @@ class Info(Command):
     help = "what a model, dataset or file is"
 
     def add_arguments(self, parser: ArgumentParser) -> None:
-        parser.add_argument("what", metavar="MODEL|DATASET|FILE", help="checkpoint (folder, Hub id or preset name), dataset folder, or .h5ad file")
+        parser.add_argument("what", metavar="MODEL|DATASET|FILE", help="checkpoint (folder, Hub id or preset name), dataset folder, or file of cells")
         parser.add_argument("--model", help="for a file: also say how many of its genes this model's tokenizer knows")
 
     def run(self, args: Namespace) -> int:
+        from ..data.stores import is_zarr
+        from ..data.tenx import is_tenx_folder
         from ..models.configuration_geneformer import PRESETS
 
         path = Path(args.what)
-        if path.is_file():
+        if path.is_file() or is_zarr(path) or is_tenx_folder(path):
             self._file(path, args.model)
         elif (path / "dataset_info.json").is_file():
             self._dataset(path)
@@ -43,8 +45,10 @@ class Info(Command):
     def _file(self, path: Path, model: str | None) -> None:
         import numpy as np
 
-        from ..data.obs import frame_columns, frame_length
-        from ..data.readers import H5adSource, open_cells, open_h5
+        from ..data.anndata_files import AnnDataFileSource, stored_matrices
+        from ..data.frames import open_frame
+        from ..data.readers import kind_of, open_cells
+        from ..data.stores import open_store
         from ..genes import is_ensembl_id, species_of
         from ..models.loading import load_tokenizer
 
@@ -60,14 +64,12 @@ class Info(Command):
             source = open_cells(path)
         except NotRawCountsError:
             # What there is helps to find the right layer; the error follows.
-            with open_h5(path) as file:
-                print(
-                    f"Cells: {frame_length(file['obs']):,} x {frame_length(file['var']):,} genes; layers: {', '.join(file.get('layers', ())) or 'none'}; raw: {'yes' if 'raw' in file else 'no'}"
-                )
-                print(f"obs: {', '.join(frame_columns(file['obs'])) or 'no columns'}")
+            if kind_of(path) is AnnDataFileSource:
+                with open_store(path) as store:
+                    obs, var = (open_frame(store, key, str(path)) for key in ("obs", "var"))
+                    print(f"Cells: {len(obs):,} x {len(var):,} genes; matrices: {', '.join(stored_matrices(store))}")
+                    print(f"obs: {', '.join(obs.columns) or 'no columns'}")
             raise
-        if not isinstance(source, H5adSource):
-            raise CellFileError(str(path))
         print(f"Cells: {source.n_cells:,} x {len(source.gene_names):,} genes")
         print(f"Raw counts: in {source.counts_described}, stored as {source.layout}")
         species = f"{species_of(source.gene_names)} Ensembl ids in " if is_ensembl_id(source.gene_names[0]) else ""

@@ -28,7 +28,7 @@ from ..errors import CellFileError, GeneformerError
 from ..models.tokenization_geneformer import EncodedCells, GeneformerTokenizer
 from .columns import ObsColumns
 from .files import content_hash, find_files
-from .readers import CellSource, H5adSource, SourceOptions, open_cells
+from .readers import CellSource, FileSource, SourceOptions, open_cells
 
 logger = logging.getLogger(__name__)
 
@@ -111,7 +111,7 @@ class CellDatasetBuilder(datasets.ArrowBasedBuilder):
             # Genes that match nothing are refused here, before processes start.
             self._encoder(number)
             # Once, before processes share the rows.
-            if isinstance(source, H5adSource) and source.layout == "csc":
+            if isinstance(source, FileSource) and not source.holds_rows:
                 if self._work_dir is None:
                     Path(self._cache_dir_root).mkdir(parents=True, exist_ok=True)
                     self._work_dir = tempfile.TemporaryDirectory(prefix="geneformer-hf-", dir=self._cache_dir_root)

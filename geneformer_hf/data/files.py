@@ -5,6 +5,7 @@ Apart from the builder on purpose: datasets replaces `Path`, `open` and `glob` i
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from glob import glob
 from pathlib import Path
 from typing import Any
@@ -12,49 +13,86 @@ from typing import Any
 import xxhash
 
 from ..errors import CellFileError
+from .tenx import is_tenx_folder
+
+KINDS = (".h5ad", ".zarr", ".loom", ".h5")
+KINDS_DESCRIBED = ".h5ad, .zarr, .loom, 10x .h5 or 10x folder"
 
 
 def find_files(files: Any) -> list[Path]:
     """Return the paths a user means: one file, several in their order, a glob or a folder sorted by name.
 
     Raises:
-        CellFileError: if nothing is found, or a file is named twice.
+        CellFileError: if nothing is found, a file is named twice, or a folder holds files of several kinds.
     """
     paths: list[Path] = []
     for item in [files] if isinstance(files, (str, Path)) else files:
         path = Path(item)
-        if path.is_dir():
-            found = sorted(path.glob("*.h5ad"))
+        if path.is_dir() and not _is_cells(path):
+            found = _in_folder(path)
         elif not path.exists() and any(c in str(item) for c in "*?["):
             found = [Path(p) for p in sorted(glob(str(item), recursive=True))]  # noqa: PTH207 - Path.glob takes no absolute patterns
         elif path.exists():
             found = [path]
         else:
-            msg = f"{item} does not exist; expected an .h5ad file, a glob or a folder."
+            msg = f"{item} does not exist; expected a file of cells ({KINDS_DESCRIBED}), a glob or a folder."
             raise CellFileError(msg)
         if not found:
-            msg = f"{item}: no .h5ad file there."
+            msg = f"{item}: no file of cells there (no .h5ad file, nor {', '.join(KINDS[1:])} or 10x folder)."
             raise CellFileError(msg)
         paths += found
     if not paths:
         msg = "No file was given."
         raise CellFileError(msg)
     real = [p.resolve() for p in paths]
-    twice = sorted({str(p) for p, target in zip(paths, real, strict=True) if real.count(target) > 1})
+    twice = sorted({str(p) for p, target in zip(paths, real, strict=True) if real.count(target) > 1}) if len(set(real)) < len(real) else []
     if twice:
         msg = f"Named more than once: {', '.join(twice)}. Each file's cells would be there twice."
         raise CellFileError(msg)
     return paths
 
 
+def _is_cells(folder: Path) -> bool:
+    return folder.suffix == ".zarr" or is_tenx_folder(folder)
+
+
+def _in_folder(folder: Path) -> list[Path]:
+    """Return the files of cells in a folder, sorted by name."""
+    found = sorted(p for p in folder.iterdir() if p.suffix in KINDS or (p.is_dir() and is_tenx_folder(p)))
+    kinds = {kind: sum(_kind_of(p) == kind for p in found) for kind in sorted({_kind_of(p) for p in found})}
+    if len(kinds) > 1:
+        counted = ", ".join(f"{n} {kind}" for kind, n in kinds.items())
+        msg = f"{folder} holds files of several kinds ({counted}), so the same cells may be there more than once. Name the files, or use a glob such as '{folder}/*{found[0].suffix}'."
+        raise CellFileError(msg)
+    return found
+
+
+def _kind_of(path: Path) -> str:
+    return path.suffix if path.suffix in KINDS else "10x folder"
+
+
 def content_hash(path: str | Path) -> str:
-    """Return the xxh3 hash of a file's bytes."""
+    """Return the xxh3 hash of the bytes of a file, or of all files of a folder and their names.
+
+    Raises:
+        CellFileError: if something cannot be read.
+    """
+    path = Path(path)
     digest = xxhash.xxh3_128()
-    try:
-        with Path(path).open("rb") as file:
-            while chunk := file.read(16 << 20):
-                digest.update(chunk)
-    except OSError as error:
-        msg = f"{path} cannot be read: {error.strerror or error}."
-        raise CellFileError(msg) from error
+    for part in _parts_of(path):
+        if part != path:
+            digest.update(part.relative_to(path).as_posix().encode() + b"\0")
+        try:
+            with part.open("rb") as file:
+                while chunk := file.read(16 << 20):
+                    digest.update(chunk)
+        except OSError as error:
+            msg = f"{part} cannot be read: {error.strerror or error}."
+            raise CellFileError(msg) from error
     return digest.hexdigest()
+
+
+def _parts_of(path: Path) -> Sequence[Path]:
+    if path.name.startswith("matrix.mtx"):
+        path = path.parent
+    return sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]

@@ -9,7 +9,7 @@ import pytest
 import scipy.sparse as sp
 
 from geneformer_hf.cli.main import main
-from geneformer_hf.data import readers
+from geneformer_hf.data import matrices
 from tests.conftest import make_cells, write
 
 
@@ -194,7 +194,7 @@ def test_a_bad_cell_far_down_is_found_by_every_process(processes, genes, model_f
     x[590] = 0.5
     path = tmp_path / "bad.h5ad"
     as_given(cells, sp.csr_matrix(x)).write_h5ad(path)
-    monkeypatch.setattr(readers, "SAMPLE_VALUES", 100)
+    monkeypatch.setattr(matrices, "SAMPLE_VALUES", 100)
     command = ["tokenize", str(path), "--model", str(model_folder), "--output", str(tmp_path / "out"), "--num-proc", processes]
     check_refused(command, r"bad\.h5ad: X \(cells \d+ to 599\) looks", tmp_path, capsys)
 
@@ -232,7 +232,7 @@ def test_info_shows_what_there_is_before_it_refuses(cells, tmp_path, capsys):
     log_normalised(cells).write_h5ad(tmp_path / "log.h5ad")
     assert main(["info", str(tmp_path / "log.h5ad")]) == 1
     printed = capsys.readouterr()
-    assert "Cells: 30 x 60 genes; layers: none; raw: no" in printed.out
+    assert "Cells: 30 x 60 genes; matrices: X" in printed.out
     assert "looks log-normalised" in printed.err
 
 

@@ -134,9 +134,9 @@ def test_tokenizer_and_dataset_find_the_counts_in_the_same_place(tokenizer, gene
 
 
 def test_a_file_whose_normalised_values_come_late(tokenizer, genes, tmp_path, monkeypatch):
-    from geneformer_hf.data import readers
+    from geneformer_hf.data import matrices
 
-    monkeypatch.setattr(readers, "SAMPLE_VALUES", 200)
+    monkeypatch.setattr(matrices, "SAMPLE_VALUES", 200)
     cells = make_cells(genes, 100)
     cells.layers["counts"] = cells.X.copy()
     x = cells.X.toarray()

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from geneformer_hf import CellDatasetBuilder, GeneformerTokenizer, GeneTable, load_cells
-from geneformer_hf.data import builder, readers
+from geneformer_hf.data import builder, matrices
 from geneformer_hf.errors import CellFileError, ColumnNotFoundError, GeneIdError
 from tests import reference
 from tests.conftest import ensembl, make_cells, with_row, write
@@ -37,7 +37,7 @@ def test_a_file_becomes_a_dataset(h5ad, cells, tokenizer, table):
 @pytest.mark.parametrize("layout", ["csr", "csc", "dense", "gzip"])
 @pytest.mark.parametrize("num_proc", [None, 2])
 def test_layout_blocks_and_processes_change_nothing(layout, num_proc, tmp_path, genes, tokenizer, table, monkeypatch):
-    monkeypatch.setattr(readers, "BLOCK_VALUES", 500)
+    monkeypatch.setattr(matrices, "BLOCK_VALUES", 500)
     monkeypatch.setattr(builder, "RANGE_CELLS", 100)
     cells = make_cells(genes, 300)
     dataset = load_cells(write(cells, tmp_path / f"{layout}.h5ad", layout), tokenizer=tokenizer, num_proc=num_proc, cache_dir=tmp_path)
@@ -167,7 +167,7 @@ def test_a_cell_with_one_gene(tokenizer):
 
 
 def test_files_that_are_not_there(tmp_path, tokenizer, h5ad):
-    with pytest.raises(CellFileError, match=r"no .h5ad file there"):
+    with pytest.raises(CellFileError, match=r"no file of cells there"):
         load_cells(str(tmp_path / "nothing*.h5ad"), tokenizer=tokenizer)
     with pytest.raises(CellFileError, match="does not exist"):
         load_cells(tmp_path / "gone.h5ad", tokenizer=tokenizer)

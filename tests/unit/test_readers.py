@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 import scipy.sparse as sp
 
-from geneformer_hf.data import readers, transpose
+from geneformer_hf.data import matrices, transpose
 from geneformer_hf.data.readers import open_cells
 from geneformer_hf.errors import CellFileError, ColumnNotFoundError
 from tests.conftest import make_cells, random_counts, with_row, write
@@ -18,8 +18,8 @@ def read_all(source, start=0, stop=None) -> np.ndarray:
 
 @pytest.fixture
 def small_blocks(monkeypatch):
-    monkeypatch.setattr(readers, "BLOCK_VALUES", 100)
-    monkeypatch.setattr(readers, "BLOCK_CELLS", 7)
+    monkeypatch.setattr(matrices, "BLOCK_VALUES", 100)
+    monkeypatch.setattr(matrices, "BLOCK_CELLS", 7)
     monkeypatch.setattr(transpose, "CHUNK_VALUES", 64)
 
 
@@ -148,8 +148,8 @@ def test_totals_come_from_obs_only_where_they_can_be_true(genes, caplog):
 
 
 def test_a_bad_value_far_down_is_found_and_placed(tmp_path, cells, monkeypatch):
-    monkeypatch.setattr(readers, "SAMPLE_VALUES", 50)
-    monkeypatch.setattr(readers, "BLOCK_CELLS", 10)
+    monkeypatch.setattr(matrices, "SAMPLE_VALUES", 50)
+    monkeypatch.setattr(matrices, "BLOCK_CELLS", 10)
     cells.X = with_row(cells.X, 25, 0.5)
     source = open_cells(write(cells, tmp_path / "a.h5ad"))
     with pytest.raises(ValueError, match=r"a\.h5ad: X \(cells 20 to 29\) looks (log-)?normalised"):
@@ -188,8 +188,8 @@ def damage(path, how):
         ("text", "is not an HDF5 file"),
         ("lfs", "is a git-lfs pointer"),
         ("gone", "does not exist"),
-        ("other_hdf5", r"HDF5 file without 'obs' \(it holds: x\)"),
-        ("index", "X points outside its 60 genes"),
+        ("other_hdf5", r"an HDF5 file, but neither .h5ad nor .loom nor 10x .h5 \(it holds: x\)"),
+        ("index", "X: points outside its 60 genes"),
         ("shape", r"X has shape \(5, 60\), but obs has 30 rows and var 60"),
     ],
 )

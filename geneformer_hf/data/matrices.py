@@ -1,0 +1,130 @@
+"""Rows of a stored matrix, a block at a time: CSR as they lie, dense in slabs, everything else through rows on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import numpy as np
+import scipy.sparse as sp
+
+from ..errors import CellFileError
+from .stores import is_group, name_of
+from .transpose import CsrOnDisk
+
+BLOCK_VALUES = 1 << 19
+"""Stored values read at once; a block takes about 40 times as many bytes while it is ranked."""
+BLOCK_CELLS = 4096
+SAMPLE_VALUES = 1 << 18
+
+Layout = Literal["csr", "csc", "dense", "dense by gene", "text"]
+"""How a matrix lies in its file; `dense by gene` has a row a gene."""
+
+
+def layout_of(matrix: Any, where: str) -> tuple[Layout, tuple[int, int]]:
+    """Return layout and shape of a matrix that anndata wrote.
+
+    Raises:
+        CellFileError: if it is encoded in another way.
+    """
+    if not is_group(matrix):
+        return "dense", (int(matrix.shape[0]), int(matrix.shape[1]))
+    attributes = matrix.attrs
+    encoding = attributes.get("encoding-type") or f"{attributes.get('h5sparse_format', '')}_matrix"
+    shape = attributes.get("shape", attributes.get("h5sparse_shape"))
+    if encoding not in ("csr_matrix", "csc_matrix") or shape is None:
+        msg = f"{where}: {name_of(matrix)} is encoded as {encoding!r}; expected a dense, CSR or CSC matrix."
+        raise CellFileError(msg)
+    return ("csr" if encoding == "csr_matrix" else "csc"), (int(shape[0]), int(shape[1]))
+
+
+def require_sound_index(matrix: Any, shape: tuple[int, int], layout: Layout, where: str) -> None:
+    """Raise unless the index pointer of a sparse matrix divides its entries into its rows (CSR) or columns (CSC).
+
+    Raises:
+        CellFileError
+    """
+    indptr, n = np.asarray(matrix["indptr"][:]).astype(np.int64), shape[0] if layout == "csr" else shape[1]
+    n_data, n_indices = matrix["data"].shape[0], matrix["indices"].shape[0]
+    sound = len(indptr) == n + 1 and indptr[0] == 0 and indptr[-1] == n_data == n_indices and bool((np.diff(indptr) >= 0).all())
+    if not sound:
+        msg = f"{where}: its index does not fit its entries ({len(indptr):,} pointers for {n:,} {'cells' if layout == 'csr' else 'genes'}, {n_data:,} values, {n_indices:,} indices). The file is damaged; write it again."
+        raise CellFileError(msg)
+    # A chunk that a zarr store lacks reads as zeros without a word, and nobody stores a whole chunk of zeros.
+    chunks = getattr(matrix["data"], "nchunks", 0)
+    if chunks and (missing := chunks - matrix["data"].nchunks_initialized):
+        msg = f"{where}: {missing:,} of {chunks:,} chunks of its values are missing. The store is incomplete; write or copy it again."
+        raise CellFileError(msg)
+
+
+def sample_of(matrix: Any) -> np.ndarray:
+    """Return values from the beginning, the middle and the end of a stored matrix."""
+    values = matrix["data"] if is_group(matrix) else matrix
+    n = values.shape[0]
+    size = max(1, SAMPLE_VALUES // 4 // int(np.prod(values.shape[1:], dtype=int) or 1))
+    starts = sorted({max(0, min(start, n - size)) for start in (0, n // 3, 2 * n // 3, n)})
+    return np.concatenate([np.asarray(values[start : start + size]).ravel() for start in starts])
+
+
+def iter_rows(matrix: Any, layout: Layout, shape: tuple[int, int], start: int, stop: int, *, where: str) -> Iterator[tuple[sp.csr_array, int]]:
+    """Yield the rows from `start` up to `stop` in blocks of bounded size, each with the number of its first row.
+
+    Args:
+        matrix: what lies in the store, or `CsrOnDisk` for a layout that holds no rows.
+
+    Raises:
+        CellFileError: if entries point outside the genes.
+    """
+    if layout == "dense":
+        return _iter_dense(matrix, shape[1], start, stop)
+    if layout == "dense by gene":
+        return _iter_dense_by_gene(matrix, shape[1], start, stop)
+    return _iter_sparse(matrix, shape[1], start, stop, where)
+
+
+def _iter_dense(matrix: Any, n_genes: int, start: int, stop: int) -> Iterator[tuple[sp.csr_array, int]]:
+    for first, last in bounds_by_cells(max(1, BLOCK_VALUES * 8 // max(1, n_genes)), start, stop):
+        yield sp.csr_array(_known_to_scipy(np.asarray(matrix[first:last]))), first
+
+
+def _iter_dense_by_gene(matrix: Any, n_genes: int, start: int, stop: int) -> Iterator[tuple[sp.csr_array, int]]:
+    width = (matrix.chunks or (1, 1))[1]
+    # Whole chunks, where one fits: they are compressed across cells.
+    step = max(1, BLOCK_VALUES * 8 // max(1, n_genes))
+    step = max(width, step // width * width) if width * n_genes <= BLOCK_VALUES * 64 else step
+    for first, last in bounds_by_cells(step, start, stop):
+        yield sp.csr_array(_known_to_scipy(np.asarray(matrix[:, first:last])).T), first
+
+
+def _known_to_scipy(rows: np.ndarray) -> np.ndarray:
+    # scipy knows no half precision.
+    return rows.astype(np.float32) if rows.dtype == np.float16 else rows
+
+
+def _iter_sparse(matrix: Any, n_genes: int, start: int, stop: int, where: str) -> Iterator[tuple[sp.csr_array, int]]:
+    indptr = matrix.indptr if isinstance(matrix, CsrOnDisk) else np.asarray(matrix["indptr"][:]).astype(np.int64)
+    for first, last in bounds_by_values(indptr, start, stop):
+        begin, end = int(indptr[first]), int(indptr[last])
+        if isinstance(matrix, CsrOnDisk):
+            data, indices = matrix.read(begin, end)
+        else:
+            data, indices = np.asarray(matrix["data"][begin:end]), np.asarray(matrix["indices"][begin:end])
+        if len(indices) and not 0 <= int(indices.min()) <= int(indices.max()) < n_genes:
+            msg = f"{where}: points outside its {n_genes:,} genes (cells {first:,} to {last - 1:,}). The file is damaged; write it again."
+            raise CellFileError(msg)
+        yield sp.csr_array((data, indices, indptr[first : last + 1] - begin), shape=(last - first, n_genes)), first
+
+
+def bounds_by_values(indptr: np.ndarray, start: int, stop: int) -> Iterator[tuple[int, int]]:
+    """Cut rows into runs of at most BLOCK_VALUES stored values and BLOCK_CELLS cells; a run has at least one cell."""
+    while start < stop:
+        last = int(np.searchsorted(indptr, indptr[start] + BLOCK_VALUES, side="right")) - 1
+        last = min(max(last, start + 1), start + BLOCK_CELLS, stop)
+        yield start, last
+        start = last
+
+
+def bounds_by_cells(step: int, start: int, stop: int) -> Iterator[tuple[int, int]]:
+    """Cut rows into runs of `step` cells, at most BLOCK_CELLS."""
+    for first in range(start, stop, min(step, BLOCK_CELLS)):
+        yield first, min(first + min(step, BLOCK_CELLS), stop)

@@ -1,0 +1,321 @@
+"""What a source of cells is, whatever file it comes from: its genes, its counts in blocks of cells, its obs columns."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import tempfile
+import weakref
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+import scipy.sparse as sp
+
+from ..errors import CellFileError, ColumnNotFoundError
+from ..genes import GeneColumns, GeneTable, choose_gene_ids
+from ..ranking import check_counts, choose_counts, stored_values
+from . import matrices
+from .frames import Frame
+from .matrices import Layout
+from .transpose import CsrOnDisk, transpose_to_disk
+
+logger = logging.getLogger(__name__)
+
+TOTAL_COLUMNS = ("n_counts", "total_counts")
+FEATURE_TYPES = ("feature_types", "feature_type")
+"""Columns of var that say what was counted; 10x files hold antibodies and guides beside genes."""
+GENE_EXPRESSION = "Gene Expression"
+
+
+@dataclass(frozen=True)
+class CellBlock:
+    """Some consecutive cells of a source."""
+
+    counts_ng: sp.csr_array
+    """Raw counts, checked, of shape `(n, g)`; stored zeros and unsorted columns may occur."""
+    start: int
+    """Position of the first cell in its source."""
+
+
+@dataclass(frozen=True)
+class SourceOptions:
+    """What the user says about a file instead of leaving it to the rules."""
+
+    gene_ids: str | None = None
+    """Column of var that names the genes, or `index`."""
+    counts_layer: str | None = None
+    """Layer that holds the raw counts, or `X` or `raw.X`."""
+    total_counts: str | None = None
+    """Column of obs that holds the counts per cell over all genes."""
+
+
+class CellSource(ABC):
+    """Cells of one file or one AnnData."""
+
+    name: str
+    """The path, or `AnnData`."""
+    n_cells: int
+    counts: str
+    """The matrix that holds the raw counts: `X`, `raw.X`, a layer, or `matrix` in files that have one only."""
+    gene_names: list[str]
+    """Names of the columns that are genes; antibodies, guides and the like are left out."""
+    gene_names_from: str
+    n_columns: int
+    """Columns of the count matrix, genes or not."""
+    gene_columns: np.ndarray | None
+    """int64 of shape `(g,)`: which columns of the matrix are genes; None if all are."""
+    options: SourceOptions
+    layout: Layout | Literal["memory"]
+    """How the counts lie in the file."""
+
+    @property
+    @abstractmethod
+    def obs_columns(self) -> list[str]:
+        """Names of the obs columns, in order."""
+
+    @abstractmethod
+    def read_obs(self, columns: Sequence[str], start: int = 0, stop: int | None = None) -> pd.DataFrame:
+        """Return obs columns of some cells, indexed by cell id; categories stay categories."""
+
+    @abstractmethod
+    def keys_of(self, place: str) -> list[str]:
+        """Return the names of what is stored in `obsm` or `varm`."""
+
+    @abstractmethod
+    def _iter_counts(self, start: int, stop: int) -> Iterator[tuple[sp.csr_array, int]]:
+        """Yield the rows of the count matrix in order, each block with the number of its first cell."""
+
+    def iter_blocks(self, start: int = 0, stop: int | None = None) -> Iterator[CellBlock]:
+        """Yield the cells from `start` up to `stop` in order, each once, in blocks of bounded size.
+
+        Raises:
+            NotRawCountsError: if a block holds anything but raw counts.
+        """
+        for counts, first in self._iter_counts(start, self.n_cells if stop is None else stop):
+            check_counts(counts.data, f"{self.name}: {self.counts} (cells {first:,} to {first + counts.shape[0] - 1:,})")
+            yield CellBlock(counts if self.gene_columns is None else counts[:, self.gene_columns], first)
+
+    @property
+    def counts_described(self) -> str:
+        """Where the counts are, for people."""
+        return self.counts if self.counts in ("X", "raw.X", "matrix") else f"layers[{self.counts!r}]"
+
+    def match_genes(self, table: GeneTable) -> GeneColumns:
+        """Match the genes of this source against a table; done once per table."""
+        if table.fingerprint not in self._matched:
+            self._matched[table.fingerprint] = table.resolve(self.gene_names, source=self.gene_names_from, where=self.name)
+        return self._matched[table.fingerprint]
+
+    @cached_property
+    def _matched(self) -> dict[str, GeneColumns]:
+        return {}
+
+    @property
+    def cell_ids(self) -> list[str]:
+        """All cell ids, in order."""
+        return self.read_obs([]).index.tolist()
+
+    @cached_property
+    def passing(self) -> np.ndarray | None:
+        """Bool of shape `(n,)` from `obs['filter_pass']`, or None where there is no such column.
+
+        Raises:
+            CellFileError: if it holds anything but 0, 1, True and False.
+        """
+        if "filter_pass" not in self.obs_columns:
+            return None
+        values = self.read_obs(["filter_pass"])["filter_pass"]
+        try:
+            numbers = pd.to_numeric(values.astype(object).map(lambda v: {"True": 1, "False": 0}.get(v, v)), errors="raise").to_numpy(dtype=float)
+        except (ValueError, TypeError):
+            numbers = np.full(len(values), np.nan)
+        bad = ~np.isin(numbers, (0, 1))
+        if bad.any():
+            examples = ", ".join(repr(v) for v in pd.unique(values[bad].astype(object))[:3])
+            msg = f"{self.name}: obs['filter_pass'] holds {int(bad.sum()):,} values that are neither 0 nor 1 ({examples}). Expected 1 for cells to keep and 0 for cells to leave out; mend or rename the column."
+            raise CellFileError(msg)
+        return numbers == 1
+
+    def totals(self) -> tuple[np.ndarray, str]:
+        """Return counts per cell over all genes and where they come from.
+
+        The column named, or `n_counts` or `total_counts`, where every value is at least the sum of its cell; else the sums.
+        Takes a pass over the counts.
+        """
+        sums = np.zeros(self.n_cells)
+        for block in self.iter_blocks():
+            sums[block.start : block.start + block.counts_ng.shape[0]] = np.asarray(block.counts_ng.sum(axis=1)).ravel()
+        named = self.options.total_counts
+        if named is not None and named not in self.obs_columns:
+            msg = f"{self.name}: obs has no column {named!r}. Found: {', '.join(self.obs_columns)}."
+            raise ColumnNotFoundError(msg)
+        for column in (named,) if named is not None else TOTAL_COLUMNS:
+            if column in self.obs_columns:
+                values = pd.to_numeric(self.read_obs([column])[column], errors="coerce").to_numpy(dtype=np.float64)
+                # float32 sums of large cells may lie one rounding above the column.
+                n_short = int((~(values >= sums * (1 - 1e-6))).sum())
+                if n_short == 0:
+                    return values, f"obs[{column!r}]"
+                if named is not None:
+                    msg = f"{self.name}: obs[{column!r}] is below the counts of {n_short:,} of {self.n_cells:,} cells, so it belongs to another matrix. Leave it out to use the sums."
+                    raise CellFileError(msg)
+                logger.warning("%s: obs[%r] is below the counts of %s cells and is not used; totals are the sums.", self.name, column, f"{n_short:,}")
+        return sums, "sum of the counts"
+
+    def _name_genes(self, columns: Mapping[str, Sequence[str]], index: Sequence[str], index_name: str | None) -> None:
+        """Decide on the names of the genes and which columns of the matrix they are."""
+        self.n_columns, self.gene_columns = len(index), None
+        names, self.gene_names_from = choose_gene_ids(columns, index, self.options.gene_ids, index_name=index_name, where=self.name)
+        kinds = next((columns[c] for c in FEATURE_TYPES if c in columns), None)
+        if kinds is not None and GENE_EXPRESSION in kinds and any(kind != GENE_EXPRESSION for kind in kinds):
+            self.gene_columns = np.array([i for i, kind in enumerate(kinds) if kind == GENE_EXPRESSION], dtype=np.int64)
+            names = [names[i] for i in self.gene_columns]
+        self.gene_names = names
+
+
+class AnnDataSource(CellSource):
+    """An AnnData in memory, or a view of one."""
+
+    layout = "memory"
+
+    def __init__(self, adata: Any, options: SourceOptions) -> None:
+        self.name, self.options, self._adata = "AnnData", options, adata
+        self.n_cells = adata.n_obs
+        stored = {} if adata.X is None else {"X": adata.X}
+        if adata.raw is not None:
+            stored["raw.X"] = adata.raw.X
+        stored.update(adata.layers)
+        samples = {n: partial(stored_values, m) for n, m in stored.items()}
+        self.counts = choose_counts(samples, options.counts_layer, where=self.name)
+        matrix = stored[self.counts]
+        # One conversion, not one a block.
+        self._matrix = matrix.tocsr() if sp.issparse(matrix) and matrix.format != "csr" else matrix
+        var = adata.raw.var if self.counts == "raw.X" else adata.var
+        columns = {c: var[c].astype(str).tolist() for c in var.columns if _is_text(var[c])}
+        self._name_genes(columns, [str(v) for v in var.index], var.index.name)
+
+    def keys_of(self, place: str) -> list[str]:
+        """Return the names of what is stored in `obsm` or `varm`."""
+        return list(getattr(self._adata, place).keys())
+
+    @property
+    def obs_columns(self) -> list[str]:
+        """Names of the obs columns, in order."""
+        return [str(c) for c in self._adata.obs.columns]
+
+    def read_obs(self, columns: Sequence[str], start: int = 0, stop: int | None = None) -> pd.DataFrame:
+        """Return obs columns of some cells."""
+        place_of = {str(c): i for i, c in enumerate(self._adata.obs.columns)}
+        missing = [c for c in columns if c not in place_of]
+        if missing:
+            msg = f"{self.name}: obs has no column {', '.join(map(repr, missing))}. Found: {', '.join(place_of) or 'none'}."
+            raise ColumnNotFoundError(msg)
+        frame = self._adata.obs.iloc[start:stop, [place_of[c] for c in columns]].copy()
+        frame.columns = pd.Index(list(columns), dtype=object)
+        frame.index = frame.index.astype(str)
+        return frame
+
+    def _iter_counts(self, start: int, stop: int) -> Iterator[tuple[sp.csr_array, int]]:
+        if sp.issparse(self._matrix):
+            bounds = matrices.bounds_by_values(np.asarray(self._matrix.indptr).astype(np.int64), start, stop)
+        else:
+            bounds = matrices.bounds_by_cells(max(1, matrices.BLOCK_VALUES * 8 // max(1, self._matrix.shape[1])), start, stop)
+        for first, last in bounds:
+            rows = self._matrix[first:last]
+            yield sp.csr_array(rows if sp.issparse(rows) else np.asarray(rows)), first
+
+
+class FileSource(CellSource):
+    """A file or folder of cells, read a block at a time."""
+
+    path: Path
+    layout: Layout
+    _rows: CsrOnDisk | None = None
+    """Rows on disk, for a layout that holds none."""
+
+    @abstractmethod
+    def _open(self) -> AbstractContextManager[Any]:
+        """Open the file."""
+
+    @abstractmethod
+    def _matrix(self, store: Any) -> Any:
+        """Return the count matrix as it lies in the open file."""
+
+    @abstractmethod
+    def _obs(self, store: Any) -> Frame:
+        """Return obs of the open file."""
+
+    def keys_of(self, place: str) -> list[str]:
+        """Return the names of what is stored in `obsm` or `varm`: nothing, in files other than anndata's."""
+        return []
+
+    @property
+    def obs_columns(self) -> list[str]:
+        """Names of the obs columns, in order."""
+        return self._obs_columns
+
+    @cached_property
+    def _obs_columns(self) -> list[str]:
+        with self._open() as store:
+            return self._obs(store).columns
+
+    def read_obs(self, columns: Sequence[str], start: int = 0, stop: int | None = None) -> pd.DataFrame:
+        """Return obs columns of some cells."""
+        with self._open() as store:
+            return self._obs(store).read(columns, start, stop, where=self.name)
+
+    @property
+    def holds_rows(self) -> bool:
+        """False for a file whose cells cannot be read one by one; `prepare` writes its rows to disk."""
+        return self.layout not in ("csc", "text")
+
+    def prepare(self, work_dir: Path | None = None) -> None:
+        """Write the rows of a file that holds none to disk, once, for any number of passes over any of its cells.
+
+        Args:
+            work_dir (`Path`, *optional*): a folder the caller removes; otherwise a temporary one that goes with this object.
+        """
+        if self.holds_rows or self._rows is not None:
+            return
+        if work_dir is None:
+            work_dir = Path(tempfile.mkdtemp(prefix="geneformer-hf-"))
+            weakref.finalize(self, shutil.rmtree, work_dir, ignore_errors=True)
+        self._rows = self._write_rows(work_dir)
+
+    def write_rows(self, folder: Path) -> None:
+        """Write the rows for other processes; the folder is whole or not there."""
+        rows = self._write_rows(folder.parent)
+        rows.save()
+        try:
+            rows.folder.rename(folder)
+        except OSError:
+            # Another process was faster.
+            shutil.rmtree(rows.folder, ignore_errors=True)
+            if not folder.is_dir():
+                raise
+
+    def use_rows(self, folder: Path) -> None:
+        """Read the rows that `write_rows` wrote."""
+        self._rows = CsrOnDisk.open(folder)
+
+    def _write_rows(self, work_dir: Path) -> CsrOnDisk:
+        with self._open() as store:
+            return transpose_to_disk(self._matrix(store), self.n_cells, work_dir, where=f"{self.name}: {self.counts}")
+
+    def _iter_counts(self, start: int, stop: int) -> Iterator[tuple[sp.csr_array, int]]:
+        self.prepare()
+        with self._open() as store:
+            matrix = self._rows if self._rows is not None else self._matrix(store)
+            yield from matrices.iter_rows(matrix, self.layout, (self.n_cells, self.n_columns), start, stop, where=f"{self.name}: {self.counts}")
+
+
+def _is_text(column: pd.Series) -> bool:
+    values = column.cat.categories if isinstance(column.dtype, pd.CategoricalDtype) else column
+    return pd.api.types.is_string_dtype(values) or values.dtype == object

@@ -1,0 +1,119 @@
+"""HDF5 files and zarr stores, opened for reading and asked the same few questions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+
+from ..errors import CellFileError, GeneformerError
+from ..pickles import is_lfs_pointer
+
+ZARR_MARKS = ("zarr.json", ".zgroup")
+
+
+def is_zarr(path: Path) -> bool:
+    """Return True for a folder that is the root of a zarr store."""
+    return any((path / mark).is_file() for mark in ZARR_MARKS)
+
+
+@contextmanager
+def open_store(path: Path) -> Iterator[Any]:
+    """Open an HDF5 file or a zarr store for reading; what is wrong with one that does not open, or breaks off, is said.
+
+    Raises:
+        CellFileError
+    """
+    with open_zarr(path) if path.is_dir() else open_h5(path) as store:
+        yield store
+
+
+@contextmanager
+def open_zarr(path: Path) -> Iterator[Any]:
+    """Open a zarr store, version 2 or 3.
+
+    Raises:
+        CellFileError
+    """
+    import zarr
+
+    if not is_zarr(path):
+        msg = f"{path} is a folder without {' or '.join(ZARR_MARKS)}, so it is not a zarr store."
+        raise CellFileError(msg)
+    try:
+        yield zarr.open_group(str(path), mode="r", use_consolidated=False)
+    # A missing file, cut-off bytes, JSON that is none: zarr and its codecs raise what each of them likes.
+    except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
+        if isinstance(error, GeneformerError):
+            raise
+        msg = f"{path} broke off while it was read: {type(error).__name__}: {error}. It may be damaged or incomplete; write or download it again."
+        raise CellFileError(msg) from error
+
+
+@contextmanager
+def open_h5(path: Path) -> Iterator[h5py.File]:
+    """Open an HDF5 file.
+
+    Raises:
+        CellFileError
+    """
+    if not path.is_file():
+        msg = f"{path} {'is a folder' if path.is_dir() else 'does not exist'}; expected a file of cells."
+        raise CellFileError(msg)
+    size = path.stat().st_size
+    if size == 0:
+        msg = f"{path} is empty (0 bytes); expected a file of cells. Write or download it again."
+        raise CellFileError(msg)
+    if is_lfs_pointer(path):
+        msg = f"{path} is a git-lfs pointer of {size} bytes, not the file itself. Run `git lfs pull`."
+        raise CellFileError(msg)
+    if not h5py.is_hdf5(path):
+        msg = f"{path} ({size:,} bytes) is not an HDF5 file, so neither .h5ad nor .loom nor 10x .h5. Write it with `adata.write_h5ad(...)`."
+        raise CellFileError(msg)
+    try:
+        # Chunks are read in order; the larger cache keeps one from being unpacked for each of two neighbouring blocks.
+        file = h5py.File(path, "r", rdcc_nbytes=16 << 20)
+    except OSError as error:
+        msg = f"{path} ({size:,} bytes) cannot be opened: {error}. It may be cut off; write or download it again."
+        raise CellFileError(msg) from error
+    with file:
+        try:
+            yield file
+        except OSError as error:
+            if isinstance(error, GeneformerError):
+                raise
+            msg = f"{path} ({size:,} bytes) broke off while it was read: {error}. It may be damaged or cut off; write or download it again."
+            raise CellFileError(msg) from error
+
+
+def is_group(item: Any) -> bool:
+    """Return True for a group, False for an array."""
+    return hasattr(item, "keys") and not hasattr(item, "dtype")
+
+
+def is_text(array: Any) -> bool:
+    """Return True for an array of strings, of variable or fixed length."""
+    if isinstance(array, h5py.Dataset):
+        return h5py.check_string_dtype(array.dtype) is not None
+    return array.dtype.kind in "OSUT"
+
+
+def read_values(array: Any, start: int = 0, stop: int | None = None) -> np.ndarray:
+    """Return some entries of a one-dimensional array; strings as Python strings."""
+    if not is_text(array):
+        return np.asarray(array[start:stop])
+    return decoded(array[start:stop])
+
+
+def decoded(values: Any) -> np.ndarray:
+    """Return strings, bytes or both as Python strings; bytes that are not UTF-8 are shown as escapes."""
+    return np.array([v.decode("utf-8", "backslashreplace") if isinstance(v, bytes) else str(v) for v in np.asarray(values).ravel().tolist()], dtype=object)
+
+
+def name_of(item: Any) -> str:
+    """Return the path of an item inside its store, without the leading slash."""
+    return str(item.name).lstrip("/")

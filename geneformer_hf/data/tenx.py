@@ -1,0 +1,231 @@
+"""What Cell Ranger writes: feature-barcode matrices as `.h5` (version 2 and 3) and as folders of text."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import zlib
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+import pandas as pd
+import scipy.sparse as sp
+
+from ..errors import CellFileError, ColumnNotFoundError, GeneformerError
+from ..ranking import check_counts
+from .frames import ArraysFrame, Frame
+from .matrices import require_sound_index, sample_of
+from .sources import FEATURE_TYPES, FileSource, SourceOptions
+from .stores import is_group, open_h5, read_values
+from .transpose import CHUNK_VALUES, CsrOnDisk, new_rows_folder, rows_on_disk, running_sum
+
+GENE_ARRAYS = {"id": "gene_ids", "genes": "gene_ids", "name": "gene_symbol", "gene_names": "gene_symbol", "feature_type": FEATURE_TYPES[0], "genome": "genome"}
+
+
+class TenXFileSource(FileSource):
+    """A 10x `.h5`: one sparse matrix by cell; with several genomes (version 2), one group each."""
+
+    layout = "csr"
+    counts = "matrix"
+
+    def __init__(self, path: Path, options: SourceOptions) -> None:
+        self.path, self.name, self.options = path, str(path), options
+        _require_no_layer(options, self.name)
+        with self._open() as store:
+            groups = tenx_groups(store)
+            if len(groups) != 1:
+                msg = f"{path} holds {len(groups)} genomes ({', '.join(groups)}), each with its own matrix. Write the one you want with `scanpy.read_10x_h5(path, genome=...)`."
+                raise CellFileError(msg)
+            self._key = groups[0]
+            matrix = store[self._key]
+            missing = [k for k in ("data", "indices", "indptr", "barcodes", "shape") if k not in matrix]
+            if missing:
+                msg = f"{path}: {self._key} lacks {', '.join(missing)}, so it is not a 10x matrix. Write or download the file again."
+                raise CellFileError(msg)
+            self.n_columns, self.n_cells = map(int, matrix["shape"][:])
+            require_sound_index(matrix, (self.n_cells, self.n_columns), "csr", f"{path}: {self._key}")
+            check_counts(sample_of(matrix), f"{path}: {self._key}")
+            features = matrix.get("features", matrix)
+            columns = {GENE_ARRAYS[k]: read_values(features[k]).tolist() for k in GENE_ARRAYS if k in features and not is_group(features[k])}
+            if "gene_ids" not in columns or {len(c) for c in columns.values()} != {self.n_columns} or matrix["barcodes"].shape[0] != self.n_cells:
+                msg = f"{path}: {self._key} has shape {self.n_columns:,} x {self.n_cells:,}, which its features and barcodes do not fit. The file is damaged; write it again."
+                raise CellFileError(msg)
+            self._name_genes(columns, columns["gene_ids"], "gene_ids")
+
+    def _open(self) -> AbstractContextManager[Any]:
+        return open_h5(self.path)
+
+    def _matrix(self, store: Any) -> Any:
+        return store[self._key]
+
+    def _obs(self, store: Any) -> Frame:
+        return ArraysFrame("obs", {"barcodes": store[self._key]["barcodes"]}, self.n_cells, "barcodes")
+
+
+def tenx_groups(store: Any) -> list[str]:
+    """Return the groups of a file that are 10x matrices."""
+    return [name for name, item in store.items() if is_group(item) and "barcodes" in item and "indptr" in item]
+
+
+class TenXFolderSource(FileSource):
+    """A 10x folder: `matrix.mtx`, `genes.tsv` or `features.tsv`, `barcodes.tsv`, each plain or `.gz`.
+
+    Text cannot be read from the middle; the rows are written to disk once, in one pass where the entries come cell by cell,
+    as Cell Ranger writes them.
+    """
+
+    layout = "text"
+    counts = "matrix"
+
+    def __init__(self, path: Path, options: SourceOptions) -> None:
+        self.path, self.name, self.options = path, str(path), options
+        _require_no_layer(options, self.name)
+        self._text = require_part(path, "matrix.mtx")
+        features, barcodes = require_part(path, "features.tsv", "genes.tsv"), require_part(path, "barcodes.tsv")
+        rows = _read_table(features)
+        self._barcodes = [row[0] for row in _read_table(barcodes)]
+        if self._barcodes[:1] == ["barcode"]:
+            # A header line, which Cell Ranger does not write and others do.
+            del self._barcodes[0]
+        with _open_text(self._text) as text:
+            (self.n_columns, self.n_cells, self._n_entries), self._n_header = _read_header(text, self._text)
+        if len(rows) == self.n_columns + 1:
+            del rows[0]
+        if (len(rows), len(self._barcodes)) != (self.n_columns, self.n_cells):
+            msg = f"{path}: matrix.mtx has {self.n_columns:,} genes and {self.n_cells:,} cells, but {features.name} {len(rows):,} lines and {barcodes.name} {len(self._barcodes):,}. The files belong to different matrices, or one is cut off."
+            raise CellFileError(msg)
+        names = ("gene_ids", "gene_symbol", FEATURE_TYPES[0])
+        width = min((len(row) for row in rows), default=1)
+        columns = {name: [row[i] for row in rows] for i, name in enumerate(names[:width])}
+        self._name_genes(columns, columns["gene_ids"], "gene_ids")
+
+    @contextmanager
+    def _open(self) -> Iterator[None]:
+        yield None
+
+    def _matrix(self, store: Any) -> Any:
+        return self._rows
+
+    def _obs(self, store: Any) -> Frame:
+        return ArraysFrame("obs", {"barcodes": np.array(self._barcodes, dtype=object)}, self.n_cells, "barcodes")
+
+    def _write_rows(self, work_dir: Path) -> CsrOnDisk:
+        folder = new_rows_folder(work_dir)
+        row_counts, in_order, last, n_read = np.zeros(self.n_cells, dtype=np.int64), True, 0, 0
+        with (folder / "data").open("wb") as data, (folder / "indices").open("wb") as indices, (folder / "cells").open("wb") as cells:
+            for genes, rows, values in self._entries():
+                n_read += len(rows)
+                in_order = in_order and last <= int(rows[0]) and bool((np.diff(rows) >= 0).all())
+                last = int(rows[-1])
+                row_counts += np.bincount(rows, minlength=self.n_cells)
+                values.tofile(data)
+                genes.tofile(indices)
+                rows.tofile(cells)
+        if n_read != self._n_entries:
+            msg = f"{self._text}: {n_read:,} entries, but its header says {self._n_entries:,}. It is cut off; write or download it again."
+            raise CellFileError(msg)
+        if in_order:
+            (folder / "cells").unlink()
+            return CsrOnDisk(folder, running_sum(row_counts), np.dtype(np.float64))
+        done = rows_on_disk(self._spooled(folder), row_counts, self.n_columns, np.dtype(np.float64), work_dir)
+        for name in ("data", "indices", "cells"):
+            (folder / name).unlink()
+        folder.rmdir()
+        return done
+
+    def _entries(self) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """Yield gene, cell and value of some entries at a time, checked, counted from 0."""
+        try:
+            with pd.read_csv(
+                self._text, sep=r"\s+", header=None, skiprows=self._n_header, names=["gene", "cell", "value"], comment="%",
+                dtype={"gene": np.int64, "cell": np.int64, "value": np.float64}, chunksize=max(1, CHUNK_VALUES // 4), engine="c", skip_blank_lines=True,
+            ) as parts:  # fmt: skip
+                for part in parts:
+                    if len(part):
+                        yield self._checked(*(part[c].to_numpy() for c in ("gene", "cell", "value")))
+        except (ValueError, EOFError, OSError, zlib.error) as error:
+            if isinstance(error, GeneformerError):
+                raise
+            msg = f"{self._text} broke off while it was read: {error}. It may be damaged or cut off; write or download it again."
+            raise CellFileError(msg) from error
+
+    def _checked(self, genes: np.ndarray, cells: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        if genes.min() < 1 or genes.max() > self.n_columns or cells.min() < 1 or cells.max() > self.n_cells:
+            msg = f"{self._text}: points outside its {self.n_columns:,} genes and {self.n_cells:,} cells (gene {genes.min()} to {genes.max()}, cell {cells.min()} to {cells.max()}). The file is damaged; write it again."
+            raise CellFileError(msg)
+        check_counts(values, str(self._text))
+        return (genes - 1).astype(np.int32), (cells - 1).astype(np.int32), values
+
+    def _spooled(self, folder: Path) -> Iterator[tuple[sp.csr_array, int]]:
+        for begin in range(0, self._n_entries, CHUNK_VALUES):
+            n = min(CHUNK_VALUES, self._n_entries - begin)
+            values, genes, cells = (
+                np.fromfile(folder / name, kind, n, offset=begin * np.dtype(kind).itemsize)
+                for name, kind in (("data", np.float64), ("indices", np.int32), ("cells", np.int32))
+            )
+            yield sp.coo_array((values, (cells, genes)), shape=(self.n_cells, self.n_columns)).tocsr(), 0
+
+
+def is_tenx_folder(path: Path) -> bool:
+    """Return True for a folder with `matrix.mtx` or `matrix.mtx.gz`."""
+    return any((path / f"matrix.mtx{suffix}").is_file() for suffix in ("", ".gz"))
+
+
+def require_part(folder: Path, *names: str) -> Path:
+    """Return one of the files of a 10x folder.
+
+    Raises:
+        CellFileError
+    """
+    for name in names:
+        for path in (folder / name, folder / f"{name}.gz"):
+            if path.is_file():
+                return path
+    msg = f"{folder} has no {' or '.join(names)}, plain or .gz; expected matrix.mtx, features.tsv (or genes.tsv) and barcodes.tsv."
+    raise CellFileError(msg)
+
+
+def _require_no_layer(options: SourceOptions, name: str) -> None:
+    if options.counts_layer not in (None, "X", "matrix"):
+        msg = f"{name}: a 10x matrix has no layer {options.counts_layer!r}. Leave the option out."
+        raise ColumnNotFoundError(msg)
+
+
+@contextmanager
+def _open_text(path: Path) -> Iterator[TextIO]:
+    try:
+        with (
+            gzip.open(path, "rt", encoding="utf-8", errors="backslashreplace", newline="")
+            if path.suffix == ".gz"
+            else path.open(encoding="utf-8", errors="backslashreplace", newline="") as text
+        ):
+            yield text
+    except (OSError, EOFError, zlib.error) as error:
+        msg = f"{path} cannot be read: {error}. It may be damaged or cut off; write or download it again."
+        raise CellFileError(msg) from error
+
+
+def _read_table(path: Path) -> list[list[str]]:
+    with _open_text(path) as text:
+        return [row for row in csv.reader(text, delimiter="\t", quoting=csv.QUOTE_NONE) if row]
+
+
+def _read_header(text: TextIO, path: Path) -> tuple[tuple[int, int, int], int]:
+    """Return genes, cells and entries of a Matrix Market file, and the lines its header takes."""
+    first = text.readline()
+    if not first.startswith("%%MatrixMarket matrix coordinate") or "general" not in first or "complex" in first or "pattern" in first:
+        msg = f"{path} begins with {first[:60]!r}; expected '%%MatrixMarket matrix coordinate integer general' (or real)."
+        raise CellFileError(msg)
+    for number, line in enumerate(text, start=2):
+        if line.startswith("%") or not line.strip():
+            continue
+        try:
+            n_genes, n_cells, n_entries = map(int, line.split())
+        except ValueError:
+            break
+        return (n_genes, n_cells, n_entries), number
+    msg = f"{path} has no line of genes, cells and entries after its comments. It may be cut off; write or download it again."
+    raise CellFileError(msg)
