@@ -63,5 +63,9 @@ class OutputExistsError(GeneformerError, FileExistsError):
     """The output exists and overwriting was not asked for."""
 
 
+class WorkerDiedError(GeneformerError, RuntimeError):
+    """A worker process was killed, usually for want of memory."""
+
+
 class MissingExtraError(GeneformerError, ImportError):
     """An optional dependency is needed and not installed."""

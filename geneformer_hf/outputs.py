@@ -1,15 +1,25 @@
-"""Outputs that are whole or not there: everything is written under a temporary name beside its place, then renamed."""
+"""Outputs that are whole or not there: everything is written under a temporary name beside its place, then renamed.
+
+Long work is resumable: `unfinished` keeps the finished parts of an output beside its place until all are there.
+"""
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import tempfile
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 from .errors import OutputError, OutputExistsError
+
+logger = logging.getLogger(__name__)
 
 
 def require_free(output: Path, *, overwrite: bool = False) -> None:
@@ -61,6 +71,84 @@ def new_file(output: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
         (folder / output.name).replace(output)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@dataclass(frozen=True)
+class Unfinished:
+    """The folder that holds what is finished of an output; the same command goes on from there."""
+
+    folder: Path
+    output: Path
+    overwrite: bool
+
+    @property
+    def parts(self) -> Path:
+        """Finished parts, each under a name that says all it depends on."""
+        return self.folder / "parts"
+
+    @contextmanager
+    def new_part(self, name: str) -> Iterator[Path]:
+        """Yield the name of a part to write; it takes its real name when it is whole."""
+        with _new_part(self.parts / name) as partial:
+            yield partial
+
+    def put_in_place(self, whole: Path) -> None:
+        """Give the finished output, which lies inside this folder, its name.
+
+        Raises:
+            OutputExistsError: if somebody else wrote it in the meantime.
+        """
+        require_free(self.output, overwrite=self.overwrite)
+        _replace(whole, self.output)
+
+
+@contextmanager
+def _new_part(part: Path) -> Iterator[Path]:
+    partial = part.with_name(f".{uuid.uuid4().hex}.partial")
+    try:
+        yield partial
+        partial.replace(part)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def unfinished(output: str | Path, *, overwrite: bool = False) -> Iterator[Unfinished]:
+    """Yield a folder for the finished parts of an output.
+
+    It goes when the work is done, or failed before any part was finished. Otherwise it stays, and the next call yields it
+    again. Nobody else can hold it at the same time.
+
+    Raises:
+        OutputExistsError: if the output exists and `overwrite` is False.
+        OutputError: if another process is writing this output, or nothing can be written there.
+    """
+    output = Path(output)
+    require_free(output, overwrite=overwrite)
+    work = Unfinished(output.with_name(f".{output.name}.unfinished"), output, overwrite)
+    lock = FileLock(work.folder / "lock")
+    try:
+        work.parts.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+    except Timeout:
+        msg = f"{output} is being written by another process. Wait for it, or choose another output."
+        raise OutputError(msg) from None
+    except OSError as error:
+        msg = f"cannot write to the folder {output.parent}: {error.strerror or error}. Choose another output."
+        raise OutputError(msg) from error
+    done = False
+    try:
+        yield work
+        done = True
+    finally:
+        n_parts = sum(not p.name.startswith(".") for p in work.parts.iterdir()) if work.parts.is_dir() else 0
+        if done or not n_parts:
+            shutil.rmtree(work.folder, ignore_errors=True)
+        else:
+            logger.warning(
+                "%s finished parts are kept in %s. The same command goes on from there; remove the folder to forget them.", f"{n_parts:,}", work.folder
+            )
+        lock.release()
 
 
 def _temporary_beside(output: Path) -> Path:

@@ -6,6 +6,8 @@ from abc import ABC, abstractmethod
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from pathlib import Path
 
+KINDS = "files of cells (.h5ad, .zarr, .loom, 10x .h5 or folder)"
+
 
 class Command(ABC):
     """One command: its name, its arguments, and what it does. Heavy imports happen inside `run`."""
@@ -40,6 +42,14 @@ def add_reading(parser: ArgumentParser) -> None:
         "--counts-layer", metavar="NAME", help="layer with the raw counts, or X or raw.X (default: X, raw.X or layers['counts'], whichever holds raw counts)"
     )
     parser.add_argument("--gene-ids", metavar="COL", help="column of var with Ensembl ids or symbols, or 'index' (default: found by itself)")
+
+
+def add_workers(parser: ArgumentParser) -> None:
+    """Declare who does the work."""
+    parser.add_argument("--num-proc", type=positive, default=1, metavar="N", help="processes; with --dask local, its workers (default: 1)")
+    parser.add_argument(
+        "--dask", metavar="ADDRESS|local", help="a Dask scheduler that sees the same paths, or 'local' for a cluster on this machine (default: no Dask)"
+    )
 
 
 def add_overwrite(parser: ArgumentParser) -> None:

@@ -6,51 +6,51 @@ import json
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
-from .command import Command, add_overwrite, add_reading, describe_size, positive
+from .command import KINDS, Command, add_overwrite, add_reading, add_workers, describe_size
 
 
 class Tokenize(Command):
-    """Turn .h5ad files of raw counts into a tokenized dataset; the folder opens with datasets.load_from_disk."""
+    """Turn files of raw counts into a tokenized dataset; the folder opens with datasets.load_from_disk.
+
+    Stopped or killed, the same command goes on where it was."""
 
     name = "tokenize"
-    help = ".h5ad files -> tokenized dataset"
+    help = "files of cells -> tokenized dataset"
 
     def add_arguments(self, parser: ArgumentParser) -> None:
-        parser.add_argument("files", nargs="+", help=".h5ad files, in the order of their rows; globs and folders are sorted")
+        parser.add_argument("files", nargs="+", help=f"{KINDS}, in the order of their rows; globs and folders are sorted")
         parser.add_argument("--model", required=True, help="converted checkpoint (folder or Hub id) whose tokenizer to use")
         parser.add_argument("--output", required=True, type=Path, help="new folder")
         parser.add_argument("--obs", nargs="*", metavar="COL", help="columns of obs to keep (default: all; --obs alone: none)")
         add_reading(parser)
         parser.add_argument("--keep-counts", action="store_true", help="also keep counts per 10,000 beside each token (default: no)")
-        parser.add_argument("--num-proc", type=positive, default=1, metavar="N", help="processes (default: 1)")
+        add_workers(parser)
+        parser.add_argument("--skip-bad-files", action="store_true", help="leave out files that cannot be used, and count them (default: stop at the first)")
         add_overwrite(parser)
 
     def run(self, args: Namespace) -> int:
-        import tempfile
-
-        from ..data.builder import load_cells
+        from ..data.corpus import tokenize_corpus
         from ..models.loading import load_tokenizer
-        from ..outputs import new_folder, require_free
+        from ..outputs import require_free
 
         require_free(args.output, overwrite=args.overwrite)
         tokenizer = load_tokenizer(args.model)
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        # The cache lies beside the output, on the disk that has to hold the dataset anyway, and goes when it is written.
-        with tempfile.TemporaryDirectory(prefix=f".{args.output.name}.", suffix=".cache", dir=args.output.parent) as cache_dir:
-            dataset = load_cells(
-                args.files,
-                tokenizer=tokenizer,
-                obs="all" if args.obs is None else args.obs,
-                gene_ids=args.gene_ids,
-                counts_layer=args.counts_layer,
-                keep_counts=args.keep_counts,
-                num_proc=args.num_proc if args.num_proc > 1 else None,
-                cache_dir=cache_dir,
-            )
-            report = json.loads(dataset.info.description)
-            lengths = dataset.with_format("numpy")["length"][:]
-            with new_folder(args.output, overwrite=args.overwrite) as partial:
-                dataset.save_to_disk(partial)
+        dataset = tokenize_corpus(
+            args.files,
+            args.output,
+            tokenizer=tokenizer,
+            obs="all" if args.obs is None else args.obs,
+            gene_ids=args.gene_ids,
+            counts_layer=args.counts_layer,
+            keep_counts=args.keep_counts,
+            num_proc=args.num_proc,
+            dask=args.dask,
+            skip_bad_files=args.skip_bad_files,
+            overwrite=args.overwrite,
+            progress=True,
+        )
+        report = json.loads(dataset.info.description)
+        lengths = dataset.with_format("numpy")["length"][:]
         # What was left out has been said as a warning.
         print_files(report)
         if len(lengths):

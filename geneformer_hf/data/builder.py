@@ -7,47 +7,25 @@ with the same rows in the same order, and streams.
 
 from __future__ import annotations
 
-import json
-import logging
 import tempfile
-from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import datasets
-import numpy as np
 import pyarrow as pa
 import xxhash
 from datasets.builder import Key
 from datasets.exceptions import DatasetGenerationError
 
-from ..errors import CellFileError, GeneformerError
-from ..models.tokenization_geneformer import EncodedCells, GeneformerTokenizer
-from .columns import ObsColumns
+from ..errors import GeneformerError
+from ..models.tokenization_geneformer import GeneformerTokenizer
+from .columns import ObsColumns, ObsHead
+from .encoder import CellEncoder, EncodingOptions, features_of, row_ranges
 from .files import content_hash, find_files
 from .readers import CellSource, FileSource, SourceOptions, open_cells
-
-logger = logging.getLogger(__name__)
-
-RANGE_CELLS = 8192
-"""Most cells in one row range, the unit of work of a process."""
-RANGES_OF_A_FILE = 8
-"""Row ranges of a file of fewer cells than that many ranges would hold; small files are not cut below 256 cells."""
-
-
-RANKING_THREADS = 2
-
-
-@dataclass(frozen=True)
-class EncodingOptions:
-    """What goes into a tokenized dataset beside `input_ids`, `length` and `cell_id`."""
-
-    obs: Literal["all", "none"] | tuple[str, ...] = "all"
-    keep_counts: bool = False
-    keep_uncropped: bool = False
+from .report import FileReport, with_report
 
 
 @dataclass
@@ -95,7 +73,7 @@ class CellDatasetBuilder(datasets.ArrowBasedBuilder):
 
     def _info(self) -> datasets.DatasetInfo:
         self.sources = [open_cells(f, **vars(self.config.source)) for f in self.config.files]
-        self._columns = ObsColumns.of(self.sources, self.config.encoding.obs)
+        self._columns = ObsColumns.of([ObsHead.of(s) for s in self.sources], self.config.encoding.obs)
         return datasets.DatasetInfo(features=features_of(self._tokenizer, self._columns, self.config.encoding))
 
     @property
@@ -138,56 +116,6 @@ class CellDatasetBuilder(datasets.ArrowBasedBuilder):
         if number not in self._encoders:
             self._encoders[number] = CellEncoder(self.sources[number], self._tokenizer, self._columns, self.config.encoding)
         return self._encoders[number]
-
-
-class CellEncoder:
-    """One source of cells turned into Arrow tables."""
-
-    def __init__(self, source: CellSource, tokenizer: GeneformerTokenizer, columns: ObsColumns, options: EncodingOptions) -> None:
-        self.source, self.tokenizer, self.columns, self.options = source, tokenizer, columns, options
-        self.genes = source.match_genes(tokenizer.gene_table)
-        self.passing = source.passing
-        self.schema = features_of(tokenizer, columns, options).arrow_schema
-        self.totals_n: np.ndarray | None
-        self.totals_n, self.totals_from = source.totals() if options.keep_counts else (None, "")
-
-    def tables(self, start: int = 0, stop: int | None = None) -> Iterator[pa.Table]:
-        """Yield the rows of some cells: those that pass the filter and hold a gene of the vocabulary, in order."""
-        passing = self.passing
-        obs = self.columns.read(self.source, start, stop)
-        # Ranking spends its time in numpy, which leaves other threads alone: one block is read while two are ranked.
-        with ThreadPoolExecutor(RANKING_THREADS) as workers:
-            pending: deque[Future[pa.Table]] = deque()
-            for block in self.source.iter_blocks(start, stop):
-                rows = np.arange(block.start, block.start + block.counts_ng.shape[0])
-                counts = block.counts_ng
-                if passing is not None and not passing[rows].all():
-                    kept = np.flatnonzero(passing[rows])
-                    counts, rows = counts[kept], rows[kept]
-                pending.append(workers.submit(self._table, counts, rows, obs.take(pa.array(rows - start))))
-                if len(pending) > RANKING_THREADS:
-                    yield pending.popleft().result()
-            while pending:
-                yield pending.popleft().result()
-        # Arrow keeps freed memory for itself otherwise, a little more with every range.
-        pa.default_memory_pool().release_unused()
-
-    def _table(self, counts: Any, rows: np.ndarray, obs: pa.Table) -> pa.Table:
-        totals_n = None if self.totals_n is None else self.totals_n[rows]
-        cells = self.tokenizer.encode_block(counts, self.genes, totals_n=totals_n)
-        schema = self.schema
-        lengths = np.diff(cells.offsets).astype(np.int32)
-        arrays: dict[str, Any] = {"input_ids": _lists(cells, cells.input_ids, schema.field("input_ids").type), "length": lengths}
-        arrays |= {name: obs.column(name) for name in obs.column_names}
-        if self.options.keep_counts:
-            arrays["counts"] = _lists(cells, cells.counts, schema.field("counts").type)
-        if self.options.keep_uncropped:
-            whole = self.tokenizer.encode_block(counts, self.genes, crop=False, special_tokens=False)
-            arrays["input_ids_uncropped"] = _lists(whole, whole.input_ids, schema.field("input_ids_uncropped").type)
-            arrays["length_uncropped"] = np.diff(whole.offsets).astype(np.int32)
-        table = pa.table(arrays).select(schema.names).cast(schema)
-        empty = lengths == self.tokenizer.n_special_tokens
-        return table.filter(pa.array(~empty)) if empty.any() else table
 
 
 def load_cells(
@@ -257,16 +185,16 @@ def load_cells(
     finally:
         builder.clean_up()
     if not builder.info.splits or not builder.info.splits["train"].num_examples:
-        return _with_report(_in_memory([], builder.info.features), builder.sources, tokenizer)
-    return _with_report(builder.as_dataset("train"), builder.sources, tokenizer)
+        return _reported(_in_memory([], builder.info.features), builder.sources, tokenizer)
+    return _reported(builder.as_dataset("train"), builder.sources, tokenizer)
 
 
 def _load_memory(adata: Any, tokenizer: GeneformerTokenizer, source_options: SourceOptions, encoding: EncodingOptions) -> datasets.Dataset:
     source = open_cells(adata, **vars(source_options))
-    columns = ObsColumns.of([source], encoding.obs)
+    columns = ObsColumns.of([ObsHead.of(source)], encoding.obs)
     features = features_of(tokenizer, columns, encoding)
     tables = list(CellEncoder(source, tokenizer, columns, encoding).tables())
-    return _with_report(_in_memory(tables, features), [source], tokenizer)
+    return _reported(_in_memory(tables, features), [source], tokenizer)
 
 
 def _in_memory(tables: list[pa.Table], features: datasets.Features) -> datasets.Dataset:
@@ -274,52 +202,5 @@ def _in_memory(tables: list[pa.Table], features: datasets.Features) -> datasets.
     return datasets.Dataset(table, info=datasets.DatasetInfo(features=features))
 
 
-def features_of(tokenizer: GeneformerTokenizer, columns: ObsColumns, options: EncodingOptions) -> datasets.Features:
-    """Return the columns of a tokenized dataset; tokens take the smallest of int16, uint16 and int32 that holds them."""
-    largest = int(tokenizer.gene_table.token_ids.max())
-    token = datasets.Value("int16" if largest < 1 << 15 else "uint16" if largest < 1 << 16 else "int32")
-    features: dict[str, Any] = {"input_ids": datasets.List(token), "length": datasets.Value("int32"), "cell_id": datasets.Value("string")}
-    if options.keep_counts:
-        features["counts"] = datasets.List(datasets.Value("float32"))
-    if options.keep_uncropped:
-        features |= {"input_ids_uncropped": datasets.List(token), "length_uncropped": datasets.Value("int32")}
-    return datasets.Features(features | columns.features)
-
-
-def row_ranges(n_cells: int) -> list[tuple[int, int]]:
-    """Cut a file into row ranges; they depend on nothing but the number of cells, so neither do the shards."""
-    size = min(RANGE_CELLS, max(256, -(-n_cells // RANGES_OF_A_FILE)))
-    return [(start, min(start + size, n_cells)) for start in range(0, n_cells, size)] or [(0, 0)]
-
-
-def _lists(cells: EncodedCells, values: Any, arrow_type: pa.DataType) -> pa.ListArray:
-    flat = pa.array(values.astype(arrow_type.value_type.to_pandas_dtype(), copy=False))
-    return pa.ListArray.from_arrays(pa.array(cells.offsets.astype(np.int32)), flat)
-
-
-def _with_report(dataset: datasets.Dataset, sources: Sequence[CellSource], tokenizer: GeneformerTokenizer) -> datasets.Dataset:
-    """Attach what was read and left out as JSON, and log it."""
-    files: list[dict[str, Any]] = []
-    for source in sources:
-        genes = source.match_genes(tokenizer.gene_table).report
-        n_filtered = 0 if source.passing is None else int((~source.passing).sum())
-        files.append({"file": source.name, "cells": source.n_cells, "filter_pass": n_filtered, "counts": source.counts_described, "genes": genes.describe()})
-    n_filtered = sum(f["filter_pass"] for f in files)
-    n_empty = sum(f["cells"] for f in files) - n_filtered - len(dataset)
-    if n_filtered:
-        logger.warning("%s cells were left out because obs['filter_pass'] is 0.", f"{n_filtered:,}")
-    if n_empty:
-        logger.warning("%s cells were left out because they hold no gene of the vocabulary.", f"{n_empty:,}")
-    if not len(dataset):
-        names = ", ".join(source.name for source in sources[:3])
-        msg = f"{names}: none of {n_filtered + n_empty:,} cells is left: {n_filtered:,} have filter_pass 0, {n_empty:,} hold no gene of the vocabulary."
-        raise CellFileError(msg)
-    report = {
-        "encoding": tokenizer.encoding_fingerprint,
-        "cells": len(dataset),
-        "left_out_by_filter_pass": n_filtered,
-        "left_out_without_genes": n_empty,
-        "files": files,
-    }
-    dataset.info.description = json.dumps(report, indent=1)
-    return dataset
+def _reported(dataset: datasets.Dataset, sources: Sequence[CellSource], tokenizer: GeneformerTokenizer) -> datasets.Dataset:
+    return with_report(dataset, [FileReport.of(source, tokenizer.gene_table) for source in sources], tokenizer)

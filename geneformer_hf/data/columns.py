@@ -18,6 +18,19 @@ OWN = ("input_ids", "length", "cell_id", "counts", "input_ids_uncropped", "lengt
 
 
 @dataclass(frozen=True)
+class ObsHead:
+    """The first row of obs of one file, which carries the types and categories of all of its columns."""
+
+    name: str
+    first_row: pd.DataFrame
+
+    @classmethod
+    def of(cls, source: CellSource) -> ObsHead:
+        """Read it."""
+        return cls(source.name, source.read_obs(source.obs_columns, 0, 1))
+
+
+@dataclass(frozen=True)
 class ObsColumns:
     """The obs columns of a dataset."""
 
@@ -27,10 +40,14 @@ class ObsColumns:
     """Name in the dataset to its `datasets` feature."""
 
     @classmethod
-    def of(cls, sources: Sequence[CellSource], wanted: str | tuple[str, ...]) -> ObsColumns:
+    def of(cls, heads: Sequence[ObsHead], wanted: str | tuple[str, ...]) -> ObsColumns:
         """Decide on the columns of several files.
 
         Categories are united in the order they appear; a column that a file lacks is empty there when all were asked for.
+
+        Args:
+            heads: one per file.
+            wanted: `all`, `none` or names.
 
         Raises:
             ColumnNotFoundError: if a column named by the user is missing in any file.
@@ -38,12 +55,12 @@ class ObsColumns:
         if wanted == "none":
             wanted = ()
         if isinstance(wanted, str):
-            wanted = tuple(dict.fromkeys(name for source in sources for name in source.obs_columns))
+            wanted = tuple(dict.fromkeys(str(name) for head in heads for name in head.first_row.columns))
         else:
-            for source in sources:
-                missing = [name for name in wanted if name not in source.obs_columns]
+            for head in heads:
+                missing = [name for name in wanted if name not in head.first_row.columns]
                 if missing:
-                    msg = f"{source.name}: obs has no column {', '.join(map(repr, missing))}. Found: {', '.join(source.obs_columns) or 'none'}."
+                    msg = f"{head.name}: obs has no column {', '.join(map(repr, missing))}. Found: {', '.join(head.first_row.columns) or 'none'}."
                     raise ColumnNotFoundError(msg)
         names: dict[str, str] = {}
         for name in wanted:
@@ -51,7 +68,7 @@ class ObsColumns:
             while kept_as in OWN or (kept_as != name and kept_as in wanted):
                 kept_as = f"obs_{kept_as}"
             names[name] = kept_as
-        samples = {name: [s.read_obs([name], 0, 1)[name] for s in sources if name in s.obs_columns] for name in wanted}
+        samples = {name: [h.first_row[name] for h in heads if name in h.first_row.columns] for name in wanted}
         return cls(names, {names[name]: _feature(columns) for name, columns in samples.items()})
 
     def read(self, source: CellSource, start: int = 0, stop: int | None = None) -> pa.Table:

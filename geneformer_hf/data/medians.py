@@ -69,11 +69,10 @@ def fit_gene_table(
     with tqdm(total=sum(s.n_cells for s in sources), unit=" cells", desc="Reading", disable=not progress) as bar:
         for source in sources:
             columns = source.match_genes(everything)
-            totals_n, _ = source.totals()
             for block in source.iter_blocks():
                 rows = slice(block.start, block.start + block.counts_ng.shape[0])
                 counts = sum_columns(block.counts_ng, columns.slot_of_column, len(columns.token_ids))
-                scaled = sp.diags_array(TARGET_SUM / np.maximum(totals_n[rows], 1)) @ counts.astype(np.float64)
+                scaled = sp.diags_array(TARGET_SUM / np.maximum(source.totals(block), 1)) @ counts.astype(np.float64)
                 if source.passing is not None:
                     scaled = scaled[source.passing[rows]]
                 genes.append(columns.token_ids[scaled.indices])

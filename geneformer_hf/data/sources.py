@@ -143,31 +143,45 @@ class CellSource(ABC):
             raise CellFileError(msg)
         return numbers == 1
 
-    def totals(self) -> tuple[np.ndarray, str]:
-        """Return counts per cell over all genes and where they come from.
+    @cached_property
+    def totals_from(self) -> str | None:
+        """Column of obs that holds the counts per cell over all genes, None where the sums of the counts take its place.
 
-        The column named, or `n_counts` or `total_counts`, where every value is at least the sum of its cell; else the sums.
-        Takes a pass over the counts.
+        The column named, or `n_counts` or `total_counts`, where every value is at least the sum of its cell. Takes a pass over
+        the counts where there is such a column.
+
+        Raises:
+            ColumnNotFoundError, CellFileError: if the column named is not there, or below the counts.
         """
-        sums = np.zeros(self.n_cells)
-        for block in self.iter_blocks():
-            sums[block.start : block.start + block.counts_ng.shape[0]] = np.asarray(block.counts_ng.sum(axis=1)).ravel()
         named = self.options.total_counts
         if named is not None and named not in self.obs_columns:
             msg = f"{self.name}: obs has no column {named!r}. Found: {', '.join(self.obs_columns)}."
             raise ColumnNotFoundError(msg)
-        for column in (named,) if named is not None else TOTAL_COLUMNS:
-            if column in self.obs_columns:
-                values = pd.to_numeric(self.read_obs([column])[column], errors="coerce").to_numpy(dtype=np.float64)
+        candidates = [c for c in ((named,) if named is not None else TOTAL_COLUMNS) if c in self.obs_columns]
+        if not candidates:
+            return None
+        n_short = dict.fromkeys(candidates, 0)
+        for block in self.iter_blocks():
+            sums = sums_of(block)
+            for column in candidates:
                 # float32 sums of large cells may lie one rounding above the column.
-                n_short = int((~(values >= sums * (1 - 1e-6))).sum())
-                if n_short == 0:
-                    return values, f"obs[{column!r}]"
-                if named is not None:
-                    msg = f"{self.name}: obs[{column!r}] is below the counts of {n_short:,} of {self.n_cells:,} cells, so it belongs to another matrix. Leave it out to use the sums."
-                    raise CellFileError(msg)
-                logger.warning("%s: obs[%r] is below the counts of %s cells and is not used; totals are the sums.", self.name, column, f"{n_short:,}")
-        return sums, "sum of the counts"
+                n_short[column] += int((~(self._numbers(column, block) >= sums * (1 - 1e-6))).sum())
+        for column, n in n_short.items():
+            if n == 0:
+                return column
+            if named is not None:
+                msg = f"{self.name}: obs[{column!r}] is below the counts of {n:,} of {self.n_cells:,} cells, so it belongs to another matrix. Leave it out to use the sums."
+                raise CellFileError(msg)
+            logger.warning("%s: obs[%r] is below the counts of %s cells and is not used; totals are the sums.", self.name, column, f"{n:,}")
+        return None
+
+    def totals(self, block: CellBlock) -> np.ndarray:
+        """Return the counts per cell over all genes of a block, float64 of shape `(n,)`; see `totals_from`."""
+        return sums_of(block) if self.totals_from is None else self._numbers(self.totals_from, block)
+
+    def _numbers(self, column: str, block: CellBlock) -> np.ndarray:
+        values = self.read_obs([column], block.start, block.start + block.counts_ng.shape[0])[column]
+        return pd.to_numeric(values.astype(object), errors="coerce").to_numpy(dtype=np.float64)
 
     def _name_genes(self, columns: Mapping[str, Sequence[str]], index: Sequence[str], index_name: str | None) -> None:
         """Decide on the names of the genes and which columns of the matrix they are."""
@@ -314,6 +328,11 @@ class FileSource(CellSource):
         with self._open() as store:
             matrix = self._rows if self._rows is not None else self._matrix(store)
             yield from matrices.iter_rows(matrix, self.layout, (self.n_cells, self.n_columns), start, stop, where=f"{self.name}: {self.counts}")
+
+
+def sums_of(block: CellBlock) -> np.ndarray:
+    """Return the counts per cell of a block, float64 of shape `(n,)`."""
+    return np.asarray(block.counts_ng.sum(axis=1, dtype=np.float64)).ravel()
 
 
 def _is_text(column: pd.Series) -> bool:

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from geneformer_hf import CellDatasetBuilder, GeneformerTokenizer, GeneTable, load_cells
-from geneformer_hf.data import builder, matrices
+from geneformer_hf.data import encoder, matrices
 from geneformer_hf.errors import CellFileError, ColumnNotFoundError, GeneIdError
 from tests import reference
 from tests.conftest import ensembl, make_cells, with_row, write
@@ -38,7 +38,7 @@ def test_a_file_becomes_a_dataset(h5ad, cells, tokenizer, table):
 @pytest.mark.parametrize("num_proc", [None, 2])
 def test_layout_blocks_and_processes_change_nothing(layout, num_proc, tmp_path, genes, tokenizer, table, monkeypatch):
     monkeypatch.setattr(matrices, "BLOCK_VALUES", 500)
-    monkeypatch.setattr(builder, "RANGE_CELLS", 100)
+    monkeypatch.setattr(encoder, "RANGE_CELLS", 100)
     cells = make_cells(genes, 300)
     dataset = load_cells(write(cells, tmp_path / f"{layout}.h5ad", layout), tokenizer=tokenizer, num_proc=num_proc, cache_dir=tmp_path)
     assert tokens_of(dataset) == expected_tokens(cells, table)

@@ -1,0 +1,154 @@
+"""Independent tasks on this process, on several, or on a Dask cluster; what they give does not depend on which."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing, contextmanager
+from typing import Any
+
+from tqdm.auto import tqdm
+
+from ..errors import MissingExtraError, SettingError, WorkerDiedError
+
+LOST = "What is finished is kept: run the same command again to go on, with fewer processes if memory ran out."
+
+
+class Workers(ABC):
+    """Whoever does the tasks."""
+
+    @abstractmethod
+    def _finished(self, function: Callable[..., Any], tasks: Sequence[tuple[Any, ...]]) -> Generator[tuple[int, Any]]:
+        """Yield number and result of each task as it is finished, in any order."""
+
+    def run(
+        self, function: Callable[..., Any], tasks: Sequence[tuple[Any, ...]], *, label: str = "", unit: str = "tasks", progress: bool = False
+    ) -> Generator[tuple[int, Any]]:
+        """Yield number and result of each task as it is finished, in any order; left early, the rest is not done.
+
+        Args:
+            function: a function of a module, which other processes can import.
+            tasks: its arguments, small: paths and numbers.
+
+        Raises:
+            WorkerDiedError: if a process died; errors of a task come through as they are.
+        """
+        with (
+            tqdm(total=len(tasks), desc=label, unit=f" {unit}", disable=not progress or len(tasks) < 2) as bar,
+            closing(self._finished(function, tasks)) as results,
+        ):
+            for result in results:
+                bar.update(1)
+                yield result
+
+
+class _Here(Workers):
+    def _finished(self, function: Callable[..., Any], tasks: Sequence[tuple[Any, ...]]) -> Generator[tuple[int, Any]]:
+        for number, task in enumerate(tasks):
+            yield number, function(*task)
+
+
+class _Processes(Workers):
+    def __init__(self, pool: ProcessPoolExecutor) -> None:
+        self._pool = pool
+
+    def _finished(self, function: Callable[..., Any], tasks: Sequence[tuple[Any, ...]]) -> Generator[tuple[int, Any]]:
+        futures = {self._pool.submit(function, *task): number for number, task in enumerate(tasks)}
+        try:
+            for future in as_completed(futures):
+                yield futures[future], future.result()
+        except BrokenProcessPool as error:
+            msg = f"A worker process died: it was killed, or memory ran out. {LOST}"
+            raise WorkerDiedError(msg) from error
+        finally:
+            for future in futures:
+                future.cancel()
+            # What runs cannot be stopped, and what it writes should be there before anybody looks.
+            wait([future for future in futures if not future.cancelled()])
+
+
+class _Dask(Workers):
+    def __init__(self, client: Any) -> None:
+        self._client = client
+
+    def _finished(self, function: Callable[..., Any], tasks: Sequence[tuple[Any, ...]]) -> Generator[tuple[int, Any]]:
+        import distributed
+
+        # Not pure: whether a part is there is for the task to see, not for the scheduler to remember from another run.
+        futures = [self._client.submit(function, *task, pure=False) for task in tasks]
+        number_of = {future.key: number for number, future in enumerate(futures)}
+        try:
+            for future in distributed.as_completed(futures):
+                yield number_of[future.key], future.result()
+        except distributed.KilledWorker as error:
+            msg = f"A Dask worker died again and again over the same task ({error}). {LOST}"
+            raise WorkerDiedError(msg) from error
+        finally:
+            self._client.cancel(futures, force=True)
+
+
+@contextmanager
+def open_workers(num_proc: int | None = None, dask: str | None = None) -> Iterator[Workers]:
+    """Start whoever does the tasks, and stop them at the end.
+
+    Args:
+        num_proc (`int`, *optional*): processes on this machine; workers of a local cluster where `dask` is `local`.
+        dask (`str`, *optional*): address of a Dask scheduler, or `local` for a cluster on this machine.
+
+    Raises:
+        MissingExtraError: if Dask is asked for and not installed.
+        SettingError: if no scheduler answers at the address.
+    """
+    if dask is not None:
+        with _open_dask(num_proc, dask) as workers:
+            yield workers
+    elif num_proc is None or num_proc <= 1:
+        yield _Here()
+    else:
+        # Spawned, not forked: numpy, Arrow and torch hold threads that do not survive a fork.
+        pool = ProcessPoolExecutor(num_proc, mp_context=multiprocessing.get_context("spawn"), initializer=_die_with_parent)
+        try:
+            yield _Processes(pool)
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def _open_dask(num_proc: int | None, dask: str) -> Iterator[Workers]:
+    try:
+        import distributed
+    except ModuleNotFoundError as error:
+        msg = "Dask is not installed. Install it with `pip install 'geneformer-hf[dask]'`."
+        raise MissingExtraError(msg) from error
+    if dask != "local":
+        try:
+            client = distributed.Client(dask, timeout="20s")
+        except (OSError, ValueError) as error:
+            msg = f"No Dask scheduler answers at {dask!r} ({type(error).__name__}: {error}). Expected an address such as tcp://host:8786, or 'local'."
+            raise SettingError(msg) from error
+        with client:
+            yield _Dask(client)
+        return
+    n_workers = num_proc or os.cpu_count() or 1
+    with (
+        distributed.LocalCluster(n_workers=n_workers, threads_per_worker=1, processes=True, dashboard_address=None) as cluster,
+        distributed.Client(cluster) as client,
+    ):
+        yield _Dask(client)
+
+
+def _die_with_parent() -> None:
+    """End this worker when the process that started it is gone; a pool's workers would wait for tasks for ever."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+
+        def watch() -> None:
+            parent.join()
+            os._exit(1)
+
+        threading.Thread(target=watch, daemon=True).start()
