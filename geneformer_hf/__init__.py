@@ -24,6 +24,7 @@ from .ranking import rank_genes
 if TYPE_CHECKING:
     from .analysis.embeddings import embed_cells, embed_genes, iter_gene_embeddings, state_embeddings
     from .data.builder import CellDatasetBuilder, load_cells
+    from .data.corpus import tokenize_corpus
     from .data.medians import fit_gene_table
     from .hub.checkpoints import CHECKPOINTS, convert_checkpoint
     from .hub.export import export_checkpoint
@@ -39,6 +40,7 @@ _LAZY = {
     "iter_gene_embeddings": "analysis.embeddings",
     "load_cells": "data.builder",
     "state_embeddings": "analysis.embeddings",
+    "tokenize_corpus": "data.corpus",
 }
 
 __all__ = [
@@ -62,6 +64,7 @@ __all__ = [
     "load_cells",
     "rank_genes",
     "state_embeddings",
+    "tokenize_corpus",
 ]
 
 

@@ -20,7 +20,7 @@ import datasets
 import pyarrow as pa
 import xxhash
 
-from ..errors import CellFileError, GeneformerError
+from ..errors import CellFileError, GeneformerError, OutputError
 from ..models.tokenization_geneformer import GeneformerTokenizer
 from ..outputs import Unfinished, unfinished
 from .columns import ObsColumns, ObsHead
@@ -143,6 +143,9 @@ def _tokenize(
             (work.parts / part).unlink(missing_ok=True)
 
     described: list[FileSummary] = run(describe_file, [(str(p.absolute()), str(p), source, encoding) for p in paths], [str(p) for p in paths], "Files", "files")
+    if not described:
+        msg = f"none of the {len(paths):,} files can be used: {'; '.join(s.reason for s in skipped.values())}"
+        raise CellFileError(msg)
     columns = ObsColumns.of([s.head for s in described], encoding.obs)
     job = write_job(work, described, columns, source, encoding)
     names = [s.report.file for s in described]
@@ -173,6 +176,9 @@ def attempt(function: Callable[..., Any], *arguments: Any) -> Any:
     """Return what a function returns, or what is wrong with its file."""
     try:
         return function(*arguments)
+    except OutputError:
+        # A full disk is no fault of the file.
+        raise
     except GeneformerError as error:
         return Failure(error)
 

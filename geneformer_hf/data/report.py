@@ -95,10 +95,10 @@ def repeated_cell_ids(dataset: datasets.Dataset) -> tuple[int, list[str]]:
         return 0, []
     examples: list[str] = []
     for ids in _cell_ids(dataset):
-        examples += [i for i in ids[np.isin(pd.util.hash_array(ids), repeated)] if i not in examples][:3]
-        if len(examples) >= 3:
+        examples = list(dict.fromkeys([*examples, *ids[np.isin(pd.util.hash_array(ids), repeated)]]))[:3]
+        if len(examples) == 3:
             break
-    return int(counts[counts > 1].sum()), examples[:3]
+    return int(counts[counts > 1].sum()), examples
 
 
 def _cell_ids(dataset: datasets.Dataset) -> Iterator[np.ndarray]:

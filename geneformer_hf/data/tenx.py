@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import gzip
+import shutil
 import zlib
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -20,7 +21,7 @@ from .frames import ArraysFrame, Frame
 from .matrices import require_sound_index, sample_of
 from .sources import FEATURE_TYPES, FileSource, SourceOptions
 from .stores import is_group, open_h5, read_values
-from .transpose import CHUNK_VALUES, CsrOnDisk, new_rows_folder, rows_on_disk, running_sum
+from .transpose import CHUNK_VALUES, CsrOnDisk, new_rows_folder, put, rows_on_disk, running_sum
 
 GENE_ARRAYS = {"id": "gene_ids", "genes": "gene_ids", "name": "gene_symbol", "gene_names": "gene_symbol", "feature_type": FEATURE_TYPES[0], "genome": "genome"}
 
@@ -114,6 +115,13 @@ class TenXFolderSource(FileSource):
 
     def _write_rows(self, work_dir: Path) -> CsrOnDisk:
         folder = new_rows_folder(work_dir)
+        try:
+            return self._spool(folder)
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+
+    def _spool(self, folder: Path) -> CsrOnDisk:
         row_counts, in_order, last, n_read = np.zeros(self.n_cells, dtype=np.int64), True, 0, 0
         with (folder / "data").open("wb") as data, (folder / "indices").open("wb") as indices, (folder / "cells").open("wb") as cells:
             for genes, rows, values in self._entries():
@@ -121,19 +129,16 @@ class TenXFolderSource(FileSource):
                 in_order = in_order and last <= int(rows[0]) and bool((np.diff(rows) >= 0).all())
                 last = int(rows[-1])
                 row_counts += np.bincount(rows, minlength=self.n_cells)
-                values.tofile(data)
-                genes.tofile(indices)
-                rows.tofile(cells)
+                for file, array in ((data, values), (indices, genes), (cells, rows)):
+                    put(file, array)
         if n_read != self._n_entries:
             msg = f"{self._text}: {n_read:,} entries, but its header says {self._n_entries:,}. It is cut off; write or download it again."
             raise CellFileError(msg)
         if in_order:
             (folder / "cells").unlink()
             return CsrOnDisk(folder, running_sum(row_counts), np.dtype(np.float64))
-        done = rows_on_disk(self._spooled(folder), row_counts, self.n_columns, np.dtype(np.float64), work_dir)
-        for name in ("data", "indices", "cells"):
-            (folder / name).unlink()
-        folder.rmdir()
+        done = rows_on_disk(self._spooled(folder), row_counts, self.n_columns, np.dtype(np.float64), folder.parent)
+        shutil.rmtree(folder)
         return done
 
     def _entries(self) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:

@@ -14,12 +14,12 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import scipy.sparse as sp
 
-from ..errors import CellFileError
+from ..errors import CellFileError, OutputError
 
 CHUNK_VALUES = 1 << 22
 """Entries held in memory at once, in either pass."""
@@ -122,7 +122,7 @@ def _deal(chunks: Iterable[tuple[sp.csr_array, int]], row_counts: np.ndarray, n_
             part = entries[chunk.indptr[first] : chunk.indptr[stop]]
             if len(part):
                 with (folder / f"run-{run}").open("ab") as file:
-                    part.tofile(file)
+                    put(file, part)
 
     row_counts = row_counts.copy()
     with (folder / "data").open("wb") as data, (folder / "indices").open("wb") as indices:
@@ -134,10 +134,24 @@ def _deal(chunks: Iterable[tuple[sp.csr_array, int]], row_counts: np.ndarray, n_
             rows = sp.coo_array((entries["value"], (entries["row"] - first, entries["gene"])), shape=(stop - first, n_genes)).tocsr()
             # Entries that name one cell and gene twice were added up.
             row_counts[first:stop] = np.diff(rows.indptr)
-            rows.data.astype(data_type, copy=False).tofile(data)
-            rows.indices.astype(np.int32, copy=False).tofile(indices)
+            put(data, rows.data.astype(data_type, copy=False))
+            put(indices, rows.indices.astype(np.int32, copy=False))
             path.unlink()
     return CsrOnDisk(folder, running_sum(row_counts), data_type)
+
+
+def put(file: BinaryIO, values: np.ndarray) -> None:
+    """Append the bytes of an array.
+
+    Raises:
+        OutputError: if they do not fit; otherwise a full disk would pass for a damaged input, which is open at that time.
+    """
+    try:
+        file.write(np.ascontiguousarray(values).view(np.uint8).data)
+        file.flush()
+    except OSError as error:
+        msg = f"cannot write {file.name}: {error.strerror or error}. Its rows need as much disk as the values and columns of the input, twice for a moment."
+        raise OutputError(msg) from error
 
 
 def running_sum(counts: np.ndarray) -> np.ndarray:
