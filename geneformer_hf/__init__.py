@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from .data.builder import CellDatasetBuilder, load_cells
     from .data.corpus import tokenize_corpus
     from .data.medians import fit_gene_table
+    from .data.streaming import stream_cells, stream_tokens
     from .hub.checkpoints import CHECKPOINTS, convert_checkpoint
     from .hub.export import export_checkpoint
 
@@ -40,6 +41,8 @@ _LAZY = {
     "iter_gene_embeddings": "analysis.embeddings",
     "load_cells": "data.builder",
     "state_embeddings": "analysis.embeddings",
+    "stream_cells": "data.streaming",
+    "stream_tokens": "data.streaming",
     "tokenize_corpus": "data.corpus",
 }
 
@@ -64,6 +67,8 @@ __all__ = [
     "load_cells",
     "rank_genes",
     "state_embeddings",
+    "stream_cells",
+    "stream_tokens",
     "tokenize_corpus",
 ]
 

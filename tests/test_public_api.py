@@ -7,7 +7,7 @@ PUBLIC = {
     "CHECKPOINTS", "CellDatasetBuilder", "GeneTable", "GeneformerConfig", "GeneformerForMaskedLM", "GeneformerForMultiTaskClassification",
     "GeneformerForSequenceClassification", "GeneformerForTokenClassification", "GeneformerModel", "GeneformerTokenizer", "__version__",
     "convert_checkpoint", "embed_cells", "embed_genes", "export_checkpoint", "fit_gene_table", "iter_gene_embeddings", "load_cells", "rank_genes",
-    "state_embeddings", "tokenize_corpus",
+    "state_embeddings", "stream_cells", "stream_tokens", "tokenize_corpus",
 }  # fmt: skip
 
 

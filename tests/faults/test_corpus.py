@@ -269,13 +269,13 @@ def test_unicode_and_very_long_names(tmp_path, genes, tokenizer):
     cells = make_cells(genes, 5)
     names = ["Zelle-ä", "细胞", "🧬", "x" * 20_000, "with\ttab\nand line"]
     cells.obs_names = names
-    cells.obs["Gewebe – 組織"] = ["y" * 50_000, "ß", "", "č", "🧫"]
+    cells.obs["Gewebe 組織"] = ["y" * 50_000, "ß", "", "č", "🧫"]
     folder = tmp_path / "Ordner mit Leerzeichen 数据"
     folder.mkdir()
     path = write(cells, folder / ("n" * 200 + ".h5ad"))
     dataset = tokenize_corpus(path, folder / "aus gabe", tokenizer=tokenizer)
     assert dataset["cell_id"][:] == names
-    assert dataset["Gewebe – 組織"][:] == ["y" * 50_000, "ß", "", "č", "🧫"]
+    assert dataset["Gewebe 組織"][:] == ["y" * 50_000, "ß", "", "č", "🧫"]
 
 
 def test_a_file_without_cells_among_others_and_alone(tmp_path, genes, tokenizer):

@@ -1,0 +1,348 @@
+"""Streams of tokenized cells for training on corpora larger than memory or disk cache.
+
+`stream_cells` ranks on the fly from files of counts; `stream_tokens` reads tokenized Arrow or Parquet shards. Both return
+an ordinary `datasets.IterableDataset`: `split_dataset_by_node`, DataLoader workers, `set_epoch`, `state_dict` and Trainer work.
+
+A shuffle buffer loses and repeats rows when it is resumed. Here the order is a function of seed, epoch and shard instead:
+shards are shuffled, a few of them are read at a time, and their rows are permuted together. So a position is a pair of numbers.
+"""
+
+from __future__ import annotations
+
+import json
+from abc import abstractmethod
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import xxhash
+from datasets.iterable_dataset import _BaseExamplesIterable
+
+from ..errors import CellFileError, SettingError
+from ..models.tokenization_geneformer import GeneformerTokenizer
+from .columns import ObsColumns, ObsHead
+from .encoder import CellEncoder, EncodingOptions, features_of
+from .files import find_files
+from .readers import FileSource, open_cells
+
+SHARD_CELLS = 1024
+MIXED_SHARDS = 8
+
+
+class ShardedCells(_BaseExamplesIterable):
+    """Shards of cells in an order that follows from seed, epoch and shard alone.
+
+    Args:
+        numbers (`Sequence[int]`): the shards, in the order they are read.
+        key (`tuple` of `int`, *optional*): what the permutations are drawn from; None leaves everything in order.
+        mixed (`int`): shards read at a time, whose rows are permuted together.
+    """
+
+    def __init__(self, features: datasets.Features, numbers: Sequence[int], key: tuple[int, ...] | None, mixed: int) -> None:
+        super().__init__()
+        self._features, self._numbers, self._key = features, tuple(numbers), key
+        self._mixed = mixed if key is not None else 1
+
+    @abstractmethod
+    def _read(self, number: int) -> pa.Table:
+        """Return the rows of a shard."""
+
+    @abstractmethod
+    def _with(self, numbers: Sequence[int], key: tuple[int, ...] | None) -> ShardedCells:
+        """Return the same cells with other shards or another key."""
+
+    @property
+    def is_typed(self) -> bool:
+        """True: examples are as the features say."""
+        return True
+
+    @property
+    def features(self) -> datasets.Features:
+        """Columns and their types."""
+        return self._features
+
+    @property
+    def num_shards(self) -> int:
+        """Number of shards."""
+        return len(self._numbers)
+
+    @property
+    def sleep_on_threads_shutdown(self) -> bool:
+        """False: no thread outlives an iteration."""
+        return False
+
+    def shuffle_data_sources(self, generator: np.random.Generator) -> ShardedCells:
+        """Return the shards in the order of another epoch; datasets calls this for every epoch but the first."""
+        if self._key is None:
+            return self
+        return self._with(self._numbers, (*self._key[:1], int(generator.integers(1 << 62)))).shuffled()
+
+    def shuffled(self) -> ShardedCells:
+        """Return the shards in the order their key says."""
+        if self._key is None:
+            return self
+        numbers = np.sort(np.array(self._numbers, dtype=np.int64))
+        return self._with(np.random.default_rng(self._key).permutation(numbers).tolist(), self._key)
+
+    def shard_data_sources(self, num_shards: int, index: int, contiguous: bool = True) -> ShardedCells:
+        """Return some of the shards."""
+        places = self.split_shard_indices_by_worker(num_shards, index, contiguous=contiguous)
+        return self._with([self._numbers[place] for place in places], self._key)
+
+    def reshard_data_sources(self) -> ShardedCells:
+        """Return itself: the shards are small already."""
+        return self
+
+    def _init_state_dict(self) -> dict:
+        self._state_dict = {"group": 0, "row": 0, "made_for": self._signature, "type": type(self).__name__}
+        return self._state_dict
+
+    @property
+    def _signature(self) -> str:
+        numbers = xxhash.xxh3_64(repr(self._numbers).encode()).hexdigest()
+        return f"{len(self._numbers)} shards in order {numbers}, key {self._key}, {self._mixed} mixed"
+
+    def __iter__(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        state: dict[str, Any] = self._state_dict or {"group": 0, "row": 0, "made_for": self._signature}
+        if state["made_for"] != self._signature:
+            msg = f"The state was saved by another stream ({state['made_for']}) than this one ({self._signature}). Make the stream with the same files, seed, epoch, ranks and workers."
+            raise SettingError(msg)
+        groups = [self._numbers[i : i + self._mixed] for i in range(0, len(self._numbers), self._mixed)]
+        with ThreadPoolExecutor(1) as reader:
+            coming = reader.submit(self._load, groups[state["group"]]) if state["group"] < len(groups) else None
+            while coming is not None:
+                table, group = coming.result(), state["group"]
+                coming = reader.submit(self._load, groups[group + 1]) if group + 1 < len(groups) else None
+                order = np.arange(len(table)) if self._key is None else np.random.default_rng([*self._key, *groups[group]]).permutation(len(table))
+                examples = _Examples(table)
+                for place in range(state["row"], len(order)):
+                    state["row"] = place + 1
+                    yield f"{group}-{place}", examples[int(order[place])]
+                state["group"], state["row"] = group + 1, 0
+
+    def _load(self, numbers: Sequence[int]) -> pa.Table:
+        tables = [self._read(number) for number in numbers]
+        return pa.concat_tables(tables).combine_chunks() if len(tables) > 1 else tables[0].combine_chunks()
+
+
+class _Examples:
+    """Rows of a table as dictionaries; lists become numpy arrays that share the table's memory."""
+
+    def __init__(self, table: pa.Table) -> None:
+        self._lists: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+        self._plain: dict[str, list[Any]] = {}
+        for name in table.column_names:
+            chunks = table.column(name).chunks
+            column = chunks[0] if len(chunks) == 1 else pa.array([], table.schema.field(name).type) if not chunks else pa.concat_arrays(chunks)
+            if pa.types.is_list(column.type) or pa.types.is_large_list(column.type):
+                # Offsets count from the beginning of the values, whatever slice the column is.
+                self._lists[name] = (column.offsets.to_numpy(), column.values.to_numpy(zero_copy_only=False))
+            else:
+                self._plain[name] = column.to_pylist()
+        self._names = table.column_names
+
+    def __getitem__(self, row: int) -> dict[str, Any]:
+        example = {}
+        for name in self._names:
+            if name in self._plain:
+                example[name] = self._plain[name][row]
+            else:
+                offsets, values = self._lists[name]
+                example[name] = values[offsets[row] : offsets[row + 1]]
+        return example
+
+
+class CountShards(ShardedCells):
+    """Row ranges of files of counts, ranked as they are read."""
+
+    def __init__(
+        self, encoders: Sequence[CellEncoder], ranges: Sequence[tuple[int, int, int]], features: datasets.Features,
+        numbers: Sequence[int], key: tuple[int, ...] | None, mixed: int,
+    ) -> None:  # fmt: skip
+        super().__init__(features, numbers, key, mixed)
+        self._encoders, self._ranges, self._all_mixed = encoders, ranges, mixed
+
+    def _read(self, number: int) -> pa.Table:
+        file, start, stop = self._ranges[number]
+        return pa.concat_tables([self._features.arrow_schema.empty_table(), *self._encoders[file].tables(start, stop)])
+
+    def _with(self, numbers: Sequence[int], key: tuple[int, ...] | None) -> CountShards:
+        return CountShards(self._encoders, self._ranges, self._features, numbers, key, self._all_mixed)
+
+
+class TokenShards(ShardedCells):
+    """Row ranges of Arrow files and row groups of Parquet files."""
+
+    def __init__(
+        self, pieces: Sequence[tuple[str, int, int]], features: datasets.Features, columns: Sequence[str],
+        numbers: Sequence[int], key: tuple[int, ...] | None, mixed: int,
+    ) -> None:  # fmt: skip
+        super().__init__(features, numbers, key, mixed)
+        self._pieces, self._columns, self._all_mixed = pieces, columns, mixed
+
+    def _read(self, number: int) -> pa.Table:
+        path, first, second = self._pieces[number]
+        if path.endswith(".parquet"):
+            return _open_parquet(path).read_row_group(first, columns=list(self._columns), use_threads=False)
+        return _open_arrow(path).select(self._columns).slice(first, second - first)
+
+    def _with(self, numbers: Sequence[int], key: tuple[int, ...] | None) -> TokenShards:
+        return TokenShards(self._pieces, self._features, self._columns, numbers, key, self._all_mixed)
+
+
+@lru_cache(maxsize=16)
+def _open_arrow(path: str) -> pa.Table:
+    try:
+        return pa.ipc.open_stream(pa.memory_map(path)).read_all()
+    except (OSError, pa.ArrowInvalid) as error:
+        msg = f"{path} cannot be read as an Arrow stream: {error}. Tokenize the cells again."
+        raise CellFileError(msg) from error
+
+
+@lru_cache(maxsize=16)
+def _open_parquet(path: str) -> pq.ParquetFile:
+    import fsspec
+
+    try:
+        return pq.ParquetFile(fsspec.open(path, "rb").open() if "://" in path else path)
+    except (OSError, pa.ArrowInvalid) as error:
+        msg = f"{path} cannot be read as a Parquet file: {error}. Write or download it again."
+        raise CellFileError(msg) from error
+
+
+def stream_cells(
+    files: Any,
+    *,
+    tokenizer: GeneformerTokenizer,
+    obs: str | Sequence[str] = "none",
+    shuffle: bool = False,
+    seed: int = 0,
+    gene_ids: str | None = None,
+    counts_layer: str | None = None,
+    keep_counts: bool = False,
+    shard_cells: int = SHARD_CELLS,
+    mix: int = MIXED_SHARDS,
+) -> datasets.IterableDataset:
+    """Rank cells on the fly, straight from files of counts: nothing is written, memory is bounded by a few shards.
+
+    Rows are those of `load_cells`, but lists are numpy arrays; without `shuffle` they come in the same order.
+
+    Args:
+        files, tokenizer, gene_ids, counts_layer, keep_counts: as in `load_cells`.
+        obs (`"all"`, `"none"` or a sequence of names, *optional*, defaults to `"none"`): columns of obs to keep.
+        shuffle (`bool`, *optional*, defaults to `False`): shuffle, anew in every epoch (`set_epoch`).
+        seed (`int`, *optional*, defaults to 0): the same seed and epoch give the same order.
+        shard_cells (`int`, *optional*, defaults to 1024): cells read in one go; a shard is what a rank or worker gets.
+        mix (`int`, *optional*, defaults to 8): shards whose rows are shuffled together: more mix better and take more memory.
+
+    Returns:
+        `datasets.IterableDataset`.
+
+    Raises:
+        CellFileError, NotRawCountsError, GeneIdError, ColumnNotFoundError
+    """
+    is_memory = hasattr(files, "obs") and hasattr(files, "var")
+    sources = [open_cells(item, gene_ids=gene_ids, counts_layer=counts_layer) for item in ([files] if is_memory else find_files(files))]
+    wanted: Any = obs if obs in ("all", "none") else (obs,) if isinstance(obs, str) else tuple(obs)
+    options = EncodingOptions(wanted, keep_counts)
+    columns = ObsColumns.of([ObsHead.of(source) for source in sources], wanted)
+    encoders = [CellEncoder(source, tokenizer, columns, options) for source in sources]
+    for source in sources:
+        if isinstance(source, FileSource):
+            # Before workers share the rows.
+            source.prepare()
+    ranges = [(n, start, min(start + shard_cells, s.n_cells)) for n, s in enumerate(sources) for start in range(0, s.n_cells, shard_cells)]
+    features = features_of(tokenizer, columns, options)
+    return _stream(CountShards(encoders, ranges, features, range(len(ranges)), _key_of(seed, shuffle=shuffle), _positive(mix)))
+
+
+def stream_tokens(
+    files: Any, *, shuffle: bool = False, seed: int = 0, columns: Sequence[str] | None = None, shard_cells: int = SHARD_CELLS, mix: int = MIXED_SHARDS
+) -> datasets.IterableDataset:
+    """Stream tokenized cells from a dataset folder (`geneformer-hf tokenize`, `save_to_disk`) or from Parquet files.
+
+    Args:
+        files (`str`, `Path` or a sequence of them):
+            Dataset folder, Parquet files, a folder of these, or their addresses as fsspec knows them (`hf://datasets/…`).
+        shuffle, seed, mix: as in `stream_cells`.
+        columns (`Sequence[str]`, *optional*): columns to read; all by default.
+        shard_cells (`int`, *optional*, defaults to 1024): cells read in one go from Arrow; Parquet files are read by row group.
+
+    Returns:
+        `datasets.IterableDataset`; lists are numpy arrays.
+
+    Raises:
+        CellFileError: if there is nothing to read, or the files hold different columns.
+    """
+    paths = [p for item in ([files] if isinstance(files, (str, Path)) else files) for p in _token_files(str(item))]
+    pieces: list[tuple[str, int, int]] = []
+    schema: pa.Schema | None = None
+    for path in paths:
+        if path.endswith(".parquet"):
+            file = _open_parquet(path)
+            found = file.schema_arrow
+            pieces += [(path, group, 0) for group in range(file.num_row_groups)]
+        else:
+            table = _open_arrow(path)
+            found = table.schema
+            pieces += [(path, start, min(start + shard_cells, len(table))) for start in range(0, len(table), shard_cells)]
+        if schema is not None and not schema.equals(found):
+            msg = f"{path} holds other columns ({', '.join(found.names)}) than {paths[0]} ({', '.join(schema.names)}). Stream datasets that were tokenized together."
+            raise CellFileError(msg)
+        schema = found
+    if schema is None or not pieces:
+        msg = f"{files}: no tokenized cells there; expected a dataset folder or .parquet files."
+        raise CellFileError(msg)
+    features = datasets.Features.from_arrow_schema(schema)
+    names = list(columns if columns is not None else features)
+    missing = [name for name in names if name not in features]
+    if missing:
+        msg = f"{paths[0]} has no column {', '.join(map(repr, missing))}. Found: {', '.join(features)}."
+        raise CellFileError(msg)
+    features = datasets.Features({name: features[name] for name in names})
+    return _stream(TokenShards(pieces, features, names, range(len(pieces)), _key_of(seed, shuffle=shuffle), _positive(mix)))
+
+
+def _token_files(item: str) -> list[str]:
+    """Return the Arrow or Parquet files behind a path, in their order."""
+    if "://" in item:
+        import fsspec
+
+        system, path = fsspec.core.url_to_fs(item)
+        if system.isfile(path):
+            return [item]
+        return [system.unstrip_protocol(p) for p in sorted(system.glob(f"{path}/**/*.parquet"))]
+    folder = Path(item)
+    if folder.is_file():
+        return [item]
+    if (folder / "state.json").is_file():
+        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        return [str(folder / entry["filename"]) for entry in state["_data_files"]]
+    if not folder.is_dir():
+        msg = f"{item} does not exist; expected a dataset folder or .parquet files."
+        raise CellFileError(msg)
+    return [str(p) for p in sorted(folder.rglob("*.parquet"))]
+
+
+def _key_of(seed: int, *, shuffle: bool) -> tuple[int, ...] | None:
+    if seed < 0:
+        msg = f"seed is {seed}; expected 0 or more."
+        raise SettingError(msg)
+    return (seed, 0) if shuffle else None
+
+
+def _positive(mix: int) -> int:
+    if mix < 1:
+        msg = f"mix is {mix}; expected 1 or more shards."
+        raise SettingError(msg)
+    return mix
+
+
+def _stream(shards: ShardedCells) -> datasets.IterableDataset:
+    return datasets.IterableDataset(shards.shuffled(), info=datasets.DatasetInfo(features=shards.features))
