@@ -117,13 +117,23 @@ def main() -> None:
             speed[way] = measure(way, folder)
             print(f"{way:30} {speed[way]:22,.0f}", flush=True)
     ours = speed["stream parquet"]
-    print(json.dumps({"claim": "tokens a second from Parquet, shuffled and collated, over 500,000", "ratio": ours / BAR_TOKENS, "bar": 1.0, "holds": ours >= BAR_TOKENS}))
+    print(
+        json.dumps(
+            {"claim": "tokens a second from Parquet, shuffled and collated, over 500,000", "ratio": ours / BAR_TOKENS, "bar": 1.0, "holds": ours >= BAR_TOKENS}
+        )
+    )
     ratio = ours / speed["stock parquet"]
-    print(json.dumps({"claim": "streaming from Parquet against datasets' own streaming with a shuffle buffer", "ratio": ratio, "bar": 1.0, "holds": ratio >= 1}))
+    print(
+        json.dumps({"claim": "streaming from Parquet against datasets' own streaming with a shuffle buffer", "ratio": ratio, "bar": 1.0, "holds": ratio >= 1})
+    )
     fly = speed["rank on the fly"]
     print(json.dumps({"claim": "tokens a second ranked on the fly, over 500,000", "ratio": fly / BAR_TOKENS, "bar": 1.0, "holds": fly >= BAR_TOKENS}))
     at_random = speed["random arrow, numpy format"]
-    print(json.dumps({"claim": "tokens a second at random from Arrow, over 500,000", "ratio": at_random / BAR_TOKENS, "bar": 1.0, "holds": at_random >= BAR_TOKENS}))
+    print(
+        json.dumps(
+            {"claim": "tokens a second at random from Arrow, over 500,000", "ratio": at_random / BAR_TOKENS, "bar": 1.0, "holds": at_random >= BAR_TOKENS}
+        )
+    )
 
 
 if __name__ == "__main__":

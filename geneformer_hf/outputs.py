@@ -21,6 +21,8 @@ from .errors import OutputError, OutputExistsError
 
 logger = logging.getLogger(__name__)
 
+PARTS = "parts"
+
 
 def require_free(output: Path, *, overwrite: bool = False) -> None:
     """Raise if the output exists and may not be replaced, or cannot be written; called before any work is done.
@@ -84,13 +86,7 @@ class Unfinished:
     @property
     def parts(self) -> Path:
         """Finished parts, each under a name that says all it depends on."""
-        return self.folder / "parts"
-
-    @contextmanager
-    def new_part(self, name: str) -> Iterator[Path]:
-        """Yield the name of a part to write; it takes its real name when it is whole."""
-        with _new_part(self.parts / name) as partial:
-            yield partial
+        return self.folder / PARTS
 
     def put_in_place(self, whole: Path) -> None:
         """Give the finished output, which lies inside this folder, its name.
@@ -103,7 +99,8 @@ class Unfinished:
 
 
 @contextmanager
-def _new_part(part: Path) -> Iterator[Path]:
+def new_part(part: Path) -> Iterator[Path]:
+    """Yield the name of a part to write; it takes its real name when it is whole."""
     partial = part.with_name(f".{uuid.uuid4().hex}.partial")
     try:
         yield partial

@@ -37,3 +37,9 @@ def embed_cell(model: torch.nn.Module, cell: list[int], layer: int, pooling: str
     special = {model.config.cls_token_id, model.config.eos_token_id} - {None}
     genes = [i for i, token in enumerate(cell) if token not in special]
     return hidden[genes].mean(0).numpy()
+
+
+def gene_medians(counts_ng: np.ndarray, totals_n: np.ndarray) -> np.ndarray:
+    """Return the exact median of each gene's non-zero counts per 10,000, NaN for genes in no cell."""
+    scaled = counts_ng.astype(np.float64) / totals_n[:, None] * 10_000
+    return np.array([np.median(column[column > 0]) if (column > 0).any() else np.nan for column in scaled.T])

@@ -52,6 +52,11 @@ def add_workers(parser: ArgumentParser) -> None:
     )
 
 
+def add_skipping(parser: ArgumentParser) -> None:
+    """Declare --skip-bad-files."""
+    parser.add_argument("--skip-bad-files", action="store_true", help="leave out files that cannot be used, and count them (default: stop at the first)")
+
+
 def add_overwrite(parser: ArgumentParser) -> None:
     """Declare --overwrite."""
     parser.add_argument("--overwrite", action="store_true", help="replace the output if it exists (default: refuse)")

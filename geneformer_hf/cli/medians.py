@@ -4,33 +4,86 @@ from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
+from typing import Any
 
-from .command import Command, add_overwrite, add_reading
+from ..errors import ColumnNotFoundError
+from .command import KINDS, Command, add_overwrite, add_reading, add_skipping, add_workers
 
 
 class Medians(Command):
-    """Fit the gene table of a new vocabulary: exact non-zero medians over the cells of some files."""
+    """Fit the gene table of a new vocabulary, of any species: non-zero medians over the cells of any number of files.
+
+    Stopped or killed, the same command goes on where it was.
+    """
 
     name = "medians"
-    help = ".h5ad files -> gene_table.json"
+    help = "files of cells -> gene table and tokenizer of a new vocabulary"
 
     def add_arguments(self, parser: ArgumentParser) -> None:
-        parser.add_argument("files", nargs="+", help=".h5ad files; globs and folders are sorted")
+        parser.add_argument("files", nargs="+", help=f"{KINDS}; globs and folders are sorted")
         parser.add_argument("--output", required=True, type=Path, help="new JSON file")
+        parser.add_argument("--tokenizer", type=Path, metavar="DIR", help="also write a tokenizer with this vocabulary: new folder")
         parser.add_argument("--no-special-tokens", action="store_true", help="a vocabulary without <cls> and <eos>, as V1 (default: with, as V2)")
+        parser.add_argument(
+            "--biotypes", nargs="+", metavar="TYPE", help="genes of these types only; published vocabularies: protein_coding miRNA (default: all)"
+        )
+        parser.add_argument(
+            "--gene-biotypes", type=Path, metavar="FILE", help="CSV with the columns ensembl_id and biotype (default: GENCODE's, for human genes)"
+        )
         add_reading(parser)
+        add_workers(parser)
+        add_skipping(parser)
         add_overwrite(parser)
 
     def run(self, args: Namespace) -> int:
         from ..data.medians import fit_gene_table
-        from ..outputs import new_file, require_free
+        from ..models.tokenization_geneformer import GeneformerTokenizer
+        from ..outputs import new_folder, require_free, unfinished
 
-        require_free(args.output, overwrite=args.overwrite)
-        table = fit_gene_table(args.files, special_tokens=not args.no_special_tokens, gene_ids=args.gene_ids, counts_layer=args.counts_layer, progress=True)
-        with new_file(args.output, overwrite=args.overwrite) as partial:
-            partial.write_text(table.to_json(), encoding="utf-8")
+        if args.tokenizer is not None:
+            require_free(args.tokenizer, overwrite=args.overwrite)
+        gene_biotypes = None if args.gene_biotypes is None else read_biotypes(args.gene_biotypes)
+        with unfinished(args.output, overwrite=args.overwrite) as work:
+            table = fit_gene_table(
+                args.files,
+                special_tokens=not args.no_special_tokens,
+                biotypes=args.biotypes,
+                gene_biotypes=gene_biotypes,
+                gene_ids=args.gene_ids,
+                counts_layer=args.counts_layer,
+                num_proc=args.num_proc,
+                dask=args.dask,
+                skip_bad_files=args.skip_bad_files,
+                work=work,
+                progress=True,
+            )
+            whole = work.folder / args.output.name
+            whole.write_text(table.to_json(), encoding="utf-8")
+            work.put_in_place(whole)
         print(f"{len(table):,} {table.species} genes, {table.source}, written to {args.output}.")
-        print(
-            f"Use it: GeneformerTokenizer(gene_table=GeneTable.load({str(args.output)!r}){'' if args.no_special_tokens else ', cls_token=' + repr('<cls>') + ', eos_token=' + repr('<eos>')})"
-        )
+        tokens: dict[str, Any] = {} if args.no_special_tokens else {"cls_token": "<cls>", "eos_token": "<eos>"}
+        if args.tokenizer is not None:
+            with new_folder(args.tokenizer, overwrite=args.overwrite) as folder:
+                GeneformerTokenizer(gene_table=table, **tokens).save_pretrained(folder)
+            print(f"Tokenizer written to {args.tokenizer}: AutoTokenizer.from_pretrained({str(args.tokenizer)!r})")
+        else:
+            options = "".join(f", {name}={token!r}" for name, token in tokens.items())
+            print(f"Use it: GeneformerTokenizer(gene_table=GeneTable.load({str(args.output)!r}){options})")
         return 0
+
+
+def read_biotypes(path: Path) -> dict[str, str]:
+    """Read Ensembl id to biotype from a CSV file.
+
+    Raises:
+        ColumnNotFoundError: if it has other columns.
+    """
+    import csv
+
+    with path.open(encoding="utf-8", newline="") as file:
+        rows = csv.DictReader(file)
+        missing = [name for name in ("ensembl_id", "biotype") if name not in (rows.fieldnames or ())]
+        if missing:
+            msg = f"{path} has no column {' or '.join(missing)}. Found: {', '.join(rows.fieldnames or ()) or 'nothing'}. Expected a CSV file with a header."
+            raise ColumnNotFoundError(msg)
+        return {row["ensembl_id"]: row["biotype"] for row in rows}

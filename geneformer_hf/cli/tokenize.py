@@ -6,7 +6,7 @@ import json
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
-from .command import KINDS, Command, add_overwrite, add_reading, add_workers, describe_size
+from .command import KINDS, Command, add_overwrite, add_reading, add_skipping, add_workers, describe_size
 
 
 class Tokenize(Command):
@@ -25,7 +25,7 @@ class Tokenize(Command):
         add_reading(parser)
         parser.add_argument("--keep-counts", action="store_true", help="also keep counts per 10,000 beside each token (default: no)")
         add_workers(parser)
-        parser.add_argument("--skip-bad-files", action="store_true", help="leave out files that cannot be used, and count them (default: stop at the first)")
+        add_skipping(parser)
         add_overwrite(parser)
 
     def run(self, args: Namespace) -> int:

@@ -9,8 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Sequence
-from contextlib import closing
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -20,16 +19,16 @@ import datasets
 import pyarrow as pa
 import xxhash
 
-from ..errors import CellFileError, GeneformerError, OutputError
+from ..errors import CellFileError
 from ..models.tokenization_geneformer import GeneformerTokenizer
-from ..outputs import Unfinished, unfinished
+from ..outputs import PARTS, Unfinished, new_part, unfinished
 from .columns import ObsColumns, ObsHead
 from .encoder import CellEncoder, EncodingOptions, features_of, row_ranges
 from .files import content_hash, find_files
 from .readers import open_cells
 from .report import FileReport, SkippedFile, with_report
 from .sources import FileSource, SourceOptions
-from .tasks import Workers, open_workers
+from .tasks import FileTasks, Workers, open_workers
 
 JOB_FILE = "job.json"
 
@@ -45,13 +44,6 @@ class FileSummary:
     head: ObsHead
     holds_rows: bool
     totals_from: str | None
-
-
-@dataclass(frozen=True)
-class Failure:
-    """A file that could not be read, where that is no reason to stop."""
-
-    error: GeneformerError
 
 
 def tokenize_corpus(
@@ -116,53 +108,29 @@ def _tokenize(
     skip_bad_files: bool,
     progress: bool,
 ) -> datasets.Dataset:
-    skipped: dict[str, SkippedFile] = {}
-
-    def run(function: Callable[..., Any], tasks: Sequence[tuple[Any, ...]], names: Sequence[str], label: str, unit: str) -> list[Any]:
-        """Return the results of the tasks of these files; a file that cannot be used is skipped, or stops everything."""
-        results: list[Any] = [None] * len(tasks)
-        failed: tuple[str, GeneformerError] | None = None
-        with closing(workers.run(attempt, [(function, str(work.folder), *task) for task in tasks], label=label, unit=unit, progress=progress)) as finished:
-            for number, result in finished:
-                results[number] = result
-                if isinstance(result, Failure):
-                    skipped.setdefault(names[number], SkippedFile(names[number], str(result.error)))
-                    if not skip_bad_files:
-                        failed = names[number], result.error
-                        break
-        if failed:
-            # Mended, the file will have other parts.
-            forget(failed[0])
-            raise failed[1]
-        return [result for result, name in zip(results, names, strict=True) if name not in skipped]
-
-    parts: dict[str, list[tuple[int, int, str]]] = {}
-
-    def forget(name: str) -> None:
-        for *_, part in parts.get(name, ()):
-            (work.parts / part).unlink(missing_ok=True)
-
-    described: list[FileSummary] = run(describe_file, [(str(p.absolute()), str(p), source, encoding) for p in paths], [str(p) for p in paths], "Files", "files")
-    if not described:
-        msg = f"none of the {len(paths):,} files can be used: {'; '.join(s.reason for s in skipped.values())}"
-        raise CellFileError(msg)
+    folder, names = str(work.folder), [str(p) for p in paths]
+    files = FileTasks(workers, skip_bad_files=skip_bad_files, progress=progress)
+    described: list[FileSummary] = files.run(describe_file, [(folder, str(p.absolute()), str(p), source, encoding) for p in paths], names, "Files", "files")
+    files.require_some(len(paths))
     columns = ObsColumns.of([s.head for s in described], encoding.obs)
     job = write_job(work, described, columns, source, encoding)
     names = [s.report.file for s in described]
-    parts |= {s.report.file: _parts_of(s, job, tokenizer) for s in described}
+    parts = {s.report.file: _parts_of(s, job, tokenizer) for s in described}
+    files.parts_of = {name: [work.parts / part for *_, part in ranges] for name, ranges in parts.items()}
     missing = {part: (n, start, stop, part) for n, name in enumerate(names) for start, stop, part in parts[name] if not (work.parts / part).exists()}
 
     to_turn = sorted({n for n, *_ in missing.values() if not described[n].holds_rows})
-    run(write_rows, [(job, n) for n in to_turn], [names[n] for n in to_turn], "Turning files", "files")
-    tasks = [task for task in missing.values() if names[task[0]] not in skipped]
-    run(write_part, [(job, *task) for task in tasks], [names[n] for n, *_ in tasks], "Tokenizing", "parts")
+    files.run(write_rows, [(folder, job, n) for n in to_turn], [names[n] for n in to_turn], "Turning files", "files")
+    tasks = [task for task in missing.values() if names[task[0]] not in files.skipped]
+    files.run(write_part, [(folder, job, *task) for task in tasks], [names[n] for n, *_ in tasks], "Tokenizing", "parts")
+    files.require_some(len(paths))
 
-    kept = [s for s in described if s.report.file not in skipped]
+    kept = [s for s in described if s.report.file not in files.skipped]
     whole = work.folder / "dataset"
     try:
         _assemble(
             work, whole, [part for s in kept for *_, part in parts[s.report.file]], features_of(tokenizer, columns, encoding), tokenizer,
-            [s.report for s in kept], list(skipped.values()),
+            [s.report for s in kept], [SkippedFile(name, str(error)) for name, error in files.skipped.items()],
         )  # fmt: skip
     except CellFileError:
         # No cell is left, and the same files would give the same.
@@ -170,17 +138,6 @@ def _tokenize(
         raise
     work.put_in_place(whole)
     return datasets.load_from_disk(str(work.output))
-
-
-def attempt(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Return what a function returns, or what is wrong with its file."""
-    try:
-        return function(*arguments)
-    except OutputError:
-        # A full disk is no fault of the file.
-        raise
-    except GeneformerError as error:
-        return Failure(error)
 
 
 def describe_file(folder: str, path: str, name: str, options: SourceOptions, encoding: EncodingOptions) -> FileSummary:
@@ -205,7 +162,7 @@ def write_job(work: Unfinished, summaries: Sequence[FileSummary], columns: ObsCo
         "encoding": asdict(encoding),
     }
     text = json.dumps(content)
-    with work.new_part(f"../{JOB_FILE}") as partial:
+    with new_part(work.folder / JOB_FILE) as partial:
         partial.write_text(text, encoding="utf-8")
     # Not the files: more of them change nothing about the parts of these.
     return xxhash.xxh3_128(json.dumps({k: v for k, v in content.items() if k != "files"}).encode()).hexdigest()
@@ -259,11 +216,11 @@ def write_rows(folder: str, job: str, number: int) -> None:
 
 def write_part(folder: str, job: str, number: int, start: int, stop: int, name: str) -> None:
     """Write the tokens of a row range as an Arrow stream."""
-    work = Unfinished(Path(folder), Path(folder), overwrite=False)
-    if (work.parts / name).exists():
+    part = Path(folder) / PARTS / name
+    if part.exists():
         return
     encoder = _encoder(folder, job, number)
-    with work.new_part(name) as partial, pa.OSFile(str(partial), "wb") as file, pa.ipc.new_stream(file, encoder.schema) as writer:
+    with new_part(part) as partial, pa.OSFile(str(partial), "wb") as file, pa.ipc.new_stream(file, encoder.schema) as writer:
         for table in encoder.tables(start, stop):
             writer.write_table(table)
 

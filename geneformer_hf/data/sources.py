@@ -143,37 +143,50 @@ class CellSource(ABC):
             raise CellFileError(msg)
         return numbers == 1
 
-    @cached_property
-    def totals_from(self) -> str | None:
-        """Column of obs that holds the counts per cell over all genes, None where the sums of the counts take its place.
-
-        The column named, or `n_counts` or `total_counts`, where every value is at least the sum of its cell. Takes a pass over
-        the counts where there is such a column.
+    @property
+    def totals_candidates(self) -> list[str]:
+        """Columns of obs that may hold the counts per cell over all genes: the one named, or `n_counts` and `total_counts`.
 
         Raises:
-            ColumnNotFoundError, CellFileError: if the column named is not there, or below the counts.
+            ColumnNotFoundError: if the column named is not there.
         """
         named = self.options.total_counts
         if named is not None and named not in self.obs_columns:
             msg = f"{self.name}: obs has no column {named!r}. Found: {', '.join(self.obs_columns)}."
             raise ColumnNotFoundError(msg)
-        candidates = [c for c in ((named,) if named is not None else TOTAL_COLUMNS) if c in self.obs_columns]
-        if not candidates:
-            return None
-        n_short = dict.fromkeys(candidates, 0)
-        for block in self.iter_blocks():
-            sums = sums_of(block)
-            for column in candidates:
-                # float32 sums of large cells may lie one rounding above the column.
-                n_short[column] += int((~(self._numbers(column, block) >= sums * (1 - 1e-6))).sum())
-        for column, n in n_short.items():
-            if n == 0:
+        return [c for c in ((named,) if named is not None else TOTAL_COLUMNS) if c in self.obs_columns]
+
+    @cached_property
+    def totals_from(self) -> str | None:
+        """The first of `totals_candidates` that is nowhere below the counts, None where their sums take its place.
+
+        Takes a pass over the counts for every candidate.
+
+        Raises:
+            ColumnNotFoundError, CellFileError: if the column named is not there, or below the counts.
+        """
+        for column in self.totals_candidates:
+            n_short = sum(self.short_of(column, block) for block in self.iter_blocks())
+            if n_short == 0:
                 return column
-            if named is not None:
-                msg = f"{self.name}: obs[{column!r}] is below the counts of {n:,} of {self.n_cells:,} cells, so it belongs to another matrix. Leave it out to use the sums."
-                raise CellFileError(msg)
-            logger.warning("%s: obs[%r] is below the counts of %s cells and is not used; totals are the sums.", self.name, column, f"{n:,}")
+            self.reject_totals(column, n_short)
         return None
+
+    def short_of(self, column: str, block: CellBlock) -> int:
+        """Return how many cells of a block have fewer counts in a column of obs than in the matrix."""
+        # float32 sums of large cells may lie one rounding above the column.
+        return int((~(self._numbers(column, block) >= sums_of(block) * (1 - 1e-6))).sum())
+
+    def reject_totals(self, column: str, n_short: int) -> None:
+        """Say that a column of totals belongs to other counts.
+
+        Raises:
+            CellFileError: if the user named it.
+        """
+        if column == self.options.total_counts:
+            msg = f"{self.name}: obs[{column!r}] is below the counts of {n_short:,} of {self.n_cells:,} cells, so it belongs to another matrix. Leave it out to use the sums."
+            raise CellFileError(msg)
+        logger.warning("%s: obs[%r] is below the counts of %s cells and is not used; totals are the sums.", self.name, column, f"{n_short:,}")
 
     def totals(self, block: CellBlock) -> np.ndarray:
         """Return the counts per cell over all genes of a block, float64 of shape `(n,)`; see `totals_from`."""

@@ -10,11 +10,13 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from tqdm.auto import tqdm
 
-from ..errors import MissingExtraError, SettingError, WorkerDiedError
+from ..errors import CellFileError, GeneformerError, MissingExtraError, OutputError, SettingError, WorkerDiedError
 
 LOST = "What is finished is kept: run the same command again to go on, with fewer processes if memory ran out."
 
@@ -45,6 +47,75 @@ class Workers(ABC):
             for result in results:
                 bar.update(1)
                 yield result
+
+
+@dataclass(frozen=True)
+class Failure:
+    """What is wrong with a file, where that may be no reason to stop."""
+
+    error: GeneformerError
+
+
+def attempt(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Return what a function returns, or what is wrong with its file."""
+    try:
+        return function(*arguments)
+    except OutputError:
+        # A full disk is no fault of the file.
+        raise
+    except GeneformerError as error:
+        return Failure(error)
+
+
+class FileTasks:
+    """Tasks that belong to files: a file that cannot be used is skipped as a whole, or stops everything.
+
+    Args:
+        workers: who does them.
+        skip_bad_files (`bool`): whether to go on.
+    """
+
+    def __init__(self, workers: Workers, *, skip_bad_files: bool, progress: bool) -> None:
+        self._workers, self._skip, self._progress = workers, skip_bad_files, progress
+        self.skipped: dict[str, GeneformerError] = {}
+        """Files that could not be used, and why."""
+        self.parts_of: dict[str, list[Path]] = {}
+        """Finished parts to forget where a file turns out to be bad: mended, it will have others."""
+
+    def run(self, function: Callable[..., Any], tasks: Sequence[tuple[Any, ...]], files: Sequence[str], label: str, unit: str) -> list[Any]:
+        """Return the results of the tasks, without those of skipped files.
+
+        Args:
+            files (`Sequence[str]`): the file each task belongs to.
+
+        Raises:
+            GeneformerError: of the first bad file, unless bad files are skipped.
+        """
+        results: list[Any] = [None] * len(tasks)
+        failed: str | None = None
+        with closing(self._workers.run(attempt, [(function, *task) for task in tasks], label=label, unit=unit, progress=self._progress)) as finished:
+            for number, result in finished:
+                results[number] = result
+                if isinstance(result, Failure):
+                    self.skipped.setdefault(files[number], result.error)
+                    if not self._skip:
+                        failed = files[number]
+                        break
+        if failed is not None:
+            for part in self.parts_of.get(failed, ()):
+                part.unlink(missing_ok=True)
+            raise self.skipped[failed]
+        return [result for result, name in zip(results, files, strict=True) if name not in self.skipped]
+
+    def require_some(self, n_files: int) -> None:
+        """Raise if no file is left.
+
+        Raises:
+            CellFileError
+        """
+        if len(self.skipped) == n_files:
+            msg = f"none of the {n_files:,} files can be used: {'; '.join(map(str, self.skipped.values()))}"
+            raise CellFileError(msg)
 
 
 class _Here(Workers):

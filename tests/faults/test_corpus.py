@@ -246,10 +246,11 @@ def test_cell_ids_that_repeat_within_and_across_files(tmp_path, genes, tokenizer
     first.obs_names = ["a", "b", "b", "c"]
     second.obs_names = ["x", "c", "y", "z"]
     paths = [write(first, tmp_path / "1.h5ad"), write(second, tmp_path / "2.h5ad")]
-    for dataset in (
-        tokenize_corpus(paths, tmp_path / "out", tokenizer=tokenizer),
-        load_cells(paths, tokenizer=tokenizer, cache_dir=tmp_path / "cache"),
+    for make in (
+        lambda: tokenize_corpus(paths, tmp_path / "out", tokenizer=tokenizer),
+        lambda: load_cells(paths, tokenizer=tokenizer, cache_dir=tmp_path / "cache"),
     ):
+        dataset = make()
         assert dataset["cell_id"][:] == ["a", "b", "b", "c", "x", "c", "y", "z"]
         assert json.loads(dataset.info.description)["cells_with_repeated_ids"] == 4
         assert "4 cells carry a cell id that another cell carries too (b, c). They are all kept." in caplog.text

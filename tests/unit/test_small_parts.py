@@ -1,7 +1,6 @@
 """Medians, collators, baselines, plots, outputs, devices."""
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 
@@ -12,36 +11,7 @@ from geneformer_hf.errors import GeneIdError, OutputExistsError
 from geneformer_hf.outputs import new_file, new_folder
 from geneformer_hf.reports.baselines import GeneFrequencyBaseline, RankFrequencyBaseline, majority_accuracy, neighbour_accuracy
 from geneformer_hf.reports.plots import plot_heatmap, plot_loss, plot_umap, umap_coordinates
-from tests.conftest import ensembl, make_cells, with_row, write
-
-
-def test_medians_are_exact_over_files(tmp_path, genes):
-    first, second = make_cells(genes, 20, seed=1), make_cells(genes, 15, seed=2)
-    second = second[:, ::-1].copy()
-    fitted = fit_gene_table([write(first, tmp_path / "a.h5ad"), write(second, tmp_path / "b.h5ad", "csc")])
-    frames = [pd.DataFrame(a.X.toarray(), columns=a.var_names).pipe(lambda f: f.div(f.sum(1), axis=0) * 1e4) for a in (first, second)]
-    together = pd.concat(frames)
-    expected = together.where(together > 0).median()
-    assert fitted.ensembl_ids == tuple(genes)
-    np.testing.assert_allclose(fitted.medians, expected[list(fitted.ensembl_ids)], rtol=1e-6)
-    assert fitted.token_ids.tolist() == list(range(4, 64))
-
-
-def test_medians_leave_out_filtered_cells_and_undetected_genes(genes):
-    cells = make_cells(genes, 6, filter_pass=[1, 1, 1, 0, 0, 0])
-    cells.X = with_row(cells.X, 5, 50)
-    kept = cells[:3].copy()
-    del kept.obs["filter_pass"]
-    a, b = fit_gene_table(cells, special_tokens=False), fit_gene_table(kept, special_tokens=False)
-    assert (a.ensembl_ids, a.medians.tolist()) == (b.ensembl_ids, b.medians.tolist())
-    assert len(a) == int((kept.X.toarray().sum(0) > 0).sum())
-    assert a.token_ids[0] == 2
-
-
-def test_medians_use_the_totals_in_obs():
-    cells = make_cells([ensembl(1), ensembl(2)], 3, n_counts=[1000, 1000, 1000])
-    cells.X = np.array([[1, 9], [2, 8], [3, 7]], dtype=np.float32)
-    assert fit_gene_table(cells).medians.tolist() == [20.0, 80.0]
+from tests.conftest import make_cells
 
 
 def test_medians_of_symbols_and_of_mice():
