@@ -18,9 +18,10 @@ from .embed import Embed
 from .export import Export
 from .info import Info
 from .medians import Medians
+from .qc import Qc
 from .tokenize import Tokenize
 
-COMMANDS: tuple[type[Command], ...] = (Demo, Info, Convert, Export, Tokenize, Embed, Medians)
+COMMANDS: tuple[type[Command], ...] = (Demo, Info, Convert, Export, Tokenize, Embed, Qc, Medians)
 
 
 def build_parser() -> argparse.ArgumentParser:

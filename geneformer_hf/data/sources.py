@@ -19,7 +19,7 @@ import pandas as pd
 import scipy.sparse as sp
 
 from ..errors import CellFileError, ColumnNotFoundError
-from ..genes import GeneColumns, GeneTable, choose_gene_ids
+from ..genes import SYMBOL_COLUMNS, GeneColumns, GeneTable, choose_gene_ids
 from ..ranking import check_counts, choose_counts, stored_values
 from . import matrices
 from .frames import Frame
@@ -67,6 +67,8 @@ class CellSource(ABC):
     gene_names: list[str]
     """Names of the columns that are genes; antibodies, guides and the like are left out."""
     gene_names_from: str
+    gene_symbols: list[str]
+    """What else the genes are called: a column of symbols, or the index of var."""
     n_columns: int
     """Columns of the count matrix, genes or not."""
     gene_columns: np.ndarray | None
@@ -203,8 +205,9 @@ class CellSource(ABC):
         kinds = next((columns[c] for c in FEATURE_TYPES if c in columns), None)
         if kinds is not None and GENE_EXPRESSION in kinds and any(kind != GENE_EXPRESSION for kind in kinds):
             self.gene_columns = np.array([i for i, kind in enumerate(kinds) if kind == GENE_EXPRESSION], dtype=np.int64)
-            names = [names[i] for i in self.gene_columns]
-        self.gene_names = names
+        symbols = next((columns[c] for c in SYMBOL_COLUMNS if c in columns), index)
+        kept = range(len(index)) if self.gene_columns is None else self.gene_columns.tolist()
+        self.gene_names, self.gene_symbols = [names[i] for i in kept], [str(symbols[i]) for i in kept]
 
 
 class AnnDataSource(CellSource):

@@ -1,8 +1,8 @@
-"""Pictures of embeddings and training: UMAP and heat map by an obs column, and loss curves."""
+"""Pictures of embeddings, training and cell quality: UMAP and heat map by an obs column, loss curves, histograms."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -126,5 +126,52 @@ def plot_loss(steps: Sequence[int], losses: Sequence[float], path: Path, *, titl
 
 
 def _save(plt: Any, figure: Any, path: Path) -> None:
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+QUALITY_PANELS = {
+    "qc_total_counts": ("total counts", "log"),
+    "qc_mitochondrial_share": ("mitochondrial share of counts", "linear"),
+    "qc_coding_genes": ("detected protein-coding and miRNA genes", "log"),
+    "qc_doublet_score": ("doublet score", "linear"),
+}
+
+
+def plot_quality(frames: Iterable[pd.DataFrame], path: Path, *, title: str, bounds: pd.DataFrame) -> None:
+    """Draw how the measures of all cells are distributed, passing and not, with the bounds of each dataset.
+
+    Args:
+        frames: the verdicts on the cells of some files, as `Quality.cells` returns them; held one at a time.
+        bounds (`DataFrame`): a row a dataset with `total_counts_low`, `…_high` and `mitochondrial_share_low`, `…_high`.
+    """
+    plt = _pyplot()
+    edges = {c: np.logspace(0, 6, 121) if scale == "log" else np.linspace(0, 1, 101) for c, (_, scale) in QUALITY_PANELS.items()}
+    heights = {c: np.zeros((2, len(e) - 1)) for c, e in edges.items()}
+    for frame in frames:
+        passing = frame["filter_pass"].to_numpy(dtype=bool)
+        for column, edge in edges.items():
+            values = frame[column].to_numpy(dtype=float)
+            for row, chosen in enumerate((passing, ~passing)):
+                heights[column][row] += np.histogram(values[chosen & ~np.isnan(values)], edge)[0]
+    shown = [c for c in QUALITY_PANELS if heights[c].any()]
+    figure, all_axes = plt.subplots(1, len(shown), figsize=(4.2 * len(shown), 3.6), layout="constrained", squeeze=False)
+    for axes, column in zip(all_axes[0], shown, strict=True):
+        label, scale = QUALITY_PANELS[column]
+        both, edge = heights[column], edges[column]
+        axes.stairs(both[0], edge, fill=True, color="#4c78a8", label=f"passing ({int(both[0].sum()):,} cells)")
+        axes.stairs(both.sum(axis=0), edge, baseline=both[0], fill=True, color="#e45756", label=f"not passing ({int(both[1].sum()):,})")
+        name = column.removeprefix("qc_")
+        if f"{name}_high" in bounds and len(bounds) <= MAX_CLASSES:
+            lines = [v for side in ("low", "high") for v in bounds[f"{name}_{side}"] if v > edge[0] and v < edge[-1]]
+            for number, value in enumerate(lines):
+                axes.axvline(value, color="black", linewidth=0.8, linestyle="--", label="bounds of a dataset" if number == 0 else None)
+        filled = np.flatnonzero(both.sum(axis=0))
+        axes.set_xscale(scale)
+        axes.set_xlim(edge[max(0, filled[0] - 2)], edge[min(len(edge) - 1, filled[-1] + 3)])
+        axes.set_xlabel(label)
+        axes.legend(fontsize="x-small")
+    all_axes[0][0].set_ylabel("cells")
+    figure.suptitle(title)
     figure.savefig(path, dpi=150)
     plt.close(figure)

@@ -1,0 +1,88 @@
+"""Cells out: an .h5ad of any source, written a block at a time, and columns added to a copy of one."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pandas as pd
+
+from .anndata_files import AnnDataFileSource
+from .sources import CellSource
+
+
+def copy_as_h5ad(source: CellSource, output: Path) -> None:
+    """Write an .h5ad that holds the cells of a source.
+
+    An .h5ad of anndata 0.7 or later is copied byte for byte, with all it holds. Of other sources counts, obs and genes are
+    written; what else they hold stays in them.
+    """
+    if can_be_copied(source):
+        shutil.copyfile(source.path, output)  # type: ignore[attr-defined]
+    else:
+        write_h5ad(source, output)
+
+
+def can_be_copied(source: CellSource) -> bool:
+    """Return True for an .h5ad of anndata 0.7 or later."""
+    return isinstance(source, AnnDataFileSource) and source.path.is_file() and not source.is_legacy
+
+
+def write_h5ad(source: CellSource, output: Path) -> None:
+    """Write counts (CSR, gzip), obs and gene names of a source, in memory bounded by a block and one column of obs."""
+    import anndata
+
+    with h5py.File(output, "w") as file:
+        anndata.io.write_elem(file, "/", {})
+        file.attrs.update({"encoding-type": "anndata", "encoding-version": "0.1.0"})
+        write_obs(file, source)
+        var = pd.DataFrame({"gene_symbol": source.gene_symbols}, index=pd.Index(source.gene_names, dtype=object))
+        var["ensembl_id"] = source.gene_names
+        anndata.io.write_elem(file, "var", var.drop(columns=["gene_symbol"] if source.gene_symbols == source.gene_names else []))
+        for key in ("obsm", "varm", "obsp", "varp", "layers", "uns"):
+            anndata.io.write_elem(file, key, {})
+        group = file.create_group("X")
+        group.attrs.update({"encoding-type": "csr_matrix", "encoding-version": "0.1.0", "shape": np.array([source.n_cells, len(source.gene_names)])})
+        options: dict[str, Any] = {"shape": (0,), "maxshape": (None,), "chunks": (1 << 16,), "compression": "gzip", "compression_opts": 1}
+        data, indices = group.create_dataset("data", dtype="f4", **options), group.create_dataset("indices", dtype="i4", **options)
+        indptr, n = np.zeros(source.n_cells + 1, dtype=np.int64), 0
+        for block in source.iter_blocks():
+            counts = block.counts_ng
+            counts.sum_duplicates()
+            for dataset, values in ((data, counts.data), (indices, counts.indices)):
+                dataset.resize((n + len(values),))
+                dataset[n:] = values
+            indptr[block.start + 1 : block.start + 1 + counts.shape[0]] = n + counts.indptr[1:]
+            n += counts.nnz
+        group["indptr"] = indptr
+
+
+def write_obs(file: h5py.File, source: CellSource) -> None:
+    """Write obs of a source, a column at a time."""
+    import anndata
+
+    anndata.io.write_elem(file, "obs", source.read_obs([]))
+    add_obs(file, {name: source.read_obs([name])[name] for name in source.obs_columns})
+
+
+def add_obs(file: h5py.File, columns: Mapping[str, Any]) -> None:
+    """Add columns to obs of an open .h5ad, or replace them; text becomes categories."""
+    import anndata
+
+    obs = file["obs"]
+    order = [str(name) for name in obs.attrs["column-order"]]
+    for name, values in columns.items():
+        series = pd.Series(values)
+        if series.dtype == object:
+            series = series.where(series.notna(), None).astype("category")
+            series = series.cat.rename_categories([str(c) for c in series.cat.categories])
+        if name in obs:
+            del obs[name]
+        anndata.io.write_elem(obs, name, series.array if isinstance(series.dtype, pd.CategoricalDtype) else series.to_numpy())
+        if name not in order:
+            order.append(name)
+    obs.attrs["column-order"] = np.array(order, dtype=h5py.string_dtype())
