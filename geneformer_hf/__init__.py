@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from .data.builder import CellDatasetBuilder, load_cells
     from .data.corpus import tokenize_corpus
     from .data.medians import fit_gene_table
+    from .data.quality import QualityRules, assess_quality
     from .data.streaming import stream_cells, stream_tokens
     from .hub.checkpoints import CHECKPOINTS, convert_checkpoint
     from .hub.export import export_checkpoint
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
 _LAZY = {
     "CHECKPOINTS": "hub.checkpoints",
     "CellDatasetBuilder": "data.builder",
+    "QualityRules": "data.quality",
+    "assess_quality": "data.quality",
     "convert_checkpoint": "hub.checkpoints",
     "embed_cells": "analysis.embeddings",
     "embed_genes": "analysis.embeddings",
@@ -57,7 +60,9 @@ __all__ = [
     "GeneformerForTokenClassification",
     "GeneformerModel",
     "GeneformerTokenizer",
+    "QualityRules",
     "__version__",
+    "assess_quality",
     "convert_checkpoint",
     "embed_cells",
     "embed_genes",

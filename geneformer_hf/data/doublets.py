@@ -12,7 +12,7 @@ from ..errors import MissingExtraError, SettingError
 
 FEWEST_CELLS = 100
 """A smaller sample has no neighbourhood to speak of; its cells get no score."""
-MOST_CELLS = 200_000
+MOST_CELLS = 100_000
 """A sample is held in memory as a whole; droplets of one sample are fewer."""
 
 
@@ -67,7 +67,8 @@ def doublet_scores(counts_ng: sp.csr_array, *, seed: int = 0) -> tuple[np.ndarra
     with warnings.catch_warnings(), threadpool_limits(1):
         warnings.simplefilter("ignore")
         try:
-            scanpy.pp.scrublet(cells, random_state=seed, verbose=False)
+            # Exact neighbours: the same on every machine, and those of pynndescent 0.7 are not what scanpy 1.11 expects.
+            scanpy.pp.scrublet(cells, use_approx_neighbors=False, random_state=seed, verbose=False)
         except ValueError:
             # Too few genes vary for its 30 principal components.
             return scores, np.nan

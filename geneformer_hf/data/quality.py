@@ -14,6 +14,7 @@ import tempfile
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ import pyarrow.parquet as pq
 import scipy.sparse as sp
 import xxhash
 
-from ..errors import ColumnNotFoundError, SettingError
+from ..errors import CellFileError, ColumnNotFoundError, SettingError
 from ..genes import canonical_id, human_genes, species_of
 from ..outputs import Unfinished, new_part
 from ..ranking import sum_columns
@@ -160,9 +161,12 @@ def assess_quality(
         source = open_cells(files, **vars(options))
         measured = [_measure_memory(source, parts, rules, gene_biotypes, seed)]
     else:
-        measured = _measure_files(
-            find_files(files), options, parts, rules, gene_biotypes, seed, num_proc, dask, skip_bad_files=skip_bad_files, progress=progress
-        )
+        try:
+            measured = _measure_files(
+                find_files(files), options, parts, rules, gene_biotypes, seed, num_proc, dask, skip_bad_files=skip_bad_files, progress=progress
+            )
+        finally:
+            _opened.cache_clear()
     quality = _judge(measured, parts, rules)
     if work is None:
         weakref.finalize(quality, shutil.rmtree, parts, ignore_errors=True)
@@ -189,7 +193,7 @@ def _measure_files(
 ) -> list[MeasuredFile]:  # fmt: skip
     with open_workers(num_proc, dask) as workers:
         tasks = FileTasks(workers, skip_bad_files=skip_bad_files, progress=progress)
-        biotypes = dict(gene_biotypes) if gene_biotypes is not None else None
+        biotypes = tuple(sorted(gene_biotypes.items())) if gene_biotypes is not None else None
         names = [str(p) for p in paths]
         files: list[MeasuredFile] = tasks.run(describe_file, [(str(p.absolute()), str(p), options, rules, biotypes) for p in paths], names, "Files", "files")
         tasks.require_some(len(paths))
@@ -210,19 +214,20 @@ def _measure_files(
     return [f for f in left if f.name not in tasks.skipped]
 
 
-def describe_file(path: str, name: str, options: SourceOptions, rules: QualityRules, gene_biotypes: Mapping[str, str] | None) -> MeasuredFile:
+def describe_file(path: str, name: str, options: SourceOptions, rules: QualityRules, gene_biotypes: tuple[tuple[str, str], ...] | None) -> MeasuredFile:
     """Look at a file; takes a pass over its counts where obs has a column of totals."""
     source = _open(path, name, options)
     _require_columns(source, rules)
-    genes = GeneKinds.of(source, gene_biotypes)
+    genes = GeneKinds.of(source, None if gene_biotypes is None else dict(gene_biotypes))
     holds_rows = not isinstance(source, FileSource) or source.holds_rows
     return MeasuredFile(name, path, content_hash(path), source.n_cells, holds_rows, source.totals_from, genes.has_mitochondrial, genes.has_biotypes)
 
 
-def _with_parts(file: MeasuredFile, options: SourceOptions, rules: QualityRules, biotypes: Mapping[str, str] | None, seed: int) -> MeasuredFile:
+def _with_parts(file: MeasuredFile, options: SourceOptions, rules: QualityRules, biotypes: tuple[tuple[str, str], ...] | None, seed: int) -> MeasuredFile:
     """Name the parts of a file, by what they depend on."""
-    known = sorted(biotypes.items()) if biotypes is not None else None
-    about = f"{file.content} {options} {rules.exclude} {rules.dataset} {rules.sample} {file.totals_from} {known} {file.name if rules.dataset is None else ''}"
+    about = (
+        f"{file.content} {options} {rules.exclude} {rules.dataset} {rules.sample} {file.totals_from} {biotypes} {file.name if rules.dataset is None else ''}"
+    )
     parts = tuple(xxhash.xxh3_128(f"{about} {start} {stop}".encode()).hexdigest() + ".parquet" for start, stop in row_ranges(file.n_cells))
     file = MeasuredFile(**(vars(file) | {"parts": parts}))
     return _with_scores(file, rules, seed) if rules.doublets else file
@@ -278,17 +283,28 @@ class GeneKinds:
 
 
 def measure_ranges(
-    file: MeasuredFile, options: SourceOptions, rules: QualityRules, gene_biotypes: Mapping[str, str] | None, parts: str, ranges: Sequence[tuple[int, int, str]]
+    file: MeasuredFile,
+    options: SourceOptions,
+    rules: QualityRules,
+    gene_biotypes: tuple[tuple[str, str], ...] | None,
+    parts: str,
+    ranges: Sequence[tuple[int, int, str]],
 ) -> None:
     """Write the measures of row ranges that are not there yet."""
     missing = [r for r in ranges if not (Path(parts) / r[-1]).exists()]
     if not missing:
         return
-    source = _open(file.path, file.name, options)
-    source.totals_from = file.totals_from
-    genes = GeneKinds.of(source, gene_biotypes)
+    source, genes = _opened(file, options, gene_biotypes)
     for start, stop, name in missing:
         _write_measures(source, genes, rules, start, stop, Path(parts) / name)
+
+
+@lru_cache(maxsize=2)
+def _opened(file: MeasuredFile, options: SourceOptions, gene_biotypes: tuple[tuple[str, str], ...] | None) -> tuple[CellSource, GeneKinds]:
+    """Open a file once for all its ranges."""
+    source = _open(file.path, file.name, options)
+    source.totals_from = file.totals_from
+    return source, GeneKinds.of(source, None if gene_biotypes is None else dict(gene_biotypes))
 
 
 def _write_measures(source: CellSource, genes: GeneKinds, rules: QualityRules, start: int, stop: int, part: Path) -> None:
@@ -363,6 +379,9 @@ def _rows_within(counts: sp.csr_array, start: int, rows: np.ndarray) -> sp.csr_a
 
 def _judge(files: Sequence[MeasuredFile], parts: Path, rules: QualityRules) -> Quality:
     bounds = _bounds(files, parts, rules)
+    if not sum(file.n_cells for file in files):
+        msg = f"{', '.join(file.name for file in files[:3])}: there are no cells to judge."
+        raise CellFileError(msg)
     summary: dict[str, dict[str, Any]] = {name: {"cells": 0, "passing": 0} | dict.fromkeys(REASONS, 0) for name in bounds}
     frames: dict[str, Path] = {}
     for number, file in enumerate(files):

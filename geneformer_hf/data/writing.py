@@ -48,10 +48,11 @@ def write_h5ad(source: CellSource, output: Path) -> None:
         group = file.create_group("X")
         group.attrs.update({"encoding-type": "csr_matrix", "encoding-version": "0.1.0", "shape": np.array([source.n_cells, len(source.gene_names)])})
         options: dict[str, Any] = {"shape": (0,), "maxshape": (None,), "chunks": (1 << 16,), "compression": "gzip", "compression_opts": 1}
-        data, indices = group.create_dataset("data", dtype="f4", **options), group.create_dataset("indices", dtype="i4", **options)
+        # Double precision: whole numbers up to 2 ** 53 stay what they are, and zeros compress.
+        data, indices = group.create_dataset("data", dtype="f8", **options), group.create_dataset("indices", dtype="i4", **options)
         indptr, n = np.zeros(source.n_cells + 1, dtype=np.int64), 0
         for block in source.iter_blocks():
-            counts = block.counts_ng
+            counts = block.counts_ng.astype(np.float64)
             counts.sum_duplicates()
             for dataset, values in ((data, counts.data), (indices, counts.indices)):
                 dataset.resize((n + len(values),))

@@ -8,10 +8,12 @@ import sys
 import time
 from pathlib import Path
 
+import anndata
+import pandas as pd
 import psutil
 import pytest
 
-from geneformer_hf import tokenize_corpus
+from geneformer_hf import QualityRules, assess_quality, fit_gene_table, tokenize_corpus
 from geneformer_hf.data import corpus
 from geneformer_hf.data.tasks import open_workers
 from tests.conftest import make_cells, write
@@ -126,3 +128,42 @@ def test_a_killed_process_of_a_pool_is_said_and_the_next_run_goes_on(tmp_path, f
     said, _ = again.communicate(timeout=120)
     assert again.returncode == 0, said
     assert content_of(output) == whole
+
+
+def test_medians_and_quality_on_dask_are_those_of_one_process(tmp_path, files):
+    """Two real workers; the table, the verdicts and the summary are the same bytes."""
+    rules = QualityRules(max_doublet_score=0.2)
+    smaller = tmp_path / "smaller"
+    smaller.mkdir()
+    for name in ("0.h5ad", "1.h5ad"):
+        cells = anndata.read_h5ad(files / name)[:700].copy()
+        write(cells, smaller / name, "csc" if name == "1.h5ad" else "csr")
+    assert fit_gene_table(files, dask="local", num_proc=2).to_json() == fit_gene_table(files).to_json()
+    one, cluster = assess_quality(smaller, rules=rules), assess_quality(smaller, rules=rules, dask="local", num_proc=2)
+    assert one.summary.to_csv() == cluster.summary.to_csv()
+    for name in one.files:
+        assert one.cells(name).to_csv() == cluster.cells(name).to_csv()
+
+
+@pytest.mark.parametrize("command", ["medians", "qc"])
+def test_medians_and_quality_go_on_after_sigkill(command, tmp_path, files):
+    output, whole = tmp_path / "out", tmp_path / "whole"
+    line = [sys.executable, "-m", "geneformer_hf.cli.main", command, str(files), *(["--no-doublets"] if command == "qc" else [])]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    subprocess.run([*line, "--output", str(whole)], check=True, capture_output=True, env=env)
+    run = subprocess.Popen([*line, "--output", str(output)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=env)
+    wait_for(lambda: finished_parts(output) >= 2 or run.poll() is not None)
+    run.send_signal(signal.SIGKILL)
+    run.wait()
+    assert run.returncode == -signal.SIGKILL
+    assert finished_parts(output) >= 2
+    assert not output.exists()
+    subprocess.run([*line, "--output", str(output)], check=True, capture_output=True, env=env)
+    if output.is_dir():
+        # HDF5 files hold time stamps of their own; what anndata reads of them counts.
+        assert {n: c for n, c in content_of(output).items() if n.endswith(".csv")} == {n: c for n, c in content_of(whole).items() if n.endswith(".csv")}
+        for path in sorted(whole.glob("*.h5ad")):
+            pd.testing.assert_frame_equal(anndata.read_h5ad(output / path.name).obs, anndata.read_h5ad(path).obs)
+    else:
+        assert output.read_bytes() == whole.read_bytes()
+    assert not list(tmp_path.glob(".out*"))
