@@ -41,6 +41,7 @@ quality: $(VENV)/.dev  ## ruff and mypy
 
 bench: $(VENV)/.dev  ## the benchmarks; each ends with JSON lines of its claims
 	$(OFFLINE) $(BIN)/python benchmarks/bench_tokenize.py --memory
+	$(OFFLINE) $(BIN)/python benchmarks/bench_stream.py
 	$(OFFLINE) $(BIN)/python benchmarks/bench_embed.py
 
 clean:  ## remove the virtual environment and caches

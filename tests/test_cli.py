@@ -13,6 +13,7 @@ import pytest
 from geneformer_hf import GeneTable, embed_cells
 from geneformer_hf.cli.main import COMMANDS, main
 from tests.conftest import make_cells, write
+from tests.formats import files as formats
 from tests.tolerances import SAME_MODEL
 
 
@@ -125,3 +126,33 @@ def test_overwrite_replaces(h5ad, model_folder, tmp_path, genes):
     assert anndata.read_h5ad(out).n_obs == 30
     assert main([*command, "--overwrite"]) == 0
     assert anndata.read_h5ad(out).n_obs == 9
+
+
+@pytest.mark.parametrize("kind", ["loom", "zarr", "tenx", "folder", "legacy"])
+def test_embed_other_kinds_of_files_into_an_h5ad(kind, cells, model, tokenizer, model_folder, tmp_path, capsys):
+    make = {
+        "loom": lambda: formats.write_loom(cells, tmp_path / "a.loom"),
+        "zarr": lambda: formats.write_zarr(cells, tmp_path / "a.zarr", 3),
+        "tenx": lambda: formats.write_tenx_h5(cells, tmp_path / "a.h5", antibodies=2),
+        "folder": lambda: formats.write_tenx_folder(cells, tmp_path / "a"),
+        "legacy": lambda: formats.write_legacy(cells, tmp_path / "a.h5ad"),
+    }
+    path, out = make[kind](), tmp_path / "out.h5ad"
+    assert main(["embed", str(path), "--model", str(model_folder), "--output", str(out)]) == 0
+    assert "gets its counts, obs and genes; what else" in capsys.readouterr().out
+    result = anndata.read_h5ad(out)
+    np.testing.assert_allclose(result.obsm["X_geneformer"], embed_cells(model, cells, tokenizer=tokenizer, progress=False), atol=SAME_MODEL)
+    assert np.array_equal(result.X.toarray(), cells.X.toarray())
+    assert main(["embed", str(path), "--model", str(model_folder), "--output", str(tmp_path / "genes.h5ad"), "--genes"]) == 0
+    assert anndata.read_h5ad(tmp_path / "genes.h5ad").varm["X_geneformer"].shape == (60, 16)
+
+
+def test_gene_embeddings_of_a_file_with_antibodies(cells, model_folder, tmp_path):
+    more = anndata.AnnData(np.hstack([np.ones((30, 2)), cells.X.toarray()]).astype(np.float32), cells.obs)
+    more.var_names = ["CD3", "SYM1", *cells.var_names]
+    more.var["feature_types"] = ["Antibody Capture"] * 2 + ["Gene Expression"] * 60
+    path = write(more, tmp_path / "more.h5ad")
+    assert main(["embed", str(path), "--model", str(model_folder), "--output", str(tmp_path / "out.h5ad"), "--genes"]) == 0
+    vectors = anndata.read_h5ad(tmp_path / "out.h5ad").varm["X_geneformer"]
+    assert np.isnan(vectors[:2]).all()
+    assert not np.isnan(vectors[2:]).any()

@@ -18,6 +18,9 @@ ARGUMENTS = {
     "tokenize_files.py": ["*.h5ad", "geneformer-v2", "tokens"],
     "own_vocabulary.py": ["cells.h5ad", "mine"],
     "predict_hidden_genes.py": ["cells.h5ad", "geneformer-v2"],
+    "filter_cells.py": ["cells.h5ad", "checked.h5ad"],
+    "stream_batches.py": ["*.h5ad", "geneformer-v2"],
+    "tokenize_corpus.py": ["*.h5ad", "geneformer-v2", "tokens"],
 }
 
 
@@ -55,6 +58,28 @@ def test_own_vocabulary(folder):
 def test_predict_hidden_genes(folder):
     printed = run([ROOT / "examples" / "predict_hidden_genes.py"], folder, *ARGUMENTS["predict_hidden_genes.py"])
     assert re.search(r"hidden: ENSG\d{11}\n(?:.+  [01]\.\d{4}\n){5}", printed)
+
+
+def test_filter_cells(folder):
+    assert "30 of 30 cells pass -> checked.h5ad" in run([ROOT / "examples" / "filter_cells.py"], folder, *ARGUMENTS["filter_cells.py"])
+    assert anndata.read_h5ad(folder / "checked.h5ad").obs["filter_pass"].all()
+
+
+def test_stream_batches(folder):
+    printed = run([ROOT / "examples" / "stream_batches.py"], folder, *ARGUMENTS["stream_batches.py"])
+    assert "resumed: 22 cells left, none of them seen: True" in printed
+
+
+def test_tokenize_corpus(folder):
+    assert "30 cells of 1 files -> tokens; 0 files skipped" in run([ROOT / "examples" / "tokenize_corpus.py"], folder, *ARGUMENTS["tokenize_corpus.py"])
+    assert len(datasets.load_from_disk(str(folder / "tokens"))) == 30
+
+
+def test_the_stream_of_the_how_to(folder):
+    """The block of docs/large_corpora.md, on a dataset made by the command before it."""
+    run(["-m", "geneformer_hf.cli.main", "tokenize"], folder, "cells.h5ad", "--model", "geneformer-v2", "--output", "tokens")
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "large_corpora.md").read_text(), re.S)
+    assert run(["-c", block.replace("...", "print(cell['cell_id'])")], folder).count("cell") == 90
 
 
 def test_the_python_of_the_readme(folder):

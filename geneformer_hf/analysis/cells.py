@@ -14,6 +14,8 @@ import numpy as np
 import pyarrow as pa
 
 from ..data.readers import CellSource, open_cells, read_ahead
+from ..data.stores import is_zarr
+from ..data.tenx import is_tenx_folder
 from ..errors import CellFileError, ColumnNotFoundError, VocabularyMismatchError
 from ..models.configuration_geneformer import GeneformerConfig
 from ..models.tokenization_geneformer import GeneformerTokenizer
@@ -168,11 +170,11 @@ def open_tokens(cells: Any, tokenizer: Callable[[], GeneformerTokenizer], *, gen
         cells (`AnnData`, `str`, `Path` or `datasets.Dataset`).
         tokenizer: called only where counts have to be ranked.
     """
-    if isinstance(cells, (str, Path)) and Path(cells).is_dir():
+    if isinstance(cells, (str, Path)) and Path(cells).is_dir() and not (is_zarr(Path(cells)) or is_tenx_folder(Path(cells))):
         import datasets
 
         if not (Path(cells) / "dataset_info.json").is_file():
-            msg = f"{cells} is not the folder of a tokenized dataset: it holds no dataset_info.json. Make one with `geneformer-hf tokenize`."
+            msg = f"{cells} is not the folder of a tokenized dataset (it holds no dataset_info.json), nor a zarr store or 10x folder. Make one with `geneformer-hf tokenize`."
             raise CellFileError(msg)
         cells = datasets.load_from_disk(str(cells))
     if hasattr(cells, "column_names"):

@@ -75,7 +75,7 @@ def embed_cells(
     Args:
         model (`PreTrainedModel`, `str` or `Path`): any Geneformer, base or fine-tuned, or its folder or Hub id.
         cells (`AnnData`, `str`, `Path` or `datasets.Dataset`):
-            Raw counts in memory or in an .h5ad file, a tokenized dataset, or the folder of one. All cells are embedded;
+            Raw counts in memory or in a file of cells, a tokenized dataset, or the folder of one. All cells are embedded;
             `filter_pass` decides about datasets, not about embeddings.
         tokenizer (`GeneformerTokenizer`, *optional*): the one in the model's folder otherwise.
         layer (`int`, *optional*, defaults to -2):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -12,7 +11,7 @@ from typing import Any
 
 from .._version import __version__
 from ..errors import CellFileError, ColumnNotFoundError
-from .command import Command, add_overwrite, add_reading, describe_size, positive
+from .command import KINDS, Command, add_overwrite, add_reading, describe_size, positive
 
 
 class Embed(Command):
@@ -26,9 +25,9 @@ class Embed(Command):
     help = "cells -> embeddings in .h5ad or .parquet, with pictures"
 
     def add_arguments(self, parser: ArgumentParser) -> None:
-        parser.add_argument("input", type=Path, help=".h5ad file of raw counts, or folder of a tokenized dataset")
+        parser.add_argument("input", type=Path, help=f"raw counts ({KINDS}), or folder of a tokenized dataset")
         parser.add_argument("--model", required=True, help="checkpoint: folder or Hub id")
-        parser.add_argument("--output", required=True, type=Path, help="new .h5ad (only for an .h5ad input) or .parquet file")
+        parser.add_argument("--output", required=True, type=Path, help="new .h5ad (a copy of the input; of other kinds counts, obs and genes) or .parquet file")
         parser.add_argument("--pooling", choices=["cls", "mean"], help="default: cls where the vocabulary has it, else mean")
         parser.add_argument("--layer", type=int, default=-2, help="index into hidden_states; -1 the last layer (default: -2, the second to last)")
         parser.add_argument(
@@ -72,7 +71,7 @@ class Embed(Command):
             msg = f"{args.input} holds no cells."
             raise CellFileError(msg)
         if isinstance(cells, SourceCells):
-            print_source(args.input, cells, args.genes)
+            print_source(args.input, args.output, cells, args.genes)
         with new_file(args.output, overwrite=args.overwrite) as partial:
             written: list[Path] = []
             if args.genes:
@@ -95,7 +94,7 @@ class Embed(Command):
         if args.output.suffix not in (".h5ad", ".parquet"):
             msg = f"--output {args.output}: expected a name that ends in .h5ad or .parquet."
             raise CellFileError(msg)
-        if args.output.suffix == ".h5ad" and args.input.is_dir():
+        if args.output.suffix == ".h5ad" and (args.input / "dataset_info.json").is_file():
             msg = f"{args.input} is a dataset, which has no .h5ad to add to. Write to a .parquet file."
             raise CellFileError(msg)
         if args.genes == "contextual" and args.output.suffix != ".parquet":
@@ -111,6 +110,8 @@ class Embed(Command):
         import pyarrow as pa
         import pyarrow.parquet as pq
 
+        from ..data.writing import copy_as_h5ad
+
         size = runner.config.hidden_size
         metadata = {"geneformer": json.dumps(record_of(args, runner))}
         kept = np.empty((cells.n_cells if args.plot else 0, size), dtype=np.float32)
@@ -119,7 +120,7 @@ class Embed(Command):
                 schema = pa.schema([("cell_id", pa.string()), ("embedding", pa.list_(pa.float32(), size))], metadata)
                 writer = stack.enter_context(pq.ParquetWriter(partial, schema))
             else:
-                shutil.copyfile(args.input, partial)
+                copy_as_h5ad(cells.source, partial)
                 obsm = stack.enter_context(_new_array(partial, "obsm", "X_geneformer", (cells.n_cells, size)))
             n_embedded = 0
             for chunk, vectors in runner.iter_cells(cells):
@@ -143,6 +144,7 @@ class Embed(Command):
         import pyarrow.parquet as pq
 
         from ..analysis.embeddings import embed_genes, iter_gene_embeddings
+        from ..data.writing import can_be_copied, copy_as_h5ad
 
         options = {
             "layer": args.layer,
@@ -173,8 +175,15 @@ class Embed(Command):
         n_without = int(np.isnan(vectors[:, 0]).sum())
         if n_without:
             print(f"{n_without:,} of {len(vectors):,} genes are outside the vocabulary or in no cell's tokens; their rows of varm are NaN.")
-        shutil.copyfile(args.input, partial)
-        with _new_array(partial, "raw/varm" if cells.source.counts == "raw.X" else "varm", "X_geneformer", vectors.shape) as varm:
+        source, place = cells.source, "varm"
+        copy_as_h5ad(source, partial)
+        if can_be_copied(source):
+            place = "raw/varm" if source.counts == "raw.X" else "varm"
+            if source.gene_columns is not None:
+                # Antibodies and the like have rows in varm as well.
+                vectors, of_genes = np.full((source.n_columns, vectors.shape[1]), np.nan, dtype=np.float32), vectors
+                vectors[source.gene_columns] = of_genes
+        with _new_array(partial, place, "X_geneformer", vectors.shape) as varm:
             varm[:] = vectors
 
     def _plot(self, args: Namespace, embeddings: Any, columns: dict[str, list[Any]], partial: Path) -> list[Path]:
@@ -194,14 +203,18 @@ class Embed(Command):
         return written
 
 
-def print_source(path: Path, cells: Any, genes: str | None) -> None:
+def print_source(path: Path, output: Path, cells: Any, genes: str | None) -> None:
     """Print what was found in a file, and what a user may not expect to happen with it."""
     import numpy as np
+
+    from ..data.writing import can_be_copied
 
     source = cells.source
     print(f"{path}: {cells.n_cells:,} cells, counts in {source.counts_described}; {cells.genes.report.describe()}.")
     if source.passing is not None and not source.passing.all():
         print(f"{int(np.sum(~source.passing)):,} cells have filter_pass 0; they are embedded like the others.")
+    if output.suffix == ".h5ad" and not can_be_copied(source):
+        print(f"{output} gets its counts, obs and genes; what else {path} holds stays there.")
     place = "varm" if genes else "obsm"
     if "X_geneformer" in source.keys_of(place):
         print(f'{place}["X_geneformer"] of the input is replaced in the output.')

@@ -34,7 +34,7 @@ class CellDatasetConfig(datasets.BuilderConfig):
 
     name: str = "cells"
     files: tuple[str, ...] = ()
-    """Paths of .h5ad files, in the order of their rows."""
+    """Paths of files of cells, in the order of their rows."""
     tokenizer: GeneformerTokenizer | None = None
     source: SourceOptions = field(default_factory=SourceOptions)
     encoding: EncodingOptions = field(default_factory=EncodingOptions)
@@ -55,7 +55,7 @@ class CellsRefusedError(DatasetGenerationError):
 
 
 class CellDatasetBuilder(datasets.ArrowBasedBuilder):
-    """Tokenized cells of .h5ad files as a dataset.
+    """Tokenized cells of files as a dataset.
 
     Example:
         `CellDatasetBuilder(files=("a.h5ad",), tokenizer=tokenizer).as_streaming_dataset("train")` streams without a cache;
@@ -137,7 +137,8 @@ def load_cells(
     logged: cells whose `obs["filter_pass"]` is 0 and cells without any gene of the vocabulary.
 
     Args:
-        files (`str`, `Path`, a sequence of them, or `AnnData`): .h5ad files, a glob, a folder, or cells in memory.
+        files (`str`, `Path`, a sequence of them, or `AnnData`):
+            Files of cells (`.h5ad`, `.zarr`, `.loom`, 10x `.h5` or folder), a glob, a folder, or cells in memory.
         tokenizer (`GeneformerTokenizer`): the one of the model the dataset is for.
         obs (`"all"`, `"none"` or a sequence of names, *optional*, defaults to `"all"`):
             Columns of obs to keep. Categories become `ClassLabel`s in their order (anndata turns repeated text into

@@ -272,6 +272,9 @@ class GeneKinds:
             ids.append(canonical_id(name.strip()) or (found[0] if len(found) == 1 else ""))
         is_human = species_of(ids) in ("human", None)
         biotype_of = gene_biotypes if gene_biotypes is not None else human.biotype_of if is_human else None
+        if biotype_of is not None and not any(i in biotype_of for i in ids):
+            # A table that knows none of the genes says nothing about them.
+            biotype_of = None
         names = [(human.symbol_of.get(i, "") if is_human else "", n, s) for i, n, s in zip(ids, source.gene_names, source.gene_symbols, strict=True)]
         mitochondrial = np.array([any(name.upper().startswith("MT-") for name in options) for options in names], dtype=bool)
         slots = np.full(len(ids), -1, dtype=np.int32)
