@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 
 from geneformer_hf import GeneformerTokenizer
+from geneformer_hf.genes import human_genes
+from tests.conftest import make_cells
 
 ROOT = Path(__file__).parents[1]
 ARGUMENTS = {
@@ -61,6 +63,8 @@ def test_predict_hidden_genes(folder):
 
 
 def test_filter_cells(folder):
+    coding = sorted(gene for gene, kind in human_genes().biotype_of.items() if kind == "protein_coding")[:60]
+    make_cells(coding, 30).write_h5ad(folder / "cells.h5ad")
     assert "30 of 30 cells pass -> checked.h5ad" in run([ROOT / "examples" / "filter_cells.py"], folder, *ARGUMENTS["filter_cells.py"])
     assert anndata.read_h5ad(folder / "checked.h5ad").obs["filter_pass"].all()
 
