@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from pathlib import Path
+from typing import Any
 
 KINDS = "files of cells (.h5ad, .zarr, .loom, 10x .h5 or folder)"
 
@@ -60,6 +61,12 @@ def add_skipping(parser: ArgumentParser) -> None:
 def add_overwrite(parser: ArgumentParser) -> None:
     """Declare --overwrite."""
     parser.add_argument("--overwrite", action="store_true", help="replace the output if it exists (default: refuse)")
+
+
+def options_of(args: Namespace) -> dict[str, Any]:
+    """Return what `add_reading`, `add_workers` and `add_skipping` declared, as keyword arguments, with a progress bar."""
+    names = ("gene_ids", "counts_layer", "num_proc", "dask", "skip_bad_files")
+    return {name: getattr(args, name) for name in names} | {"progress": True}
 
 
 def describe_size(path: Path) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ColumnNotFoundError
-from .command import KINDS, Command, add_overwrite, add_reading, add_skipping, add_workers
+from .command import KINDS, Command, add_overwrite, add_reading, add_skipping, add_workers, options_of
 
 
 class Medians(Command):
@@ -49,13 +49,8 @@ class Medians(Command):
                 special_tokens=not args.no_special_tokens,
                 biotypes=args.biotypes,
                 gene_biotypes=gene_biotypes,
-                gene_ids=args.gene_ids,
-                counts_layer=args.counts_layer,
-                num_proc=args.num_proc,
-                dask=args.dask,
-                skip_bad_files=args.skip_bad_files,
+                **options_of(args),
                 work=work,
-                progress=True,
             )
             whole = work.folder / args.output.name
             whole.write_text(table.to_json(), encoding="utf-8")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import SettingError
-from .command import KINDS, Command, add_overwrite, add_reading, add_skipping, add_workers
+from .command import KINDS, Command, add_overwrite, add_reading, add_skipping, add_workers, options_of
 from .medians import read_biotypes
 
 
@@ -70,14 +70,9 @@ class Qc(Command):
                 paths,
                 rules=rules,
                 gene_biotypes=None if args.gene_biotypes is None else read_biotypes(args.gene_biotypes),
-                gene_ids=args.gene_ids,
-                counts_layer=args.counts_layer,
                 seed=args.seed,
-                num_proc=args.num_proc,
-                dask=args.dask,
-                skip_bad_files=args.skip_bad_files,
+                **options_of(args),
                 work=work,
-                progress=True,
             )
             whole = work.folder / args.output.name
             if single:

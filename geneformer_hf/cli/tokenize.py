@@ -6,7 +6,7 @@ import json
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
-from .command import KINDS, Command, add_overwrite, add_reading, add_skipping, add_workers, describe_size
+from .command import KINDS, Command, add_overwrite, add_reading, add_skipping, add_workers, describe_size, options_of
 
 
 class Tokenize(Command):
@@ -40,14 +40,9 @@ class Tokenize(Command):
             args.output,
             tokenizer=tokenizer,
             obs="all" if args.obs is None else args.obs,
-            gene_ids=args.gene_ids,
-            counts_layer=args.counts_layer,
             keep_counts=args.keep_counts,
-            num_proc=args.num_proc,
-            dask=args.dask,
-            skip_bad_files=args.skip_bad_files,
+            **options_of(args),
             overwrite=args.overwrite,
-            progress=True,
         )
         report = json.loads(dataset.info.description)
         lengths = dataset.with_format("numpy")["length"][:]

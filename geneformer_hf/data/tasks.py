@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import os
 import threading
@@ -206,11 +207,19 @@ def _open_dask(num_proc: int | None, dask: str) -> Iterator[Workers]:
             yield _Dask(client)
         return
     n_workers = num_proc or os.cpu_count() or 1
-    with (
-        distributed.LocalCluster(n_workers=n_workers, threads_per_worker=1, processes=True, dashboard_address=None) as cluster,
-        distributed.Client(cluster) as client,
-    ):
-        yield _Dask(client)
+    # It reports every connection that closes, at the end of every run.
+    chatter, level = logging.getLogger("distributed"), logging.getLogger("distributed").level
+    chatter.setLevel(logging.CRITICAL)
+    try:
+        with (
+            distributed.LocalCluster(
+                n_workers=n_workers, threads_per_worker=1, processes=True, dashboard_address=None, silence_logs=logging.CRITICAL
+            ) as cluster,
+            distributed.Client(cluster) as client,
+        ):
+            yield _Dask(client)
+    finally:
+        chatter.setLevel(level)
 
 
 def _die_with_parent() -> None:
