@@ -61,8 +61,8 @@ def attempt(function: Callable[..., Any], *arguments: Any) -> Any:
     """Return what a function returns, or what is wrong with its file."""
     try:
         return function(*arguments)
-    except OutputError:
-        # A full disk is no fault of the file.
+    except (OutputError, SettingError, MissingExtraError):
+        # A full disk or a wrong option is no fault of the file.
         raise
     except GeneformerError as error:
         return Failure(error)

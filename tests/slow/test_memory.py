@@ -6,19 +6,21 @@ import sys
 import threading
 from pathlib import Path
 
+import anndata
 import datasets
 import h5py
 import numpy as np
 import pytest
 
 from geneformer_hf.data.writing import add_obs
+from tests.conftest import write
+from tests.formats import files as formats
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 def write_many(path: Path, n_cells: int, genes: list[str]) -> None:
     """A sparse file, written in parts: eight genes a cell, a column of classes with gaps."""
-    import anndata
     import pandas as pd
 
     step, rng = 100_000, np.random.default_rng(0)
@@ -74,3 +76,29 @@ def test_a_million_cells_take_the_memory_of_a_hundred_thousand(tmp_path, genes, 
     # What grows is 8 bytes a cell for row pointers and 8 for the check of cell ids, each copied a few times.
     assert peaks[1_000_000] - peaks[100_000] < 0.9 * 80
     assert peaks[1_000_000] < 1.2 * peaks[100_000]
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
+@pytest.mark.parametrize("kind", ["csc", "dense", "zarr", "loom", "tenx", "folder"])
+def test_every_kind_of_file_is_read_in_flat_memory(kind, tmp_path, genes, model_folder):
+    """The counts of 180,000 more cells would take 43 MB dense and 17 MB sparse, and several times that on the way."""
+    peaks = []
+    for n_cells in (20_000, 200_000):
+        write_many(tmp_path / "source.h5ad", n_cells, genes)
+        cells = anndata.read_h5ad(tmp_path / "source.h5ad")
+        make = {
+            "csc": lambda c, p: write(c, p.with_suffix(".h5ad"), "csc"),
+            "dense": lambda c, p: write(c, p.with_suffix(".h5ad"), "dense"),
+            "zarr": lambda c, p: formats.write_zarr(c, p.with_suffix(".zarr"), 3),
+            "loom": lambda c, p: formats.write_loom(c, p.with_suffix(".loom")),
+            "tenx": lambda c, p: formats.write_tenx_h5(c, p.with_suffix(".h5")),
+            "folder": formats.write_tenx_folder,
+        }
+        path = make[kind](cells, tmp_path / f"n{n_cells}")
+        del cells
+        command = ["tokenize", str(path), "--model", str(model_folder), "--output", str(tmp_path / f"out{n_cells}")]
+        # Buffers that fill with the smaller file already: what grows after that, grows with the file.
+        code = "import sys; from geneformer_hf.data import tenx, transpose; transpose.CHUNK_VALUES = tenx.CHUNK_VALUES = 1 << 17; from geneformer_hf.cli.main import main; sys.exit(main(sys.argv[1:]))"
+        peaks.append(peak_of([sys.executable, "-c", code, *command]))
+        assert len(datasets.load_from_disk(str(tmp_path / f"out{n_cells}"))) == n_cells
+    assert peaks[1] - peaks[0] < 60, peaks
