@@ -10,7 +10,7 @@ import os
 import shutil
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +37,19 @@ def require_free(output: Path, *, overwrite: bool = False) -> None:
     if existing != output and not (existing.is_dir() and os.access(existing, os.W_OK)):
         msg = f"cannot write {output}: {existing} is {'a folder without write permission' if existing.is_dir() else 'not a folder'}. Choose another output."
         raise OutputError(msg)
+
+
+def require_apart(output: str | Path, inputs: Iterable[str | Path]) -> None:
+    """Raise if the output is an input or a folder that holds one: replacing it would lose what the work is made from.
+
+    Raises:
+        OutputError
+    """
+    place = Path(output).resolve()
+    for path in inputs:
+        if Path(path).resolve().is_relative_to(place):
+            msg = f"{output} {'is' if Path(path).resolve() == place else 'holds'} the input {path}, which writing there would replace. Choose another output."
+            raise OutputError(msg)
 
 
 @contextmanager

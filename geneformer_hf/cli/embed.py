@@ -50,10 +50,11 @@ class Embed(Command):
     def run(self, args: Namespace) -> int:
         from ..analysis.cells import SourceCells
         from ..analysis.embeddings import Embedder
-        from ..outputs import new_file, require_free
+        from ..outputs import new_file, require_apart, require_free
 
         self._check(args)
         require_free(args.output, overwrite=args.overwrite)
+        require_apart(args.output, [args.input])
         pictures = [args.output.with_name(f"{args.output.stem}_{kind}_{_file_name(column)}.png") for column in args.plot for kind in ("umap", "heatmap")]
         for picture in pictures:
             require_free(picture, overwrite=args.overwrite)

@@ -36,12 +36,15 @@ class Medians(Command):
         add_overwrite(parser)
 
     def run(self, args: Namespace) -> int:
+        from ..data.files import find_files
         from ..data.medians import fit_gene_table
         from ..models.tokenization_geneformer import GeneformerTokenizer
-        from ..outputs import new_folder, require_free, unfinished
+        from ..outputs import new_folder, require_apart, require_free, unfinished
 
+        require_apart(args.output, find_files(args.files))
         if args.tokenizer is not None:
             require_free(args.tokenizer, overwrite=args.overwrite)
+            require_apart(args.tokenizer, [args.output, *find_files(args.files)])
         gene_biotypes = None if args.gene_biotypes is None else read_biotypes(args.gene_biotypes)
         with unfinished(args.output, overwrite=args.overwrite) as work:
             table = fit_gene_table(
@@ -75,10 +78,13 @@ def read_biotypes(path: Path) -> dict[str, str]:
     """
     import csv
 
-    with path.open(encoding="utf-8", newline="") as file:
+    from ..genes import canonical_id
+
+    # Excel writes a byte order mark.
+    with path.open(encoding="utf-8-sig", newline="") as file:
         rows = csv.DictReader(file)
         missing = [name for name in ("ensembl_id", "biotype") if name not in (rows.fieldnames or ())]
         if missing:
             msg = f"{path} has no column {' or '.join(missing)}. Found: {', '.join(rows.fieldnames or ()) or 'nothing'}. Expected a CSV file with a header."
             raise ColumnNotFoundError(msg)
-        return {row["ensembl_id"]: row["biotype"] for row in rows}
+        return {canonical_id(row["ensembl_id"].strip()) or row["ensembl_id"].strip(): row["biotype"].strip() for row in rows}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from pathlib import Path
 from typing import Any
@@ -52,9 +53,10 @@ class Qc(Command):
     def run(self, args: Namespace) -> int:
         from ..data.files import find_files
         from ..data.quality import QualityRules, assess_quality
-        from ..outputs import require_free, unfinished
+        from ..outputs import require_apart, require_free, unfinished
 
         paths = find_files(args.files)
+        require_apart(args.output, paths)
         single = args.output.suffix in (".h5ad", ".parquet", ".csv")
         if single and len(paths) > 1:
             msg = f"--output {args.output}: {len(paths)} inputs need a folder to go to; give a name without .h5ad, .parquet or .csv."
@@ -79,7 +81,9 @@ class Qc(Command):
                 self._write(quality, quality.files[0], whole, args)
                 table, picture = (work.folder / path.name for path in beside)
             else:
-                whole.mkdir(exist_ok=True)
+                # An earlier run may have been stopped here, with other files.
+                shutil.rmtree(whole, ignore_errors=True)
+                whole.mkdir()
                 for name, output in zip(quality.files, output_names(quality.files), strict=True):
                     self._write(quality, name, whole / output, args)
                 table, picture = whole / "qc.csv", whole / "qc.png"
@@ -140,6 +144,6 @@ def exclusion(text: str) -> tuple[str, tuple[str, ...]]:
 
 
 def output_names(files: list[str]) -> list[str]:
-    """Return a name for the copy of each file, distinct where stems repeat in several folders."""
+    """Return a name for the copy of each file: its own, or all with their numbers where names repeat in several folders."""
     stems = [Path(name).stem for name in files]
-    return [f"{stem}.h5ad" if stems.count(stem) == 1 else f"{number:04d}-{stem}.h5ad" for number, stem in enumerate(stems)]
+    return [f"{stem}.h5ad" if len(set(stems)) == len(stems) else f"{number:04d}-{stem}.h5ad" for number, stem in enumerate(stems)]

@@ -61,4 +61,5 @@ def stored_matrices(store: Any) -> dict[str, str]:
     # anndata before 0.7 wrote raw beside everything else, with a dot.
     places = (("X", "X"), ("raw.X", "raw/X"), ("raw.X", "raw.X"))
     keys = {name: key for name, key in places if key in store and store[key].attrs.get("encoding-type") != "null"}
-    return keys | {name: f"layers/{name}" for name in store.get("layers", ())}
+    # X is X, also where a layer has that name.
+    return keys | {name: f"layers/{name}" for name in store.get("layers", ()) if name not in ("X", "raw.X")}

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
-from ..errors import ColumnNotFoundError
+from ..errors import CellFileError, ColumnNotFoundError
 from .readers import CellSource
 
 OWN = ("input_ids", "length", "cell_id", "counts", "input_ids_uncropped", "length_uncropped")
@@ -84,7 +84,7 @@ class ObsColumns:
 
 def _feature(columns: list[pd.Series]) -> Any:
     if all(isinstance(c.dtype, pd.CategoricalDtype) for c in columns):
-        names = list(dict.fromkeys(str(v) for c in columns for v in c.cat.categories))
+        names = list(dict.fromkeys(_label(v) for c in columns for v in c.cat.categories))
         return datasets.ClassLabel(names=names) if names else datasets.Value("string")
     types = [_numpy_type(c.dtype) for c in columns]
     if all(t.kind == "b" for t in types):
@@ -94,7 +94,7 @@ def _feature(columns: list[pd.Series]) -> Any:
     if all(t.kind in "iu" for t in types):
         return datasets.Value("int64")
     if all(t.kind in "iuf" for t in types):
-        return datasets.Value("float64" if any(t.itemsize > 4 for t in types) else "float32")
+        return datasets.Value("float32" if all(t.kind == "f" and t.itemsize <= 4 for t in types) else "float64")
     return datasets.Value("string")
 
 
@@ -102,17 +102,30 @@ def _numpy_type(dtype: Any) -> np.dtype[Any]:
     """Return the numpy type behind a pandas one; object for text and categories."""
     if isinstance(dtype, (pd.CategoricalDtype, pd.StringDtype)):
         return np.dtype(object)
-    return np.dtype(getattr(dtype, "numpy_dtype", dtype))
+    try:
+        return np.dtype(getattr(dtype, "numpy_dtype", dtype))
+    except TypeError:
+        # Periods, intervals, times with a zone.
+        return np.dtype(object)
 
 
 def _column(values: pd.Series, feature: Any) -> pa.Array:
     if isinstance(feature, datasets.ClassLabel):
         place = {name: i for i, name in enumerate(feature.names)}
-        lookup = np.array([place[str(v)] for v in values.cat.categories], dtype=np.int64)
+        lookup = np.array([place[_label(v)] for v in values.cat.categories], dtype=np.int64)
         codes = values.cat.codes.to_numpy()
         missing = codes < 0
         return pa.array(np.where(missing, 0, lookup[codes] if len(lookup) else 0), pa.int64(), mask=missing)
     if feature.pa_type == pa.string():
         missing = values.isna().to_numpy()
         return pa.array([None if gone else str(v) for v, gone in zip(values.astype(object), missing, strict=True)], pa.string())
-    return pa.array(values, feature.pa_type, from_pandas=True)
+    try:
+        return pa.array(values, feature.pa_type, from_pandas=True)
+    except pa.ArrowInvalid as error:
+        msg = f"obs[{values.name!r}] holds numbers that no type shared by all files keeps as they are ({error}). Leave the column out (`obs=`, `--obs`), or save it as text."
+        raise CellFileError(msg) from error
+
+
+def _label(value: Any) -> str:
+    """Return the name of a category; 1.0 is 1, as it is in the file whose column has no gaps."""
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)

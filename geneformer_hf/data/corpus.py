@@ -21,7 +21,7 @@ import xxhash
 
 from ..errors import CellFileError
 from ..models.tokenization_geneformer import GeneformerTokenizer
-from ..outputs import PARTS, Unfinished, new_part, unfinished
+from ..outputs import PARTS, Unfinished, new_part, require_apart, unfinished
 from .columns import ObsColumns, ObsHead
 from .encoder import CellEncoder, EncodingOptions, features_of, row_ranges
 from .files import content_hash, find_files
@@ -29,8 +29,6 @@ from .readers import open_cells
 from .report import FileReport, SkippedFile, with_report
 from .sources import FileSource, SourceOptions
 from .tasks import FileTasks, Workers, open_workers
-
-JOB_FILE = "job.json"
 
 
 @dataclass(frozen=True)
@@ -85,16 +83,18 @@ def tokenize_corpus(
         CellFileError, NotRawCountsError, GeneIdError, ColumnNotFoundError, OutputExistsError, OutputError, WorkerDiedError
     """
     paths = find_files(files)
+    require_apart(output, paths)
     wanted: Any = obs if obs in ("all", "none") else (obs,) if isinstance(obs, str) else tuple(obs)
     source, encoding = SourceOptions(gene_ids, counts_layer, total_counts), EncodingOptions(wanted, keep_counts, keep_uncropped)
     with unfinished(output, overwrite=overwrite) as work:
-        tokenizer.save_pretrained(work.folder / "tokenizer")
+        tokenizer.save_pretrained(work.folder / f"tokenizer-{tokenizer.encoding_fingerprint}")
         try:
             with open_workers(num_proc, dask) as workers:
                 return _tokenize(paths, work, workers, tokenizer, source, encoding, skip_bad_files=skip_bad_files, progress=progress)
         finally:
-            _job.cache_clear()
-            _encoder.cache_clear()
+            # Workers of a cluster keep theirs; all are told apart by the hash of what they hold.
+            for cache in (_tokenizer, _job, _encoder):
+                cache.cache_clear()
 
 
 def _tokenize(
@@ -110,12 +110,14 @@ def _tokenize(
 ) -> datasets.Dataset:
     folder, names = str(work.folder), [str(p) for p in paths]
     files = FileTasks(workers, skip_bad_files=skip_bad_files, progress=progress)
-    described: list[FileSummary] = files.run(describe_file, [(folder, str(p.absolute()), str(p), source, encoding) for p in paths], names, "Files", "files")
+    described: list[FileSummary] = files.run(
+        describe_file, [(folder, tokenizer.encoding_fingerprint, str(p.absolute()), str(p), source, encoding) for p in paths], names, "Files", "files"
+    )
     files.require_some(len(paths))
     columns = ObsColumns.of([s.head for s in described], encoding.obs)
-    job = write_job(work, described, columns, source, encoding)
+    job = write_job(work, described, columns, tokenizer, source, encoding)
     names = [s.report.file for s in described]
-    parts = {s.report.file: _parts_of(s, job, tokenizer) for s in described}
+    parts = {s.report.file: _parts_of(s, columns, tokenizer, source, encoding) for s in described}
     files.parts_of = {name: [work.parts / part for *_, part in ranges] for name, ranges in parts.items()}
     missing = {part: (n, start, stop, part) for n, name in enumerate(names) for start, stop, part in parts[name] if not (work.parts / part).exists()}
 
@@ -140,9 +142,9 @@ def _tokenize(
     return datasets.load_from_disk(str(work.output))
 
 
-def describe_file(folder: str, path: str, name: str, options: SourceOptions, encoding: EncodingOptions) -> FileSummary:
+def describe_file(folder: str, fingerprint: str, path: str, name: str, options: SourceOptions, encoding: EncodingOptions) -> FileSummary:
     """Look at a file without reading its counts (but for a sample, and where totals are asked for)."""
-    tokenizer = _tokenizer(folder)
+    tokenizer = _tokenizer(folder, fingerprint)
     source = open_cells(path, **vars(options))
     head = ObsHead(name, ObsHead.of(source).first_row)
     # A column that is not there, genes that match nothing, a filter that is none: refused here, before any work.
@@ -152,37 +154,43 @@ def describe_file(folder: str, path: str, name: str, options: SourceOptions, enc
     return FileSummary(path, content_hash(path), report, head, not isinstance(source, FileSource) or source.holds_rows, totals_from)
 
 
-def write_job(work: Unfinished, summaries: Sequence[FileSummary], columns: ObsColumns, source: SourceOptions, encoding: EncodingOptions) -> str:
+def write_job(
+    work: Unfinished, summaries: Sequence[FileSummary], columns: ObsColumns, tokenizer: GeneformerTokenizer, source: SourceOptions, encoding: EncodingOptions
+) -> str:
     """Write what the workers need to know, and return its hash."""
     content = {
         "files": [{"path": s.path, "content": s.content, "totals_from": s.totals_from} for s in summaries],
+        "tokenizer": tokenizer.encoding_fingerprint,
         "names": columns.names,
         "features": datasets.Features(columns.features).to_dict(),
         "source": asdict(source),
         "encoding": asdict(encoding),
     }
     text = json.dumps(content)
-    with new_part(work.folder / JOB_FILE) as partial:
+    job = xxhash.xxh3_128(text.encode()).hexdigest()
+    with new_part(work.folder / f"job-{job}.json") as partial:
         partial.write_text(text, encoding="utf-8")
-    # Not the files: more of them change nothing about the parts of these.
-    return xxhash.xxh3_128(json.dumps({k: v for k, v in content.items() if k != "files"}).encode()).hexdigest()
+    return job
 
 
-def _parts_of(summary: FileSummary, job: str, tokenizer: GeneformerTokenizer) -> list[tuple[int, int, str]]:
+def _parts_of(
+    summary: FileSummary, columns: ObsColumns, tokenizer: GeneformerTokenizer, source: SourceOptions, encoding: EncodingOptions
+) -> list[tuple[int, int, str]]:
     """Return the row ranges of a file and the names of their parts."""
     ranges = row_ranges(summary.report.cells)
-    about = f"{job} {tokenizer.encoding_fingerprint} {summary.content} {summary.totals_from}"
+    # Nothing about other files, but for the classes they add: more of them change nothing about the parts of this one.
+    about = f"{tokenizer.encoding_fingerprint} {summary.content} {summary.totals_from} {columns} {source} {encoding}"
     return [(start, stop, xxhash.xxh3_128(f"{about} {start} {stop}".encode()).hexdigest() + ".arrow") for start, stop in ranges]
 
 
 @lru_cache(maxsize=2)
-def _tokenizer(folder: str) -> GeneformerTokenizer:
-    return GeneformerTokenizer.from_pretrained(Path(folder) / "tokenizer")
+def _tokenizer(folder: str, fingerprint: str) -> GeneformerTokenizer:
+    return GeneformerTokenizer.from_pretrained(Path(folder) / f"tokenizer-{fingerprint}")
 
 
 @lru_cache(maxsize=2)
 def _job(folder: str, job: str) -> dict[str, Any]:
-    return json.loads((Path(folder) / JOB_FILE).read_text(encoding="utf-8"))
+    return json.loads((Path(folder) / f"job-{job}.json").read_text(encoding="utf-8"))
 
 
 @lru_cache(maxsize=2)
@@ -197,7 +205,7 @@ def _encoder(folder: str, job: str, number: int) -> CellEncoder:
     obs: Any = encoding["obs"] if isinstance(encoding["obs"], str) else tuple(encoding["obs"])
     options = EncodingOptions(obs, encoding["keep_counts"], encoding["keep_uncropped"])
     columns = ObsColumns(content["names"], dict(datasets.Features.from_dict(content["features"])))
-    return CellEncoder(source, _tokenizer(folder), columns, options)
+    return CellEncoder(source, _tokenizer(folder, content["tokenizer"]), columns, options)
 
 
 def _rows_folder(folder: str, content: str) -> Path:

@@ -78,6 +78,8 @@ def content_hash(path: str | Path) -> str:
         CellFileError: if something cannot be read.
     """
     path = Path(path)
+    if path.name.startswith("matrix.mtx"):
+        path = path.parent
     digest = xxhash.xxh3_128()
     for part in _parts_of(path):
         if part != path:
@@ -93,6 +95,4 @@ def content_hash(path: str | Path) -> str:
 
 
 def _parts_of(path: Path) -> Sequence[Path]:
-    if path.name.startswith("matrix.mtx"):
-        path = path.parent
     return sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from ..errors import CellFileError, ColumnNotFoundError
-from .stores import decoded, is_group, is_text, name_of, read_values
+from .stores import attribute, decoded, is_group, is_text, name_of, read_values
 
 
 class Frame(ABC):
@@ -62,8 +62,8 @@ def open_frame(store: Any, key: str, where: str) -> Frame:
         CellFileError: if it is no data frame.
     """
     item = store[key]
-    if is_group(item) and str(item.attrs.get("_index", "")) in item:
-        return GroupFrame(item)
+    if is_group(item) and attribute(item, "_index") in item:
+        return GroupFrame(item, where)
     if isinstance(item, h5py.Dataset) and item.dtype.names:
         return RecordFrame(item, store.get("uns", {}))
     msg = f"{where}: {key} is not a data frame as any version of anndata writes it. Open the file with anndata and write it again."
@@ -73,13 +73,13 @@ def open_frame(store: Any, key: str, where: str) -> Frame:
 class GroupFrame(Frame):
     """A group with one array or group a column: anndata 0.7 and later."""
 
-    def __init__(self, group: Any) -> None:
+    def __init__(self, group: Any, where: str = "") -> None:
         self._group, self.name = group, name_of(group)
-        self.index_name = str(group.attrs["_index"])
-        self.columns = [str(name) for name in group.attrs.get("column-order", ())]
+        self.index_name = attribute(group, "_index")
+        self.columns = decoded(group.attrs.get("column-order", ())).tolist()
         missing = [name for name in self.columns if name not in group]
         if missing:
-            msg = f"{self.name} lists columns that are not there: {', '.join(missing[:3])}. The file is damaged; write it again."
+            msg = f"{where}: {self.name} lists columns that are not there: {', '.join(missing[:3])}. The file is damaged; write it again."
             raise CellFileError(msg)
 
     def __len__(self) -> int:

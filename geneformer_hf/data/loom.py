@@ -29,7 +29,7 @@ class LoomSource(FileSource):
         self.path, self.name, self.options = path, str(path), options
         with self._open() as store:
             self.n_columns, self.n_cells = map(int, store["matrix"].shape)
-            keys = {"X": "matrix"} | {name: f"layers/{name}" for name in store.get("layers", ())}
+            keys = {"X": "matrix"} | {name: f"layers/{name}" for name in store.get("layers", ()) if name != "X"}
             samples = {n: lambda key=key: sample_of(store[key]) for n, key in keys.items()}
             self.counts = choose_counts(samples, options.counts_layer, where=self.name)
             self._key = keys[self.counts]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, Literal
 
+import h5py
 import numpy as np
 import scipy.sparse as sp
 
@@ -28,6 +29,9 @@ def layout_of(matrix: Any, where: str) -> tuple[Layout, tuple[int, int]]:
         CellFileError: if it is encoded in another way.
     """
     if not is_group(matrix):
+        if len(matrix.shape) != 2:
+            msg = f"{where}: {name_of(matrix)} has {len(matrix.shape)} dimensions; expected cells and genes. Write it again as a matrix."
+            raise CellFileError(msg)
         return "dense", (int(matrix.shape[0]), int(matrix.shape[1]))
     attributes = matrix.attrs
     encoding = attributes.get("encoding-type") or f"{attributes.get('h5sparse_format', '')}_matrix"
@@ -50,11 +54,31 @@ def require_sound_index(matrix: Any, shape: tuple[int, int], layout: Layout, whe
     if not sound:
         msg = f"{where}: its index does not fit its entries ({len(indptr):,} pointers for {n:,} {'cells' if layout == 'csr' else 'genes'}, {n_data:,} values, {n_indices:,} indices). The file is damaged; write it again."
         raise CellFileError(msg)
-    # A chunk that a zarr store lacks reads as zeros without a word, and nobody stores a whole chunk of zeros.
-    chunks = getattr(matrix["data"], "nchunks", 0)
-    if chunks and (missing := chunks - matrix["data"].nchunks_initialized):
-        msg = f"{where}: {missing:,} of {chunks:,} chunks of its values are missing. The store is incomplete; write or copy it again."
-        raise CellFileError(msg)
+    if not isinstance(matrix, h5py.Group):
+        _require_all_chunks(matrix, indptr, shape[1] if layout == "csr" else shape[0], where)
+
+
+def _require_all_chunks(matrix: Any, indptr: np.ndarray, n_across: int, where: str) -> None:
+    """Raise if a chunk of a zarr store is missing; it would read as zeros without a word.
+
+    A chunk of nothing but zeros is not written either: never one of the values, but one of the indices may be, where every
+    row in it has one entry, in the first column, and one of the pointers, where the first rows are empty.
+    """
+    for name in ("data", "indices", "indptr"):
+        array = matrix[name]
+        size = (array.shards or array.chunks)[0]
+        expected, there = -(-array.shape[0] // size), array.nchunks_initialized // max(1, size // array.chunks[0])
+        if there >= expected:
+            continue
+        damaged = name == "data" or (name == "indptr" and int(np.diff(indptr).max(initial=0)) > n_across)
+        if name == "indices":
+            for begin in range(0, array.shape[0], size):
+                if not np.asarray(array[begin : begin + size]).any():
+                    inside = np.clip(indptr, begin, begin + size)
+                    damaged |= int(np.diff(inside).max(initial=0)) > 1
+        if damaged:
+            msg = f"{where}: {expected - there:,} of {expected:,} chunks of its {name} are missing. The store is incomplete; write or copy it again."
+            raise CellFileError(msg)
 
 
 def sample_of(matrix: Any) -> np.ndarray:
@@ -97,8 +121,8 @@ def _iter_dense_by_gene(matrix: Any, n_genes: int, start: int, stop: int) -> Ite
 
 
 def _known_to_scipy(rows: np.ndarray) -> np.ndarray:
-    # scipy knows no half precision.
-    return rows.astype(np.float32) if rows.dtype == np.float16 else rows
+    # scipy knows neither half precision nor the byte order of other machines.
+    return rows.astype(np.float32 if rows.dtype == np.float16 else rows.dtype.newbyteorder("="), copy=False)
 
 
 def _iter_sparse(matrix: Any, n_genes: int, start: int, stop: int, where: str) -> Iterator[tuple[sp.csr_array, int]]:

@@ -148,8 +148,8 @@ def _sketch_files(
         _require_genes([(f.name, f.ensembl_ids) for f in files])
         done = {f.name: f for f in _sketch(files, options, parts, tasks)}
         # Totals that turn out to be below the counts are found on the way, so that there is one pass where all is well.
-        wrong = [f for f in done.values() if f.totals_from is None and f.name in {o.name for o in files if o.totals_from is not None}]
-        done |= {f.name: f for f in _sketch(wrong, options, parts, tasks)}
+        while wrong := [f for f in done.values() if not f.parts and f.n_cells and f.name not in tasks.skipped]:
+            done |= {f.name: f for f in _sketch(wrong, options, parts, tasks)}
         tasks.require_some(len(paths))
     if tasks.skipped:
         logger.warning("%s files were skipped: %s", f"{len(tasks.skipped):,}", "; ".join(map(str, tasks.skipped.values())))
@@ -178,7 +178,9 @@ def _sketch(files: Sequence[SketchedFile], options: SourceOptions, parts: Path, 
             source = open_cells(file.path, **vars(options))
             source.name = file.name
             source.reject_totals(str(file.totals_from), n)
-            out.append(SketchedFile(**(vars(file) | {"parts": (), "totals_from": None})))
+            left = source.totals_candidates
+            following = left[left.index(str(file.totals_from)) + 1 :]
+            out.append(SketchedFile(**(vars(file) | {"parts": (), "totals_from": following[0] if following else None})))
         else:
             out.append(file)
     return out

@@ -29,7 +29,7 @@ from ..errors import CellFileError, ColumnNotFoundError, SettingError
 from ..genes import canonical_id, human_genes, species_of
 from ..outputs import Unfinished, new_part
 from ..ranking import sum_columns
-from .doublets import doublet_scores, require_sample_size, require_scrublet
+from .doublets import FEWEST_CELLS, doublet_scores, require_sample_size, require_scrublet
 from .encoder import row_ranges
 from .files import content_hash, find_files
 from .readers import FileSource, SourceOptions, open_cells
@@ -63,11 +63,16 @@ class QualityRules:
     """Highest score that passes; otherwise the valley that scrublet finds, and where it finds none, all pass."""
 
     def __post_init__(self) -> None:
+        if self.max_doublet_score is not None and not self.doublets:
+            msg = f"max_doublet_score is {self.max_doublet_score}, but doublets are not scored. Leave one of the two out."
+            raise SettingError(msg)
         if not self.n_sd > 0 or self.min_genes < 0:
             msg = f"n_sd is {self.n_sd} and min_genes {self.min_genes}; expected a number above 0 and one of 0 or more."
             raise SettingError(msg)
 
 
+ROUNDING = 1e-9
+"""Cells that are all alike lie on their mean, which a sum over them gives to the last bit only by luck."""
 REASONS = ("filter_pass was 0", "excluded", "few genes", "low counts", "high counts", "low mitochondrial share", "high mitochondrial share", "doublet")
 YES = {"true", "1", "1.0", "yes", "malignant", "tumor", "tumour", "cancer", "neoplastic"}
 
@@ -273,6 +278,9 @@ class GeneKinds:
         is_human = species_of(ids) in ("human", None)
         biotype_of = gene_biotypes if gene_biotypes is not None else human.biotype_of if is_human else None
         if biotype_of is not None and not any(i in biotype_of for i in ids):
+            if gene_biotypes is not None:
+                msg = f"{source.name}: none of its {len(ids):,} genes ({', '.join(source.gene_names[:3])}, …) is among the {len(gene_biotypes):,} of the biotypes given ({', '.join(list(gene_biotypes)[:3])}, …). Use Ensembl ids of the same species, without versions."
+                raise SettingError(msg)
             # A table that knows none of the genes says nothing about them.
             biotype_of = None
         names = [(human.symbol_of.get(i, "") if is_human else "", n, s) for i, n, s in zip(ids, source.gene_names, source.gene_symbols, strict=True)]
@@ -331,11 +339,23 @@ def _write_measures(source: CellSource, genes: GeneKinds, rules: QualityRules, s
             "qc_coding_genes": coding,
             "passed_before": source.passing[start:stop] if source.passing is not None else np.ones(n, dtype=bool),
             "excluded": _excluded(source, rules, start, stop),
-            "dataset": obs[rules.dataset].astype(str).to_numpy(dtype=object) if rules.dataset is not None else np.full(n, source.name, dtype=object),
+            "dataset": _text(obs[rules.dataset]) if rules.dataset is not None else np.full(n, source.name, dtype=object),
         }
     )
     with new_part(part) as partial:
         pq.write_table(pa.Table.from_pandas(frame, preserve_index=False), partial)
+
+
+def _text(values: pd.Series, missing: str = "nan") -> np.ndarray:
+    """Return a column as text; missing values are a value of their own, and 1.0 is 1."""
+    gone = values.isna().to_numpy()
+    return np.array([missing if lost else label(v) for v, lost in zip(values.astype(object), gone, strict=True)], dtype=object)
+
+
+def label(value: Any) -> str:
+    """Return a value as people write it: 1.0, or "1.0", is 1."""
+    text = str(value)
+    return text.removesuffix(".0") if text.removesuffix(".0").lstrip("-").isdigit() else text
 
 
 def _excluded(source: CellSource, rules: QualityRules, start: int, stop: int) -> np.ndarray:
@@ -343,8 +363,8 @@ def _excluded(source: CellSource, rules: QualityRules, start: int, stop: int) ->
     out = np.full(stop - start, "", dtype=object)
     for column, values in reversed(rules.exclude):
         found = source.read_obs([column], start, stop)[column]
-        text = found.astype(object).where(found.notna(), "").astype(str)
-        marked = text.isin(values) if values else text.str.lower().isin(YES)
+        text = pd.Series(_text(found, missing=""))
+        marked = text.isin([label(v) for v in values]) if values else text.str.lower().isin(YES)
         out[marked.to_numpy()] = column
     return out
 
@@ -364,7 +384,7 @@ def score_file(file: MeasuredFile, options: SourceOptions, rules: QualityRules, 
 
 def _write_scores(source: CellSource, rules: QualityRules, seed: int, part: Path) -> None:
     column = rules.sample or rules.dataset
-    samples = np.full(source.n_cells, source.name, dtype=object) if column is None else source.read_obs([column])[column].astype(str).to_numpy(dtype=object)
+    samples = np.full(source.n_cells, source.name, dtype=object) if column is None else _text(source.read_obs([column])[column])
     scores, thresholds = np.full(source.n_cells, np.nan, dtype=np.float32), np.full(source.n_cells, np.nan)
     for sample in pd.unique(samples):
         rows = np.flatnonzero(samples == sample)
@@ -387,6 +407,7 @@ def _judge(files: Sequence[MeasuredFile], parts: Path, rules: QualityRules) -> Q
         raise CellFileError(msg)
     summary: dict[str, dict[str, Any]] = {name: {"cells": 0, "passing": 0} | dict.fromkeys(REASONS, 0) for name in bounds}
     frames: dict[str, Path] = {}
+    marking: set[str] = set()
     for number, file in enumerate(files):
         if not file.has_mitochondrial:
             logger.warning("%s: no gene is known to be mitochondrial, so the mitochondrial share is not judged.", file.name)
@@ -394,12 +415,22 @@ def _judge(files: Sequence[MeasuredFile], parts: Path, rules: QualityRules) -> Q
             logger.warning("%s: biotypes of its genes are not known, so every detected gene counts. Name them with --gene-biotypes.", file.name)
         frames[file.name] = parts / f".verdict-{number}.parquet"
         scores = pd.read_parquet(parts / file.scores) if file.scores else pd.DataFrame({"qc_doublet_score": np.full(file.n_cells, np.float32(np.nan))})
+        n_without = int(scores["qc_doublet_score"].isna().sum())
+        if rules.doublets and n_without:
+            logger.warning(
+                "%s: %s of %s cells have no doublet score: their samples have fewer than %s cells, or too few genes vary.",
+                file.name,
+                f"{n_without:,}",
+                f"{file.n_cells:,}",
+                FEWEST_CELLS,
+            )
         writer: pq.ParquetWriter | None = None
         start = 0
         for part in file.parts:
             frame = pd.read_parquet(parts / part)
             reasons = _verdict(frame, scores.iloc[start : start + len(frame)], bounds, rules)
             start += len(frame)
+            marking |= set(frame["excluded"].unique())
             for name, rows in frame.groupby("dataset", sort=False).indices.items():
                 row = summary[str(name)]
                 row["cells"] += len(rows)
@@ -411,6 +442,13 @@ def _judge(files: Sequence[MeasuredFile], parts: Path, rules: QualityRules) -> Q
             writer.write_table(table)
         if writer is not None:
             writer.close()
+    for column, values in rules.exclude:
+        if column not in marking:
+            logger.warning(
+                "No cell is marked by obs[%r]%s.",
+                column,
+                f" being {' or '.join(values)}" if values else " (true, 1, yes, malignant, tumor, cancer, neoplastic)",
+            )
     table = pd.DataFrame.from_dict({name: row | bounds[name] for name, row in summary.items()}, orient="index")
     table.index.name = "dataset"
     return Quality([f.name for f in files], table, frames)
@@ -418,25 +456,33 @@ def _judge(files: Sequence[MeasuredFile], parts: Path, rules: QualityRules) -> Q
 
 def _bounds(files: Sequence[MeasuredFile], parts: Path, rules: QualityRules) -> dict[str, dict[str, float]]:
     """Return mean, SD and bounds of each dataset, over the cells that pass the rules that are about single cells."""
-    sums: dict[str, np.ndarray] = {}
+    moments: dict[str, np.ndarray] = {}
     for file in files:
         for part in file.parts:
             frame = pd.read_parquet(parts / part)
             eligible = frame["passed_before"] & (frame["excluded"] == "") & (frame["qc_coding_genes"] >= rules.min_genes)
             for name in frame["dataset"].unique():
-                sums.setdefault(str(name), np.zeros((2, 3)))
+                moments.setdefault(str(name), np.zeros((2, 3)))
             for name, rows in frame[eligible].groupby("dataset", sort=False):
                 for i, column in enumerate(("qc_total_counts", "qc_mitochondrial_share")):
-                    values = rows[column].dropna().to_numpy()
-                    sums[str(name)][i] += len(values), values.sum(), (values**2).sum()
+                    moments[str(name)][i] = _with_values(moments[str(name)][i], rows[column].dropna().to_numpy())
     out: dict[str, dict[str, float]] = {}
-    for name, moments in sums.items():
+    for name, found in moments.items():
         out[name] = {}
-        for (n, total, squares), what in zip(moments, ("total_counts", "mitochondrial_share"), strict=True):
-            mean = total / n if n else np.nan
-            sd = float(np.sqrt(max(0.0, squares / n - mean**2))) if n else np.nan
-            out[name] |= {f"{what}_mean": mean, f"{what}_sd": sd, f"{what}_low": mean - rules.n_sd * sd, f"{what}_high": mean + rules.n_sd * sd}
+        for (n, mean, squares), what in zip(found, ("total_counts", "mitochondrial_share"), strict=True):
+            middle, sd = (mean, float(np.sqrt(squares / n))) if n else (np.nan, np.nan)
+            out[name] |= {f"{what}_mean": middle, f"{what}_sd": sd, f"{what}_low": middle - rules.n_sd * sd, f"{what}_high": middle + rules.n_sd * sd}
     return out
+
+
+def _with_values(moments: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """Return number, mean and sum of squared distances from it, with more values (Chan et al. 1979: no digits are lost)."""
+    if not len(values):
+        return moments
+    n, mean, squares = moments
+    other = values.mean()
+    total, distance = n + len(values), other - mean
+    return np.array([total, mean + distance * len(values) / total, squares + ((values - other) ** 2).sum() + distance**2 * n * len(values) / total])
 
 
 def _verdict(frame: pd.DataFrame, scores: pd.DataFrame, bounds: Mapping[str, Mapping[str, float]], rules: QualityRules) -> pd.DataFrame:
@@ -452,10 +498,10 @@ def _verdict(frame: pd.DataFrame, scores: pd.DataFrame, bounds: Mapping[str, Map
             "filter_pass was 0": ~frame["passed_before"],
             "excluded": frame["excluded"] != "",
             "few genes": few,
-            "low counts": ~few & (counts < bound["total_counts_low"]),
-            "high counts": ~few & (counts > bound["total_counts_high"]),
-            "low mitochondrial share": ~few & (share < bound["mitochondrial_share_low"]),
-            "high mitochondrial share": ~few & (share > bound["mitochondrial_share_high"]),
+            "low counts": ~few & (counts < bound["total_counts_low"] * (1 - np.sign(bound["total_counts_low"]) * ROUNDING)),
+            "high counts": ~few & (counts > bound["total_counts_high"] * (1 + ROUNDING)),
+            "low mitochondrial share": ~few & (share < bound["mitochondrial_share_low"] * (1 - np.sign(bound["mitochondrial_share_low"]) * ROUNDING)),
+            "high mitochondrial share": ~few & (share > bound["mitochondrial_share_high"] * (1 + ROUNDING)),
             "doublet": frame["qc_doublet_score"] > highest,
         }
     )

@@ -221,7 +221,7 @@ class AnnDataSource(CellSource):
         stored = {} if adata.X is None else {"X": adata.X}
         if adata.raw is not None:
             stored["raw.X"] = adata.raw.X
-        stored.update(adata.layers)
+        stored |= {name: layer for name, layer in adata.layers.items() if name not in ("X", "raw.X")}
         samples = {n: partial(stored_values, m) for n, m in stored.items()}
         self.counts = choose_counts(samples, options.counts_layer, where=self.name)
         matrix = stored[self.counts]

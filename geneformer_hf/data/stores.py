@@ -13,6 +13,8 @@ import numpy as np
 from ..errors import CellFileError, GeneformerError
 from ..pickles import is_lfs_pointer
 
+DAMAGE = (OSError, ValueError, KeyError, IndexError, RuntimeError, TypeError, OverflowError)
+"""What reading a damaged store may raise: a missing part, cut-off bytes, numbers that do not fit together."""
 ZARR_MARKS = ("zarr.json", ".zgroup")
 
 
@@ -45,9 +47,9 @@ def open_zarr(path: Path) -> Iterator[Any]:
         msg = f"{path} is a folder without {' or '.join(ZARR_MARKS)}, so it is not a zarr store."
         raise CellFileError(msg)
     try:
+        # Consolidated metadata may be older than the store.
         yield zarr.open_group(str(path), mode="r", use_consolidated=False)
-    # A missing file, cut-off bytes, JSON that is none: zarr and its codecs raise what each of them likes.
-    except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
+    except DAMAGE as error:
         if isinstance(error, GeneformerError):
             raise
         msg = f"{path} broke off while it was read: {type(error).__name__}: {error}. It may be damaged or incomplete; write or download it again."
@@ -83,10 +85,10 @@ def open_h5(path: Path) -> Iterator[h5py.File]:
     with file:
         try:
             yield file
-        except OSError as error:
+        except DAMAGE as error:
             if isinstance(error, GeneformerError):
                 raise
-            msg = f"{path} ({size:,} bytes) broke off while it was read: {error}. It may be damaged or cut off; write or download it again."
+            msg = f"{path} ({size:,} bytes) broke off while it was read: {type(error).__name__}: {error}. It may be damaged or cut off; write or download it again."
             raise CellFileError(msg) from error
 
 
@@ -112,6 +114,12 @@ def read_values(array: Any, start: int = 0, stop: int | None = None) -> np.ndarr
 def decoded(values: Any) -> np.ndarray:
     """Return strings, bytes or both as Python strings; bytes that are not UTF-8 are shown as escapes."""
     return np.array([v.decode("utf-8", "backslashreplace") if isinstance(v, bytes) else str(v) for v in np.asarray(values).ravel().tolist()], dtype=object)
+
+
+def attribute(item: Any, name: str) -> str:
+    """Return an attribute that is text, as such or as bytes; empty if there is none."""
+    value = item.attrs.get(name, "")
+    return value.decode("utf-8", "backslashreplace") if isinstance(value, bytes) else str(value)
 
 
 def name_of(item: Any) -> str:

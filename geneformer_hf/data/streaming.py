@@ -39,13 +39,15 @@ class ShardedCells(_BaseExamplesIterable):
     """Shards of cells in an order that follows from seed, epoch and shard alone.
 
     Args:
+        about: what tells these cells from others, such as names and sizes of files; a saved position is for them alone.
         numbers (`Sequence[int]`): the shards, in the order they are read.
         key (`tuple` of `int`, *optional*): what the permutations are drawn from; None leaves everything in order.
         mixed (`int`): shards read at a time, whose rows are permuted together.
     """
 
-    def __init__(self, features: datasets.Features, numbers: Sequence[int], key: tuple[int, ...] | None, mixed: int) -> None:
+    def __init__(self, about: Any, features: datasets.Features, numbers: Sequence[int], key: tuple[int, ...] | None, mixed: int) -> None:
         super().__init__()
+        self._about = about
         self._features, self._numbers, self._key = features, tuple(numbers), key
         self._mixed = mixed if key is not None else 1
 
@@ -105,8 +107,8 @@ class ShardedCells(_BaseExamplesIterable):
 
     @property
     def _signature(self) -> str:
-        numbers = xxhash.xxh3_64(repr(self._numbers).encode()).hexdigest()
-        return f"{len(self._numbers)} shards in order {numbers}, key {self._key}, {self._mixed} mixed"
+        numbers = xxhash.xxh3_64(repr((self._about, self._numbers)).encode()).hexdigest()
+        return f"{len(self._numbers)} shards {numbers}, key {self._key}, {self._mixed} mixed"
 
     def __iter__(self) -> Iterator[tuple[str, dict[str, Any]]]:
         state: dict[str, Any] = self._state_dict or {"group": 0, "row": 0, "made_for": self._signature}
@@ -140,7 +142,9 @@ class _Examples:
         for name in table.column_names:
             chunks = table.column(name).chunks
             column = chunks[0] if len(chunks) == 1 else pa.array([], table.schema.field(name).type) if not chunks else pa.concat_arrays(chunks)
-            if pa.types.is_list(column.type) or pa.types.is_large_list(column.type):
+            is_list = pa.types.is_list(column.type) or pa.types.is_large_list(column.type)
+            # A missing list, or one with gaps, has no numpy array of its type.
+            if is_list and not column.null_count and not column.values.null_count:
                 # Offsets count from the beginning of the values, whatever slice the column is.
                 self._lists[name] = (column.offsets.to_numpy(), column.values.to_numpy(zero_copy_only=False))
             else:
@@ -162,10 +166,10 @@ class CountShards(ShardedCells):
     """Row ranges of files of counts, ranked as they are read."""
 
     def __init__(
-        self, encoders: Sequence[CellEncoder], ranges: Sequence[tuple[int, int, int]], features: datasets.Features,
+        self, about: Any, encoders: Sequence[CellEncoder], ranges: Sequence[tuple[int, int, int]], features: datasets.Features,
         numbers: Sequence[int], key: tuple[int, ...] | None, mixed: int,
     ) -> None:  # fmt: skip
-        super().__init__(features, numbers, key, mixed)
+        super().__init__(about, features, numbers, key, mixed)
         self._encoders, self._ranges, self._all_mixed = encoders, ranges, mixed
 
     def _read(self, number: int) -> pa.Table:
@@ -173,17 +177,17 @@ class CountShards(ShardedCells):
         return pa.concat_tables([self._features.arrow_schema.empty_table(), *self._encoders[file].tables(start, stop)])
 
     def _with(self, numbers: Sequence[int], key: tuple[int, ...] | None) -> CountShards:
-        return CountShards(self._encoders, self._ranges, self._features, numbers, key, self._all_mixed)
+        return CountShards(self._about, self._encoders, self._ranges, self._features, numbers, key, self._all_mixed)
 
 
 class TokenShards(ShardedCells):
     """Row ranges of Arrow files and row groups of Parquet files."""
 
     def __init__(
-        self, pieces: Sequence[tuple[str, int, int]], features: datasets.Features, columns: Sequence[str],
+        self, about: Any, pieces: Sequence[tuple[str, int, int]], features: datasets.Features, columns: Sequence[str],
         numbers: Sequence[int], key: tuple[int, ...] | None, mixed: int,
     ) -> None:  # fmt: skip
-        super().__init__(features, numbers, key, mixed)
+        super().__init__(about, features, numbers, key, mixed)
         self._pieces, self._columns, self._all_mixed = pieces, columns, mixed
 
     def _read(self, number: int) -> pa.Table:
@@ -193,7 +197,7 @@ class TokenShards(ShardedCells):
         return _open_arrow(path).select(self._columns).slice(first, second - first)
 
     def _with(self, numbers: Sequence[int], key: tuple[int, ...] | None) -> TokenShards:
-        return TokenShards(self._pieces, self._features, self._columns, numbers, key, self._all_mixed)
+        return TokenShards(self._about, self._pieces, self._features, self._columns, numbers, key, self._all_mixed)
 
 
 @lru_cache(maxsize=16)
@@ -247,6 +251,7 @@ def stream_cells(
     Raises:
         CellFileError, NotRawCountsError, GeneIdError, ColumnNotFoundError
     """
+    _require_positive(shard_cells=shard_cells, mix=mix)
     is_memory = hasattr(files, "obs") and hasattr(files, "var")
     sources = [open_cells(item, gene_ids=gene_ids, counts_layer=counts_layer) for item in ([files] if is_memory else find_files(files))]
     wanted: Any = obs if obs in ("all", "none") else (obs,) if isinstance(obs, str) else tuple(obs)
@@ -259,7 +264,8 @@ def stream_cells(
             source.prepare()
     ranges = [(n, start, min(start + shard_cells, s.n_cells)) for n, s in enumerate(sources) for start in range(0, s.n_cells, shard_cells)]
     features = features_of(tokenizer, columns, options)
-    return _stream(CountShards(encoders, ranges, features, range(len(ranges)), _key_of(seed, shuffle=shuffle), _positive(mix)))
+    sizes = [(Path(s.name).name, s.n_cells, _size_of(Path(s.name))) for s in sources]
+    return _stream(CountShards(sizes, encoders, ranges, features, range(len(ranges)), _key_of(seed, shuffle=shuffle), mix))
 
 
 def stream_tokens(
@@ -280,33 +286,35 @@ def stream_tokens(
     Raises:
         CellFileError: if there is nothing to read, or the files hold different columns.
     """
+    _require_positive(shard_cells=shard_cells, mix=mix)
     paths = [p for item in ([files] if isinstance(files, (str, Path)) else files) for p in _token_files(str(item))]
     pieces: list[tuple[str, int, int]] = []
-    schema: pa.Schema | None = None
+    features: datasets.Features | None = None
     for path in paths:
         if path.endswith(".parquet"):
             file = _open_parquet(path)
-            found = file.schema_arrow
+            found = datasets.Features.from_arrow_schema(file.schema_arrow)
             pieces += [(path, group, 0) for group in range(file.num_row_groups)]
         else:
             table = _open_arrow(path)
-            found = table.schema
+            found = datasets.Features.from_arrow_schema(table.schema)
             pieces += [(path, start, min(start + shard_cells, len(table))) for start in range(0, len(table), shard_cells)]
-        if schema is not None and not schema.equals(found):
-            msg = f"{path} holds other columns ({', '.join(found.names)}) than {paths[0]} ({', '.join(schema.names)}). Stream datasets that were tokenized together."
+        if features is not None and features != found:
+            differing = [name for name in dict.fromkeys([*features, *found]) if features.get(name) != found.get(name)]
+            msg = f"{path} holds other columns than {paths[0]}: {', '.join(differing)} differ in type, in classes or in being there. Tokenize the files together, so that a class has one number."
             raise CellFileError(msg)
-        schema = found
-    if schema is None or not pieces:
+        features = found
+    if features is None or not pieces:
         msg = f"{files}: no tokenized cells there; expected a dataset folder or .parquet files."
         raise CellFileError(msg)
-    features = datasets.Features.from_arrow_schema(schema)
     names = list(columns if columns is not None else features)
     missing = [name for name in names if name not in features]
     if missing:
         msg = f"{paths[0]} has no column {', '.join(map(repr, missing))}. Found: {', '.join(features)}."
         raise CellFileError(msg)
     features = datasets.Features({name: features[name] for name in names})
-    return _stream(TokenShards(pieces, features, names, range(len(pieces)), _key_of(seed, shuffle=shuffle), _positive(mix)))
+    sizes = [(Path(path).name, _size_of(Path(path))) for path in paths]
+    return _stream(TokenShards(sizes, pieces, features, names, range(len(pieces)), _key_of(seed, shuffle=shuffle), mix))
 
 
 def _token_files(item: str) -> list[str]:
@@ -337,11 +345,17 @@ def _key_of(seed: int, *, shuffle: bool) -> tuple[int, ...] | None:
     return (seed, 0) if shuffle else None
 
 
-def _positive(mix: int) -> int:
-    if mix < 1:
-        msg = f"mix is {mix}; expected 1 or more shards."
-        raise SettingError(msg)
-    return mix
+def _require_positive(**numbers: int) -> None:
+    for name, number in numbers.items():
+        if number < 1:
+            msg = f"{name} is {number}; expected 1 or more."
+            raise SettingError(msg)
+
+
+def _size_of(path: Path) -> int:
+    if path.is_dir():
+        return sum(p.stat().st_size for p in path.rglob("*") if p.is_file())
+    return path.stat().st_size if path.is_file() else 0
 
 
 def _stream(shards: ShardedCells) -> datasets.IterableDataset:

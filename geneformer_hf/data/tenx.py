@@ -145,13 +145,16 @@ class TenXFolderSource(FileSource):
         """Yield gene, cell and value of some entries at a time, checked, counted from 0."""
         try:
             with pd.read_csv(
-                self._text, sep=r"\s+", header=None, skiprows=self._n_header, names=["gene", "cell", "value"], comment="%",
-                dtype={"gene": np.int64, "cell": np.int64, "value": np.float64}, chunksize=max(1, CHUNK_VALUES // 4), engine="c", skip_blank_lines=True,
+                self._text, sep=r"\s+", header=None, skiprows=self._n_header, names=["gene", "cell", "value", "more"], comment="%",
+                dtype={"gene": np.int64, "cell": np.int64, "value": np.float64, "more": object}, chunksize=max(1, CHUNK_VALUES // 4), engine="c", skip_blank_lines=True,
             ) as parts:  # fmt: skip
                 for part in parts:
+                    if part["more"].notna().any():
+                        msg = f"{self._text}: lines have more than three fields (for instance {' '.join(map(str, part[part['more'].notna()].iloc[0]))}); expected gene, cell and count."
+                        raise CellFileError(msg)
                     if len(part):
                         yield self._checked(*(part[c].to_numpy() for c in ("gene", "cell", "value")))
-        except (ValueError, EOFError, OSError, zlib.error) as error:
+        except (ValueError, OverflowError, EOFError, OSError, zlib.error) as error:
             if isinstance(error, GeneformerError):
                 raise
             msg = f"{self._text} broke off while it was read: {error}. It may be damaged or cut off; write or download it again."
@@ -220,8 +223,8 @@ def _read_table(path: Path) -> list[list[str]]:
 
 def _read_header(text: TextIO, path: Path) -> tuple[tuple[int, int, int], int]:
     """Return genes, cells and entries of a Matrix Market file, and the lines its header takes."""
-    first = text.readline()
-    if not first.startswith("%%MatrixMarket matrix coordinate") or "general" not in first or "complex" in first or "pattern" in first:
+    first = text.readline().lower()
+    if not first.startswith("%%matrixmarket matrix coordinate") or "general" not in first or "complex" in first or "pattern" in first:
         msg = f"{path} begins with {first[:60]!r}; expected '%%MatrixMarket matrix coordinate integer general' (or real)."
         raise CellFileError(msg)
     for number, line in enumerate(text, start=2):

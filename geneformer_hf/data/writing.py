@@ -78,12 +78,12 @@ def add_obs(file: h5py.File, columns: Mapping[str, Any]) -> None:
     order = [str(name) for name in obs.attrs["column-order"]]
     for name, values in columns.items():
         series = pd.Series(values)
-        if series.dtype == object:
+        if series.dtype == object or isinstance(series.dtype, pd.StringDtype):
             series = series.where(series.notna(), None).astype("category")
             series = series.cat.rename_categories([str(c) for c in series.cat.categories])
         if name in obs:
             del obs[name]
-        anndata.io.write_elem(obs, name, series.array if isinstance(series.dtype, pd.CategoricalDtype) else series.to_numpy())
+        anndata.io.write_elem(obs, name, series.array if pd.api.types.is_extension_array_dtype(series.dtype) else series.to_numpy())
         if name not in order:
             order.append(name)
     obs.attrs["column-order"] = np.array(order, dtype=h5py.string_dtype())

@@ -200,7 +200,7 @@ def test_a_zarr_store_without_one_of_its_chunks_is_refused(tmp_path, cells):
     """zarr reads a missing chunk as zeros without a word."""
     path = files.write_zarr(cells, tmp_path / "a.zarr", 3)
     next(p for p in (path / "X" / "data").rglob("*") if p.is_file() and p.name != "zarr.json").unlink()
-    with pytest.raises(CellFileError, match="1 of 1 chunks of its values are missing"):
+    with pytest.raises(CellFileError, match="1 of 1 chunks of its data are missing"):
         open_cells(path)
 
 
