@@ -167,8 +167,11 @@ class GeneReport:
             parts.append(f"{self.n_summed:,} columns summed into another of the same gene")
         if self.ambiguous:
             parts.append(f"{len(self.ambiguous):,} ambiguous symbols left out ({_some(self.ambiguous)})")
-        if self.unknown:
-            parts.append(f"{len(self.unknown):,} not in the vocabulary left out ({_some(self.unknown)})")
+        unknown = [name for name in self.unknown if name]
+        if len(unknown) < len(self.unknown):
+            parts.append(f"{len(self.unknown) - len(unknown):,} columns without a gene name left out")
+        if unknown:
+            parts.append(f"{len(unknown):,} not in the vocabulary left out ({_some(unknown)})")
         strange = [name for name in self.unknown if (match := _ENSEMBL.fullmatch(name)) and (match["species"] or "") != self.species_code]
         if strange:
             parts.append(f"{len(strange):,} of these are {species_of(strange)} Ensembl ids")

@@ -156,7 +156,7 @@ def unfinished(output: str | Path, *, overwrite: bool = False) -> Iterator[Unfin
             shutil.rmtree(work.folder, ignore_errors=True)
         else:
             logger.warning(
-                "%s finished parts are kept in %s. The same command goes on from there; remove the folder to forget them.", f"{n_parts:,}", work.folder
+                "Finished parts are kept in %s (%s); the next run goes on from there. Remove the folder to forget them.", work.folder, f"{n_parts:,}"
             )
         lock.release()
 

@@ -139,7 +139,7 @@ def test_embed_other_kinds_of_files_into_an_h5ad(kind, cells, model, tokenizer, 
     }
     path, out = make[kind](), tmp_path / "out.h5ad"
     assert main(["embed", str(path), "--model", str(model_folder), "--output", str(out)]) == 0
-    assert "gets its counts, obs and genes; what else" in capsys.readouterr().out
+    assert "and nothing else of it." in capsys.readouterr().out
     result = anndata.read_h5ad(out)
     np.testing.assert_allclose(result.obsm["X_geneformer"], embed_cells(model, cells, tokenizer=tokenizer, progress=False), atol=SAME_MODEL)
     assert np.array_equal(result.X.toarray(), cells.X.toarray())
@@ -156,3 +156,10 @@ def test_gene_embeddings_of_a_file_with_antibodies(cells, model_folder, tmp_path
     vectors = anndata.read_h5ad(tmp_path / "out.h5ad").varm["X_geneformer"]
     assert np.isnan(vectors[:2]).all()
     assert not np.isnan(vectors[2:]).any()
+
+
+def test_info_of_what_holds_files_and_of_what_is_not_there(h5ad, tmp_path, capsys):
+    assert main(["info", str(tmp_path)]) == 1
+    assert "is a folder of 1 files of cells, which tokenize, qc and medians take as a whole. Name one of them: cells.h5ad" in capsys.readouterr().err
+    assert main(["info", str(tmp_path / "gone.loom")]) == 1
+    assert "gone.loom does not exist; expected a file of cells" in capsys.readouterr().err

@@ -82,8 +82,9 @@ def test_tokenize_corpus(folder):
 def test_the_stream_of_the_how_to(folder):
     """The block of docs/large_corpora.md, on a dataset made by the command before it."""
     run(["-m", "geneformer_hf.cli.main", "tokenize"], folder, "cells.h5ad", "--model", "geneformer-v2", "--output", "tokens")
-    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "large_corpora.md").read_text(), re.S)
-    assert run(["-c", block.replace("...", "print(cell['cell_id'])")], folder).count("cell") == 90
+    rows, batches = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "large_corpora.md").read_text(), re.S)
+    assert run(["-c", rows.replace("...", "print(cell['cell_id'])")], folder).count("cell") == 90
+    assert run(["-c", batches.replace("...", "print(len(batch['input_ids']))")], folder).split() == ["16", "14"]
 
 
 def test_the_python_of_the_readme(folder):

@@ -215,7 +215,7 @@ def print_source(path: Path, output: Path, cells: Any, genes: str | None) -> Non
     if source.passing is not None and not source.passing.all():
         print(f"{int(np.sum(~source.passing)):,} cells have filter_pass 0; they are embedded like the others.")
     if output.suffix == ".h5ad" and not can_be_copied(source):
-        print(f"{output} gets its counts, obs and genes; what else {path} holds stays there.")
+        print(f"{output} will hold the counts, obs and genes of {path}, and nothing else of it.")
     place = "varm" if genes else "obsm"
     if "X_geneformer" in source.keys_of(place):
         print(f'{place}["X_geneformer"] of the input is replaced in the output.')
@@ -228,7 +228,7 @@ def record_of(args: Namespace, runner: Any) -> dict[str, Any]:
         "layer": args.layer,
         "pooling": runner.pooling if not args.genes else args.genes,
         "dtype": args.dtype or "fp32",
-        "gene_table": str(runner.config.vocabulary_fingerprint),
+        "gene_table": runner.config.vocabulary_fingerprint or "unknown",
         "geneformer_hf": __version__,
     }
 

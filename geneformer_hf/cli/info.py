@@ -6,7 +6,7 @@ import json
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
-from ..errors import CheckpointError, NotRawCountsError
+from ..errors import CellFileError, CheckpointError, NotRawCountsError
 from .command import Command
 
 
@@ -21,6 +21,7 @@ class Info(Command):
         parser.add_argument("--model", help="for a file: also say how many of its genes this model's tokenizer knows")
 
     def run(self, args: Namespace) -> int:
+        from ..data.files import KINDS
         from ..data.stores import is_zarr
         from ..data.tenx import is_tenx_folder
         from ..models.configuration_geneformer import PRESETS
@@ -28,10 +29,17 @@ class Info(Command):
         path = Path(args.what)
         if path.is_file() or is_zarr(path) or is_tenx_folder(path):
             self._file(path, args.model)
+        elif path.suffix in KINDS and not path.exists():
+            msg = f"{path} does not exist; expected a file of cells."
+            raise CellFileError(msg)
         elif (path / "dataset_info.json").is_file():
             self._dataset(path)
         elif path.is_dir() and not (path / "config.json").is_file():
             inside = ", ".join(sorted(p.parent.name for p in path.glob("*/config.json")))
+            cells = sorted(p.name for p in path.iterdir() if p.suffix in KINDS or is_tenx_folder(p) or is_zarr(p))
+            if cells:
+                msg = f"{path} is a folder of {len(cells):,} files of cells, which tokenize, qc and medians take as a whole. Name one of them: {', '.join(cells[:5])}{', …' if len(cells) > 5 else ''}."
+                raise CellFileError(msg)
             msg = f"{path} is neither a checkpoint (no config.json) nor a dataset (no dataset_info.json)." + (
                 f" Checkpoints inside: {inside}." if inside else ""
             )
@@ -73,7 +81,7 @@ class Info(Command):
         print(f"Cells: {source.n_cells:,} x {len(source.gene_names):,} genes")
         print(f"Raw counts: in {source.counts_described}, stored as {source.layout}")
         species = f"{species_of(source.gene_names)} Ensembl ids in " if is_ensembl_id(source.gene_names[0]) else ""
-        print(f"Genes: {species}{source.gene_names_from}, for instance {', '.join(source.gene_names[:3])}")
+        print(f"Genes: {species}{source.gene_names_from}, for instance {', '.join([name for name in source.gene_names[:100] if name.strip()][:3])}")
         print(f"obs: {', '.join(source.obs_columns) or 'no columns'}")
         if source.passing is not None:
             print(f"filter_pass: {int(np.sum(source.passing)):,} of {source.n_cells:,} cells")

@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import signal
 import sys
+import threading
 import warnings
 from collections.abc import Sequence
 
@@ -42,6 +44,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code: 0 done, 1 refused or failed with a message, 2 wrong usage, 130 interrupted."""
     args = build_parser().parse_args(argv)
     _quieten()
+    if threading.current_thread() is threading.main_thread():
+        # What a batch queue sends at the end of its patience: stop as Ctrl-C does, and say so.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         return args.run(args)
     except GeneformerError as error:
@@ -54,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         sys.stderr.write(f"geneformer-hf {args.command}: {error}\n")
     except KeyboardInterrupt:
-        sys.stderr.write(f"geneformer-hf {args.command}: interrupted; nothing half-written was left.\n")
+        sys.stderr.write(f"geneformer-hf {args.command}: interrupted; no output was written.\n")
         return 130
     return 1
 

@@ -110,7 +110,7 @@ class Qc(Command):
             return
         source = open_cells(name, gene_ids=args.gene_ids, counts_layer=args.counts_layer)
         if not can_be_copied(source):
-            print(f"{name}: its counts, obs and genes are written as .h5ad; what else it holds stays there.")
+            print(f"{name} is no .h5ad: the output holds its counts, obs and genes, and nothing else of it.")
         copy_as_h5ad(source, output)
         columns = {c: cells[c].to_numpy() for c in cells if not cells[c].isna().all()}
         if "filter_pass" in source.obs_columns and "filter_reason" not in source.obs_columns:
@@ -130,7 +130,7 @@ class Qc(Command):
 
         for name, row in quality.summary.iterrows():
             found = ", ".join(f"{reason} {int(row[reason]):,}" for reason in REASONS if row[reason])
-            print(f"{name}: {int(row['passing']):,} of {int(row['cells']):,} cells pass{f' ({found})' if found else ''}.")
+            print(f"{name}: {int(row['passing']):,} of {int(row['cells']):,} cells pass{f' (failing, some for several reasons: {found})' if found else ''}.")
         print(f"Written to {output}" + (f", with {' and '.join(str(p) for p in beside)}." if beside else ", with qc.csv and qc.png."))
 
 

@@ -124,7 +124,14 @@ def _tokenize(
     to_turn = sorted({n for n, *_ in missing.values() if not described[n].holds_rows})
     files.run(write_rows, [(folder, job, n) for n in to_turn], [names[n] for n in to_turn], "Turning files", "files")
     tasks = [task for task in missing.values() if names[task[0]] not in files.skipped]
-    files.run(write_part, [(folder, job, *task) for task in tasks], [names[n] for n, *_ in tasks], "Tokenizing", "parts")
+    files.run(
+        write_part,
+        [(folder, job, *task) for task in tasks],
+        [names[n] for n, *_ in tasks],
+        "Tokenizing",
+        "parts",
+        n_done=sum(map(len, parts.values())) - len(tasks),
+    )
     files.require_some(len(paths))
 
     kept = [s for s in described if s.report.file not in files.skipped]

@@ -274,6 +274,8 @@ def _merge(
         msg = f"No gene is detected in any cell of {', '.join(f.name for f in files[:3])}."
         raise GeneIdError(msg)
     n_cells = sum(f.n_passing for f in files)
+    if n_filtered := sum(f.n_cells for f in files) - n_cells:
+        logger.warning("%s cells were left out because obs['filter_pass'] is 0.", f"{n_filtered:,}")
     first_token_id = N_SPECIAL_TOKENS if special_tokens else 2
     return GeneTable.from_medians(medians, first_token_id=first_token_id, species=species, source=f"medians of {n_cells:,} cells")
 
@@ -284,11 +286,11 @@ def _of_biotypes(ids: Sequence[str], biotypes: Sequence[str], gene_biotypes: Map
         raise SettingError(msg)
     known = gene_biotypes if gene_biotypes is not None else human_genes().biotype_of
     kept = [name for name in ids if known.get(name) in biotypes]
-    if not kept:
-        there = sorted({known[name] for name in ids if name in known})
-        msg = f"No gene of the files is of the biotypes {', '.join(biotypes)}. Found: {', '.join(there[:20]) or 'none that is known'}."
+    there = sorted({known[name] for name in ids if name in known})
+    if absent := [kind for kind in biotypes if kind not in there]:
+        msg = f"No gene of the files is of the biotypes {', '.join(absent)}. Found: {', '.join(there[:20]) or 'none that is known'}."
         raise SettingError(msg)
-    logger.info("%s of %s genes are %s.", f"{len(kept):,}", f"{len(ids):,}", " or ".join(biotypes))
+    logger.warning("%s of %s genes are %s; the others are left out.", f"{len(kept):,}", f"{len(ids):,}", " or ".join(biotypes))
     return kept
 
 

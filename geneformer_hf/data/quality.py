@@ -471,7 +471,7 @@ def _bounds(files: Sequence[MeasuredFile], parts: Path, rules: QualityRules) -> 
         out[name] = {}
         for (n, mean, squares), what in zip(found, ("total_counts", "mitochondrial_share"), strict=True):
             middle, sd = (mean, float(np.sqrt(squares / n))) if n else (np.nan, np.nan)
-            out[name] |= {f"{what}_mean": middle, f"{what}_sd": sd, f"{what}_low": middle - rules.n_sd * sd, f"{what}_high": middle + rules.n_sd * sd}
+            out[name] |= {f"{what}_mean": middle, f"{what}_sd": sd, f"{what}_low": max(0.0, middle - rules.n_sd * sd), f"{what}_high": middle + rules.n_sd * sd}
     return out
 
 

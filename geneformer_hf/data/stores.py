@@ -74,7 +74,7 @@ def open_h5(path: Path) -> Iterator[h5py.File]:
         msg = f"{path} is a git-lfs pointer of {size} bytes, not the file itself. Run `git lfs pull`."
         raise CellFileError(msg)
     if not h5py.is_hdf5(path):
-        msg = f"{path} ({size:,} bytes) is not an HDF5 file, so neither .h5ad nor .loom nor 10x .h5. Write it with `adata.write_h5ad(...)`."
+        msg = f"{path} ({size:,} bytes) is not an HDF5 file, so neither .h5ad nor .loom nor 10x .h5. Files of cells are written with `adata.write_h5ad(...)`; tokens in .parquet are read by `stream_tokens`."
         raise CellFileError(msg)
     try:
         # Chunks are read in order; the larger cache keeps one from being unpacked for each of two neighbouring blocks.

@@ -205,7 +205,7 @@ def _open_arrow(path: str) -> pa.Table:
     try:
         return pa.ipc.open_stream(pa.memory_map(path)).read_all()
     except (OSError, pa.ArrowInvalid) as error:
-        msg = f"{path} cannot be read as an Arrow stream: {error}. Tokenize the cells again."
+        msg = f"{path} cannot be read as an Arrow stream: {error}. Tokenized cells are expected: make them with `geneformer-hf tokenize`, or rank counts on the fly with `stream_cells`."
         raise CellFileError(msg) from error
 
 
@@ -358,5 +358,14 @@ def _size_of(path: Path) -> int:
     return path.stat().st_size if path.is_file() else 0
 
 
+class CellStream(datasets.IterableDataset):
+    """A stream whose saved position brings its epoch along; datasets would start another epoch over without a word."""
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        """Go on with the row after the one the position was saved at, in its epoch."""
+        self.set_epoch(state_dict["epoch"])
+        super().load_state_dict(state_dict)
+
+
 def _stream(shards: ShardedCells) -> datasets.IterableDataset:
-    return datasets.IterableDataset(shards.shuffled(), info=datasets.DatasetInfo(features=shards.features))
+    return CellStream(shards.shuffled(), info=datasets.DatasetInfo(features=shards.features))

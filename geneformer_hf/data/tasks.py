@@ -30,19 +30,20 @@ class Workers(ABC):
         """Yield number and result of each task as it is finished, in any order."""
 
     def run(
-        self, function: Callable[..., Any], tasks: Sequence[tuple[Any, ...]], *, label: str = "", unit: str = "tasks", progress: bool = False
+        self, function: Callable[..., Any], tasks: Sequence[tuple[Any, ...]], *, label: str = "", unit: str = "tasks", n_done: int = 0, progress: bool = False
     ) -> Generator[tuple[int, Any]]:
         """Yield number and result of each task as it is finished, in any order; left early, the rest is not done.
 
         Args:
             function: a function of a module, which other processes can import.
             tasks: its arguments, small: paths and numbers.
+            n_done (`int`, *optional*, defaults to 0): tasks an earlier run has finished, for the progress bar.
 
         Raises:
             WorkerDiedError: if a process died; errors of a task come through as they are.
         """
         with (
-            tqdm(total=len(tasks), desc=label, unit=f" {unit}", disable=not progress or len(tasks) < 2) as bar,
+            tqdm(total=n_done + len(tasks), initial=n_done, desc=label, unit=f" {unit}", disable=not progress or n_done + len(tasks) < 2) as bar,
             closing(self._finished(function, tasks)) as results,
         ):
             for result in results:
@@ -83,7 +84,7 @@ class FileTasks:
         self.parts_of: dict[str, list[Path]] = {}
         """Finished parts to forget where a file turns out to be bad: mended, it will have others."""
 
-    def run(self, function: Callable[..., Any], tasks: Sequence[tuple[Any, ...]], files: Sequence[str], label: str, unit: str) -> list[Any]:
+    def run(self, function: Callable[..., Any], tasks: Sequence[tuple[Any, ...]], files: Sequence[str], label: str, unit: str, *, n_done: int = 0) -> list[Any]:
         """Return the results of the tasks, without those of skipped files.
 
         Args:
@@ -94,7 +95,9 @@ class FileTasks:
         """
         results: list[Any] = [None] * len(tasks)
         failed: str | None = None
-        with closing(self._workers.run(attempt, [(function, *task) for task in tasks], label=label, unit=unit, progress=self._progress)) as finished:
+        with closing(
+            self._workers.run(attempt, [(function, *task) for task in tasks], label=label, unit=unit, n_done=n_done, progress=self._progress)
+        ) as finished:
             for number, result in finished:
                 results[number] = result
                 if isinstance(result, Failure):

@@ -130,6 +130,8 @@ def _save(plt: Any, figure: Any, path: Path) -> None:
     plt.close(figure)
 
 
+MAX_NAMED = 8
+"""More datasets than that get no colours and names of their own."""
 QUALITY_PANELS = {
     "qc_total_counts": ("total counts", "log"),
     "qc_mitochondrial_share": ("mitochondrial share of counts", "linear"),
@@ -146,7 +148,9 @@ def plot_quality(frames: Iterable[pd.DataFrame], path: Path, *, title: str, boun
         bounds (`DataFrame`): a row a dataset with `total_counts_low`, `…_high` and `mitochondrial_share_low`, `…_high`.
     """
     plt = _pyplot()
-    edges = {c: np.logspace(0, 6, 121) if scale == "log" else np.linspace(0, 1, 101) for c, (_, scale) in QUALITY_PANELS.items()}
+    from matplotlib import ticker
+
+    edges = {c: np.logspace(0, 6, 121) if scale == "log" else np.linspace(0, 1, 201) for c, (_, scale) in QUALITY_PANELS.items()}
     heights = {c: np.zeros((2, len(e) - 1)) for c, e in edges.items()}
     for frame in frames:
         passing = frame["filter_pass"].to_numpy(dtype=bool)
@@ -163,13 +167,23 @@ def plot_quality(frames: Iterable[pd.DataFrame], path: Path, *, title: str, boun
         axes.stairs(both.sum(axis=0), edge, baseline=both[0], fill=True, color="#e45756", label=f"not passing ({int(both[1].sum()):,})")
         name = column.removeprefix("qc_")
         if f"{name}_high" in bounds and len(bounds) <= MAX_CLASSES:
-            lines = [v for side in ("low", "high") for v in bounds[f"{name}_{side}"] if v > edge[0] and v < edge[-1]]
-            for number, value in enumerate(lines):
-                axes.axvline(value, color="black", linewidth=0.8, linestyle="--", label="bounds of a dataset" if number == 0 else None)
+            for number, (dataset, row) in enumerate(bounds.iterrows()):
+                named = f"bounds of {Path(str(dataset)).name}" if len(bounds) <= MAX_NAMED else "bounds of a dataset" if number == 0 else None
+                color = plt.get_cmap("Dark2")(number) if len(bounds) <= MAX_NAMED else "black"
+                for value in (row[f"{name}_low"], row[f"{name}_high"]):
+                    if edge[0] < value < edge[-1]:
+                        axes.axvline(value, color=color, linewidth=1, linestyle="--", label=named)
+                        named = None
         filled = np.flatnonzero(both.sum(axis=0))
         axes.set_xscale(scale)
+        if scale == "log":
+            # Powers of ten and their double and fivefold: more labels overlap.
+            axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+            axes.xaxis.set_major_formatter(ticker.EngFormatter(sep=""))
+            axes.xaxis.set_minor_formatter(ticker.NullFormatter())
         axes.set_xlim(edge[max(0, filled[0] - 2)], edge[min(len(edge) - 1, filled[-1] + 3)])
         axes.set_xlabel(label)
+        axes.set_ylim(0, 1.4 * both.sum(axis=0).max())
         axes.legend(fontsize="x-small")
     all_axes[0][0].set_ylabel("cells")
     figure.suptitle(title)

@@ -96,7 +96,7 @@ def test_an_interrupted_run_goes_on_where_it_was(n, tmp_path, files, tokenizer, 
         tokenize_corpus(files, tmp_path / "out", tokenizer=tokenizer)
     assert not (tmp_path / "out").exists()
     assert (tmp_path / ".out.unfinished").exists() == (n > 0)
-    assert (f"{n} finished parts are kept" in caplog.text) == (n > 0)
+    assert (f".out.unfinished ({n}); the next run goes on" in caplog.text) == (n > 0)
     first = list(done)
     done.clear()
     stop_after(1000)

@@ -123,7 +123,7 @@ def test_a_killed_process_of_a_pool_is_said_and_the_next_run_goes_on(tmp_path, f
     assert run.returncode == 1
     assert "A worker process died" in said
     assert "Traceback" not in said
-    assert "finished parts are kept" in said
+    assert "Finished parts are kept" in said
     again = start(files, model_folder, output)
     said, _ = again.communicate(timeout=120)
     assert again.returncode == 0, said

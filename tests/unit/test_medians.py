@@ -91,6 +91,8 @@ def test_biotypes_of_human_genes_and_of_others(tmp_path):
     assert fit_gene_table(cells, biotypes=["protein_coding", "miRNA"]).ensembl_ids == tuple(sorted(coding + mirna))
     with pytest.raises(SettingError, match=r"No gene of the files is of the biotypes proteins\. Found: lncRNA, miRNA, protein_coding"):
         fit_gene_table(cells, biotypes=["proteins"])
+    with pytest.raises(SettingError, match=r"of the biotypes protein-coding\. Found"):
+        fit_gene_table(cells, biotypes=["miRNA", "protein-coding"])
     mouse = make_cells([f"ENSMUSG{i:011d}" for i in range(30)], 12)
     with pytest.raises(SettingError, match="biotypes of mouse genes are not packaged"):
         fit_gene_table(mouse, biotypes=["protein_coding"])

@@ -169,6 +169,18 @@ def test_a_stateful_loader_with_workers_resumes(make, ids):
     del batches
 
 
+def test_a_state_brings_its_epoch(make):
+    stream = make(shuffle=True, mix=3)
+    stream.set_epoch(2)
+    whole = read(stream)
+    rows = iter(stream)
+    seen = [next(rows)["cell_id"] for _ in range(20)]
+    fresh = make(shuffle=True, mix=3)
+    fresh.load_state_dict(stream.state_dict())
+    assert fresh.epoch == 2
+    assert seen + read(fresh) == whole
+
+
 def test_a_state_of_another_stream_is_refused(make):
     stream = make(shuffle=True, mix=2)
     next(iter(stream))
