@@ -1,8 +1,8 @@
 """Files of cells as a tokenized Hugging Face dataset, written in Arrow batches in constant memory.
 
 `load_cells` is the way in. Behind it `CellDatasetBuilder` is an ordinary `datasets.ArrowBasedBuilder`: it is cached (by the
-content of the files, the gene table, the encoding version and the options), runs over row ranges in `num_proc` processes
-with the same rows in the same order, and streams.
+content of the files, the gene table, the encoding version and the options), and streams. With `num_proc`, `load_cells` goes
+through `corpus.py`, with the same rows in the same order.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from datasets.exceptions import DatasetGenerationError
 from ..errors import GeneformerError
 from ..models.tokenization_geneformer import GeneformerTokenizer
 from .columns import ObsColumns, ObsHead
+from .corpus import cached_corpus
 from .encoder import CellEncoder, EncodingOptions, features_of, row_ranges
 from .files import content_hash, find_files
 from .readers import CellSource, FileSource, SourceOptions, open_cells
@@ -173,9 +174,14 @@ def load_cells(
     if hasattr(files, "obs") and hasattr(files, "var"):
         return _load_memory(files, tokenizer, source_options, encoding)
     paths = find_files(files)
+    if num_proc is not None and num_proc > 1:
+        # datasets would fork, which hangs where zarr, torch or numpy have threads by then.
+        config = CellDatasetConfig(files=tuple(map(str, paths)), tokenizer=tokenizer, source=source_options, encoding=encoding)
+        options = vars(source_options) | vars(encoding)
+        return cached_corpus(paths, cache_dir, config.create_config_id({}), tokenizer=tokenizer, num_proc=num_proc, **options)
     builder = CellDatasetBuilder(cache_dir=cache_dir, files=tuple(map(str, paths)), tokenizer=tokenizer, source=source_options, encoding=encoding)
     try:
-        builder.download_and_prepare(num_proc=num_proc)
+        builder.download_and_prepare()
     except CellsRefusedError as refused:
         raise refused.args[0] from None
     except DatasetGenerationError as error:

@@ -18,6 +18,7 @@ from typing import Any
 import datasets
 import pyarrow as pa
 import xxhash
+from filelock import FileLock
 
 from ..errors import CellFileError
 from ..models.tokenization_geneformer import GeneformerTokenizer
@@ -95,6 +96,21 @@ def tokenize_corpus(
             # Workers of a cluster keep theirs; all are told apart by the hash of what they hold.
             for cache in (_tokenizer, _job, _encoder):
                 cache.cache_clear()
+
+
+def cached_corpus(paths: Sequence[Path], cache_dir: str | Path | None, name: str, *, tokenizer: GeneformerTokenizer, **options: Any) -> datasets.Dataset:
+    """Return the corpus of this name in the cache of datasets, tokenized first if it is not there.
+
+    Processes that ask for the same one at the same time wait for the first.
+    """
+    folder = Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / "geneformer_hf" / name
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.with_name(f"{name}.lock")):
+        if not folder.is_dir():
+            return tokenize_corpus(paths, folder, tokenizer=tokenizer, **options)
+    source = {key: options[key] for key in ("gene_ids", "counts_layer", "total_counts")}
+    files = [FileReport.of(open_cells(path, **source), tokenizer.gene_table) for path in paths]
+    return with_report(datasets.load_from_disk(str(folder)), files, tokenizer)
 
 
 def _tokenize(

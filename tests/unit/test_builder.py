@@ -34,8 +34,7 @@ def test_a_file_becomes_a_dataset(h5ad, cells, tokenizer, table):
     assert [dataset.features["cell_type"].int2str(i) for i in dataset["cell_type"][:]] == cells.obs["cell_type"].tolist()
 
 
-@pytest.mark.parametrize("layout", ["csr", "csc", "dense", "gzip"])
-@pytest.mark.parametrize("num_proc", [None, 2])
+@pytest.mark.parametrize(("layout", "num_proc"), [("csr", None), ("csc", None), ("dense", None), ("gzip", None), ("csr", 2), ("csc", 2)])
 def test_layout_blocks_and_processes_change_nothing(layout, num_proc, tmp_path, genes, tokenizer, table, monkeypatch):
     monkeypatch.setattr(matrices, "BLOCK_VALUES", 500)
     monkeypatch.setattr(encoder, "RANGE_CELLS", 100)
@@ -44,6 +43,17 @@ def test_layout_blocks_and_processes_change_nothing(layout, num_proc, tmp_path, 
     assert tokens_of(dataset) == expected_tokens(cells, table)
     assert dataset["cell_id"][:] == cells.obs_names.tolist()
     assert not list(tmp_path.glob("geneformer-hf-*")), "rows of a transposed file were left behind"
+
+
+def test_several_processes_are_cached_and_say_the_same_again(tmp_path, genes, tokenizer, caplog):
+    path = write(make_cells(genes, 300, filter_pass=np.arange(300) % 3 > 0), tmp_path / "a.h5ad")
+    first = load_cells(path, tokenizer=tokenizer, num_proc=2, cache_dir=tmp_path / "cache")
+    caplog.clear()
+    again = load_cells(path, tokenizer=tokenizer, num_proc=2, cache_dir=tmp_path / "cache")
+    assert "100 cells were left out" in caplog.text
+    assert again.cache_files == first.cache_files
+    assert again[:] == first[:] == load_cells(path, tokenizer=tokenizer, cache_dir=tmp_path / "cache")[:]
+    assert again.info.description == first.info.description
 
 
 def test_cells_in_memory_equal_the_file(h5ad, cells, tokenizer):
