@@ -127,7 +127,7 @@ def _sketch_memory(source: CellSource, parts: Path) -> SketchedFile:
     file = _about(source, source.name, "memory", ids, source.totals_from)
     names = []
     for start, stop in _ranges(source.n_cells):
-        _write_sketch(source, file, start, stop, parts / f"{start}.npz")
+        _write_sketch(source, ids, start, stop, parts / f"{start}.npz")
         names.append(f"{start}.npz")
     return SketchedFile(**(vars(file) | {"parts": tuple(names)}))
 
@@ -168,7 +168,9 @@ def _sketch(files: Sequence[SketchedFile], options: SourceOptions, parts: Path, 
         work += [(SketchedFile(**(vars(file) | {"parts": names})), group) for group in groups]
     tasks.parts_of |= {f.name: [parts / name for name in f.parts] for f, _ in work}
     owners = [f.name for f, _ in work]
-    n_short = tasks.run(sketch_ranges, [(f, options, str(parts), group) for f, group in work], owners, "Sketching", "ranges")
+    # Tens of thousands of gene names go to no worker; it finds them in the file.
+    light = [(SketchedFile(**(vars(file) | {"ensembl_ids": (), "parts": ()})), group) for file, group in work]
+    n_short = tasks.run(sketch_ranges, [(f, options, str(parts), group) for f, group in light], owners, "Sketching", "ranges")
     short: dict[str, int] = {}
     for name, n in zip([name for name in owners if name not in tasks.skipped], n_short, strict=True):
         short[name] = short.get(name, 0) + n
@@ -204,13 +206,13 @@ def sketch_ranges(file: SketchedFile, options: SourceOptions, parts: str, ranges
             if source is None:
                 source = open_cells(file.path, **vars(options))
                 source.name, source.totals_from = file.name, file.totals_from
-            n_short += _write_sketch(source, file, start, stop, part)
+            n_short += _write_sketch(source, ensembl_ids_of(source), start, stop, part)
     return n_short
 
 
-def _write_sketch(source: CellSource, about: SketchedFile, start: int, stop: int, part: Path) -> int:
+def _write_sketch(source: CellSource, ids: tuple[str, ...], start: int, stop: int, part: Path) -> int:
     """Write the sketch of a row range, unless totals are below counts; return how many."""
-    columns = source.match_genes(_table_of(about.ensembl_ids))
+    columns = source.match_genes(_table_of(ids))
     gene_of_slot = columns.token_ids
     sketches: dict[int, MedianSketch] = {}
     genes: list[np.ndarray] = []

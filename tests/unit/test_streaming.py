@@ -153,6 +153,13 @@ def test_workers_read_every_cell_once(num_workers, make, ids):
     assert sorted(chain(*ranks[0], *ranks[1])) == sorted(ids)
 
 
+def test_workers_read_zarr_that_was_open_before_them(tmp_path, cells, tokenizer):
+    stream = stream_cells(formats.write_zarr(cells, tmp_path / "a.zarr", 3), tokenizer=tokenizer, shard_cells=4, shuffle=True)
+    before = read(stream)
+    loader = DataLoader(stream, batch_size=10, num_workers=2, collate_fn=list_of, timeout=60)
+    assert sorted(chain(*loader)) == sorted(before)
+
+
 @pytest.mark.filterwarnings("ignore:'set_vital' is deprecated")
 def test_a_stateful_loader_with_workers_resumes(make, ids):
     def loader():
