@@ -14,7 +14,7 @@ from geneformer_hf import GeneformerConfig
 from tests import reference
 from tests.tolerances import NAIVE_TWIN
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 
 def command(*arguments, timeout=900):
