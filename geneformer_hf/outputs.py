@@ -135,7 +135,8 @@ def unfinished(output: str | Path, *, overwrite: bool = False) -> Iterator[Unfin
     """
     output = Path(output)
     require_free(output, overwrite=overwrite)
-    work = Unfinished(output.with_name(f".{output.name}.unfinished"), output, overwrite)
+    # Absolute: workers of a cluster may run in another folder.
+    work = Unfinished(output.absolute().with_name(f".{output.name}.unfinished"), output, overwrite)
     lock = FileLock(work.folder / "lock")
     try:
         work.parts.mkdir(parents=True, exist_ok=True)

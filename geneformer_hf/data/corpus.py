@@ -148,14 +148,16 @@ def _tokenize(
         "parts",
         n_done=sum(map(len, parts.values())) - len(tasks),
     )
+    # A copy of a bad file shares its parts, which were tried once. Which of several bad files was met first is chance.
+    bad = {s.content: files.skipped[s.report.file] for s in described if s.report.file in files.skipped}
+    files.skipped |= {s.report.file: bad[s.content] for s in described if s.content in bad and s.report.file not in files.skipped}
     files.require_some(len(paths))
-
     kept = [s for s in described if s.report.file not in files.skipped]
     whole = work.folder / "dataset"
     try:
         _assemble(
             work, whole, [part for s in kept for *_, part in parts[s.report.file]], features_of(tokenizer, columns, encoding), tokenizer,
-            [s.report for s in kept], [SkippedFile(name, str(error)) for name, error in files.skipped.items()],
+            [s.report for s in kept], [SkippedFile(str(p), str(files.skipped[str(p)])) for p in paths if str(p) in files.skipped],
         )  # fmt: skip
     except CellFileError:
         # No cell is left, and the same files would give the same.

@@ -162,17 +162,20 @@ def assess_quality(
         require_scrublet()
     options = SourceOptions(gene_ids, counts_layer, total_counts)
     parts = work.parts if work is not None else Path(tempfile.mkdtemp(prefix="geneformer-hf-"))
-    if hasattr(files, "obs") and hasattr(files, "var"):
-        source = open_cells(files, **vars(options))
-        measured = [_measure_memory(source, parts, rules, gene_biotypes, seed)]
-    else:
-        try:
+    try:
+        if hasattr(files, "obs") and hasattr(files, "var"):
+            measured = [_measure_memory(open_cells(files, **vars(options)), parts, rules, gene_biotypes, seed)]
+        else:
             measured = _measure_files(
                 find_files(files), options, parts, rules, gene_biotypes, seed, num_proc, dask, skip_bad_files=skip_bad_files, progress=progress
             )
-        finally:
-            _opened.cache_clear()
-    quality = _judge(measured, parts, rules)
+        quality = _judge(measured, parts, rules)
+    except BaseException:
+        if work is None:
+            shutil.rmtree(parts, ignore_errors=True)
+        raise
+    finally:
+        _opened.cache_clear()
     if work is None:
         weakref.finalize(quality, shutil.rmtree, parts, ignore_errors=True)
     return quality

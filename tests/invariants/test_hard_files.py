@@ -1,6 +1,7 @@
 """Hard files and hard orders of events, each of which once gave a wrong answer, lost something, or ended in a traceback."""
 
 import json
+import tempfile
 
 import anndata
 import datasets
@@ -18,8 +19,10 @@ from geneformer_hf.cli.qc import Qc, output_names
 from geneformer_hf.data.readers import open_cells
 from geneformer_hf.errors import CellFileError, SettingError
 from geneformer_hf.genes import human_genes
+from geneformer_hf.outputs import unfinished
 from tests.conftest import make_cells, with_row, write
 from tests.faults.test_bad_input import check_refused
+from tests.faults.test_corpus import bad_in_the_middle
 from tests.formats import files as formats
 from tests.unit.test_readers import read_all
 
@@ -324,3 +327,26 @@ def test_a_position_is_for_the_files_it_was_saved_for(tmp_path, genes, tokenizer
         next(iter(streams[1]))
     with pytest.raises(SettingError, match="shard_cells is -1"):
         stream_tokens(tmp_path / "t0", shard_cells=-1)
+
+
+def test_a_bad_file_and_its_copy_are_both_skipped(tmp_path, genes, tokenizer):
+    good, bad, copy = write(make_cells(genes, 8), tmp_path / "good.h5ad"), tmp_path / "bad.h5ad", tmp_path / "copy.h5ad"
+    bad_in_the_middle(bad, genes)
+    copy.write_bytes(bad.read_bytes())
+    dataset = tokenize_corpus([bad, good, copy], tmp_path / "out", tokenizer=tokenizer, skip_bad_files=True)
+    assert len(dataset) == 8
+    assert [s["file"] for s in json.loads(dataset.info.description)["skipped_files"]] == [str(bad), str(copy)]
+
+
+def test_parts_of_a_relative_output_have_absolute_names(tmp_path, monkeypatch):
+    """Workers of a cluster run in folders of their own."""
+    monkeypatch.chdir(tmp_path)
+    with unfinished("out") as work:
+        assert work.parts.is_absolute()
+
+
+def test_a_refused_verdict_leaves_no_temporary_folder(tmp_path, genes, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with pytest.raises(CellFileError):
+        assess_quality(make_cells(genes, 3)[:0].copy(), rules=QUICK)
+    assert not list(tmp_path.iterdir())
