@@ -30,10 +30,14 @@ if TYPE_CHECKING:
     from .data.streaming import stream_cells, stream_tokens
     from .hub.checkpoints import CHECKPOINTS, convert_checkpoint
     from .hub.export import export_checkpoint
+    from .training.arguments import GeneformerPretrainingArguments
+    from .training.pretraining import PretrainingRun, pretrain
 
 _LAZY = {
     "CHECKPOINTS": "hub.checkpoints",
     "CellDatasetBuilder": "data.builder",
+    "GeneformerPretrainingArguments": "training.arguments",
+    "PretrainingRun": "training.pretraining",
     "QualityRules": "data.quality",
     "assess_quality": "data.quality",
     "convert_checkpoint": "hub.checkpoints",
@@ -43,6 +47,7 @@ _LAZY = {
     "fit_gene_table": "data.medians",
     "iter_gene_embeddings": "analysis.embeddings",
     "load_cells": "data.builder",
+    "pretrain": "training.pretraining",
     "state_embeddings": "analysis.embeddings",
     "stream_cells": "data.streaming",
     "stream_tokens": "data.streaming",
@@ -59,7 +64,9 @@ __all__ = [
     "GeneformerForSequenceClassification",
     "GeneformerForTokenClassification",
     "GeneformerModel",
+    "GeneformerPretrainingArguments",
     "GeneformerTokenizer",
+    "PretrainingRun",
     "QualityRules",
     "__version__",
     "assess_quality",
@@ -70,6 +77,7 @@ __all__ = [
     "fit_gene_table",
     "iter_gene_embeddings",
     "load_cells",
+    "pretrain",
     "rank_genes",
     "state_embeddings",
     "stream_cells",

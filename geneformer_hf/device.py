@@ -70,6 +70,11 @@ def resolve_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
     return DTYPES[dtype]
 
 
+def has_variable_length_attention(device: torch.device, dtype: torch.dtype) -> bool:
+    """Return whether torch's variable-length attention kernel runs here: on CUDA, in half precision."""
+    return device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
+
+
 def run_with_backoff(run: Callable[[Items], T], items: Items) -> list[T]:
     """Call ``run(items)``; each time the accelerator runs out of memory, cut the items in half and run the halves.
 

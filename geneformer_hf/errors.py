@@ -67,5 +67,9 @@ class WorkerDiedError(GeneformerError, RuntimeError):
     """A worker process was killed, usually for want of memory."""
 
 
+class TrainingDivergedError(GeneformerError, ArithmeticError):
+    """A loss or gradient is not finite; going on would only spoil the weights further."""
+
+
 class MissingExtraError(GeneformerError, ImportError):
     """An optional dependency is needed and not installed."""

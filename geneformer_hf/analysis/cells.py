@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ import pyarrow as pa
 from ..data.readers import CellSource, open_cells, read_ahead
 from ..data.stores import is_zarr
 from ..data.tenx import is_tenx_folder
+from ..data.tokenized import gene_table_of, report_of
 from ..errors import CellFileError, ColumnNotFoundError, VocabularyMismatchError
 from ..models.configuration_geneformer import GeneformerConfig
 from ..models.tokenization_geneformer import GeneformerTokenizer
@@ -124,17 +124,13 @@ class DatasetCells(Cells):
     @cached_property
     def report(self) -> dict[str, Any]:
         """What `load_cells` recorded, empty for other datasets."""
-        try:
-            report = json.loads(self.dataset.info.description or "{}")
-        except json.JSONDecodeError:
-            return {}
-        return report if isinstance(report, dict) else {}
+        return report_of(self.dataset)
 
     def require_made_for(self, config: GeneformerConfig) -> None:
         """Raise if the dataset records another gene table than the model."""
-        table = str(self.report.get("encoding", "")).split("-")[1:2]
-        if table and config.vocabulary_fingerprint is not None and table[0] != config.vocabulary_fingerprint:
-            msg = f"The dataset was tokenized with gene table {table[0]} and the model was made for {config.vocabulary_fingerprint}. Tokenize the cells with this model's tokenizer."
+        table = gene_table_of(self.dataset)
+        if table and config.vocabulary_fingerprint is not None and table != config.vocabulary_fingerprint:
+            msg = f"The dataset was tokenized with gene table {table} and the model was made for {config.vocabulary_fingerprint}. Tokenize the cells with this model's tokenizer."
             raise VocabularyMismatchError(msg)
 
     def chunks(self) -> Iterator[TokenChunk]:

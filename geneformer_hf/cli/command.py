@@ -15,6 +15,8 @@ class Command(ABC):
 
     name: str
     help: str
+    takes_rest = False
+    """Arguments it does not declare, --help among them, are its own to read: `args.rest`."""
 
     @abstractmethod
     def add_arguments(self, parser: ArgumentParser) -> None:

@@ -20,10 +20,11 @@ from .embed import Embed
 from .export import Export
 from .info import Info
 from .medians import Medians
+from .pretrain import Pretrain
 from .qc import Qc
 from .tokenize import Tokenize
 
-COMMANDS: tuple[type[Command], ...] = (Demo, Info, Convert, Export, Tokenize, Embed, Qc, Medians)
+COMMANDS: tuple[type[Command], ...] = (Demo, Info, Convert, Export, Tokenize, Embed, Qc, Medians, Pretrain)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -34,15 +35,20 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for cls in COMMANDS:
         command = cls()
-        sub = commands.add_parser(command.name, help=command.help, description=cls.__doc__)
+        sub = commands.add_parser(
+            command.name, help=command.help, description=cls.__doc__, add_help=not command.takes_rest, allow_abbrev=not command.takes_rest
+        )
         command.add_arguments(sub)
-        sub.set_defaults(run=command.run)
+        sub.set_defaults(run=command.run, takes_rest=command.takes_rest)
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code: 0 done, 1 refused or failed with a message, 2 wrong usage, 130 interrupted."""
-    args = build_parser().parse_args(argv)
+    parser = build_parser()
+    args, args.rest = parser.parse_known_args(argv)
+    if args.rest and not args.takes_rest:
+        parser.error(f"unrecognized arguments: {' '.join(args.rest)}")
     _quieten()
     if threading.current_thread() is threading.main_thread():
         # What a batch queue sends at the end of its patience: stop as Ctrl-C does, and say so.

@@ -1,4 +1,4 @@
-"""Cells into padded batches."""
+"""Cells into batches with hidden genes."""
 
 from __future__ import annotations
 
@@ -6,46 +6,65 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import torch
 
-from ..models.modeling_geneformer import IGNORED
+from ..errors import SettingError
 from ..models.tokenization_geneformer import GeneformerTokenizer
+from .masking import CellKey, GeneMasker, MaskingRates
+from .packing import LAYOUTS, pack_cells, pad_cells
+
+KEY = "cell_key"
+"""Column with the key of a cell's masks: corpus, row and pass."""
 
 
 class DataCollatorForMaskedGenes:
-    """Pad cells and hide genes for pretraining.
+    """Lay out cells and hide genes for pretraining.
 
     Each gene is chosen with probability `mask_probability`; of those chosen, 80 % become `<mask>`, 10 % a random gene and
     10 % stay. Special tokens are never chosen and never drawn.
 
+    Cells that carry a `cell_key` (those of `pretrain`, and of streams made with `cell_keys=True`) have masks that depend on
+    nothing else. Others are numbered in the order they come, so their masks depend on order and cannot be resumed.
+
     Args:
         tokenizer (`GeneformerTokenizer`)
-        mask_probability (`float`, *optional*, defaults to 0.15)
-        seed (`int`, *optional*, defaults to 0): the same seed and the same calls give the same masks.
+        mask_probability (`float`, *optional*, defaults to 0.15), mask_share (0.8), random_share (0.1): see `MaskingRates`.
+        seed (`int`, *optional*, defaults to 0): the same seed and keys give the same masks.
+        layout (`"padded"` or `"packed"`, *optional*, defaults to `"padded"`):
+            packed batches are for models with `set_attn_implementation("packed_cells")`.
+        pad_to_multiple_of (`int`, *optional*): round padded lengths up.
 
     Source of the shares: Theodoris et al. 2023 (as BERT, Devlin et al. 2018).
     """
 
-    def __init__(self, tokenizer: GeneformerTokenizer, *, mask_probability: float = 0.15, seed: int = 0) -> None:
-        if not 0 < mask_probability < 1:
-            msg = f"mask_probability is {mask_probability}; expected a share between 0 and 1."
-            raise ValueError(msg)
-        self.mask_probability = mask_probability
-        self._pad, self._mask = int(tokenizer.pad_token_id), int(tokenizer.mask_token_id)
-        self._genes = np.sort(tokenizer.gene_table.token_ids).astype(np.int64)
-        self._specials = np.array(sorted(tokenizer.all_special_ids), dtype=np.int64)
-        self._rng = np.random.default_rng(seed)
+    def __init__(
+        self,
+        tokenizer: GeneformerTokenizer,
+        *,
+        mask_probability: float = 0.15,
+        mask_share: float = 0.8,
+        random_share: float = 0.1,
+        seed: int = 0,
+        layout: str = "padded",
+        pad_to_multiple_of: int | None = None,
+    ) -> None:
+        if layout not in LAYOUTS:
+            msg = f"layout {layout!r} is not one of {', '.join(map(repr, LAYOUTS))}."
+            raise SettingError(msg)
+        self.masker = GeneMasker(tokenizer, MaskingRates(mask_probability, mask_share, random_share), seed=seed)
+        self.layout, self._pad, self._multiple_of = layout, int(tokenizer.pad_token_id), pad_to_multiple_of
+        self._n_seen = 0
 
-    def __call__(self, cells: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        """Return `input_ids`, `attention_mask` and `labels`, int64 of shape `(b, l)`."""
-        lengths = [len(cell["input_ids"]) for cell in cells]
-        ids = np.full((len(cells), max(lengths)), self._pad, dtype=np.int64)
-        for row, (cell, length) in enumerate(zip(cells, lengths, strict=True)):
-            ids[row, :length] = cell["input_ids"]
-        present = np.arange(ids.shape[1]) < np.array(lengths)[:, None]
-        chosen = (self._rng.random(ids.shape) < self.mask_probability) & present & ~np.isin(ids, self._specials)
-        labels = np.where(chosen, ids, IGNORED)
-        fate = self._rng.random(ids.shape)
-        random_genes = self._genes[self._rng.integers(len(self._genes), size=ids.shape)]
-        ids = np.where(chosen & (fate < 0.8), self._mask, np.where(chosen & (fate >= 0.9), random_genes, ids))
-        return {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(present.astype(np.int64)), "labels": torch.from_numpy(labels)}
+    def __call__(self, cells: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """Return `input_ids`, `labels` (-100 where nothing is asked) and what the layout needs: see `pad_cells`, `pack_cells`."""
+        lengths = np.array([len(cell["input_ids"]) for cell in cells])
+        packed = np.concatenate([np.asarray(cell["input_ids"]) for cell in cells])
+        ids, labels = self.masker.hide(packed, lengths, [self._key_of(cell) for cell in cells])
+        if self.layout == "packed":
+            return pack_cells(lengths, ids, labels)
+        return pad_cells(lengths, ids, labels, pad=self._pad, multiple_of=self._multiple_of)
+
+    def _key_of(self, cell: dict[str, Any]) -> CellKey:
+        if KEY in cell:
+            return CellKey(*(int(part) for part in cell[KEY]))
+        self._n_seen += 1
+        return CellKey(0, self._n_seen - 1, 0)

@@ -1,8 +1,11 @@
-"""The encoder over packed cells: no padding in any linear layer, and attention confined to each cell.
+"""Attention over packed cells: no padding in any linear layer, and attention confined to each cell.
 
 Cells of a batch are laid end to end, `(t, e)` for t tokens in all. On a CPU attention runs cell by cell without a mask,
-because there a padding mask costs more than the padding; on an accelerator queries and keys are padded for the attention
-call alone. The layers are walked by BERT's parameter names, so whatever replaces them (LoRA, 4-bit linear layers) runs too.
+because there a padding mask costs more than the padding; on an accelerator a variable-length kernel does it where it can
+(half precision, no dropout), else queries and keys are padded for the attention call alone.
+
+Two ways in: `packed_attention`, registered with transformers, serves whole models in training and evaluation;
+`encode_packed` walks an encoder's layers for embeddings, without anything that only training needs.
 """
 
 from __future__ import annotations
@@ -13,6 +16,65 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+from ..device import has_variable_length_attention
+
+PACKED_ATTENTION = "packed_cells"
+"""Name for `model.set_attn_implementation`: packed where a call brings `cu_seq_lens_q`, torch's usual attention where it does not."""
+
+
+def packed_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    cu_seq_lens_q: torch.Tensor | None = None,
+    max_length_q: int | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attend within each cell; an attention function of transformers.
+
+    Args:
+        query, key, value (`torch.Tensor` of shape `(1, heads, t, d)`): packed cells; `(b, heads, l, d)` without `cu_seq_lens_q`.
+        attention_mask: for calls without `cu_seq_lens_q`; packed calls need none.
+        cu_seq_lens_q (`torch.IntTensor` of shape `(cells + 1,)`): where each cell begins and the last one ends.
+        max_length_q (`int`): the longest cell.
+
+    Returns:
+        `(1, t, heads, d)`, and None for the weights.
+    """
+    if cu_seq_lens_q is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
+    if query.shape[0] != 1 or attention_mask is not None:
+        msg = f"packed cells come as one row without an attention mask; got {query.shape[0]} rows{'' if attention_mask is None else ' and a mask'}."
+        raise ValueError(msg)
+    if query.device.type == "cpu" or max_length_q is None:
+        lengths = cu_seq_lens_q.diff().tolist()
+        # One split, whose gradient is one concatenation; slices would each make a gradient as large as the batch.
+        parts = zip(*(x.split(lengths, dim=2) for x in (query, key, value)), strict=True)
+        contexts = [F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scaling).transpose(1, 2) for q, k, v in parts]
+        return torch.cat(contexts, dim=1), None
+    query_thd, key_thd, value_thd = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
+    if dropout == 0 and has_variable_length_attention(query.device, query.dtype):
+        from torch.nn.attention.varlen import varlen_attn
+
+        return varlen_attn(query_thd, key_thd, value_thd, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q, scale=scaling).unsqueeze(0), None
+    # The variable-length kernel has no dropout and no single precision, so neither is given up for it.
+    layout = _Padded(cu_seq_lens_q.diff(), longest=max_length_q)
+    heads = query.shape[1]
+    context = layout.attend(*(x.flatten(1) for x in (query_thd, key_thd, value_thd)), heads=heads, dropout=dropout, scaling=scaling)
+    return context.unflatten(-1, (heads, -1)).unsqueeze(0), None
+
+
+AttentionInterface.register(PACKED_ATTENTION, packed_attention)
+AttentionMaskInterface.register(PACKED_ATTENTION, sdpa_mask)
 
 
 def encode_packed(bert: Any, input_ids_t: torch.Tensor, lengths: Sequence[int], n_layers: int) -> torch.Tensor:
@@ -32,7 +94,7 @@ def encode_packed(bert: Any, input_ids_t: torch.Tensor, lengths: Sequence[int], 
     starts_b = lengths_b.cumsum(0) - lengths_b
     positions_t = torch.arange(len(input_ids_t), device=device) - starts_b.repeat_interleave(lengths_b)
     hidden_te = bert.embeddings(input_ids=input_ids_t.unsqueeze(0), position_ids=positions_t.unsqueeze(0)).squeeze(0)
-    layout = None if device.type == "cpu" else _Padded(lengths_b, positions_t)
+    layout = None if device.type == "cpu" else _Padded(lengths_b, longest=max(lengths))
     for layer in bert.encoder.layer[:n_layers]:
         attention = layer.attention.self
         query, key, value = attention.query(hidden_te), attention.key(hidden_te), attention.value(hidden_te)
@@ -40,7 +102,7 @@ def encode_packed(bert: Any, input_ids_t: torch.Tensor, lengths: Sequence[int], 
         if layout is None:
             context_te = _cell_by_cell(query, key, value, heads, lengths)
         else:
-            context_te = layout.attend(query, key, value, heads)
+            context_te = layout.attend(query, key, value, heads=heads)
         # BERT's output modules without dropout; the sums are in place, as nothing else holds those tensors.
         hidden_te = layer.attention.output.LayerNorm(layer.attention.output.dense(context_te).add_(hidden_te))
         inner_te = layer.intermediate.dense(hidden_te)
@@ -64,19 +126,19 @@ def _cell_by_cell(query_te: torch.Tensor, key_te: torch.Tensor, value_te: torch.
 class _Padded:
     """Where each packed token stands in a padded batch."""
 
-    def __init__(self, lengths_b: torch.Tensor, positions_t: torch.Tensor) -> None:
-        self.n_cells, self.longest = len(lengths_b), int(lengths_b.max())
-        cells_t = torch.arange(self.n_cells, device=lengths_b.device).repeat_interleave(lengths_b)
-        self.places_t = cells_t * self.longest + positions_t
-        keep_bl = torch.arange(self.longest, device=lengths_b.device) < lengths_b.unsqueeze(1)
-        self.mask = None if bool(keep_bl.all()) else keep_bl[:, None, None, :]
+    def __init__(self, lengths_b: torch.Tensor, *, longest: int) -> None:
+        self.n_cells, self.longest = len(lengths_b), longest
+        keep_bl = torch.arange(longest, device=lengths_b.device) < lengths_b.unsqueeze(1)
+        self.places_t = keep_bl.flatten().nonzero().squeeze(1)
+        self.mask = None if len(self.places_t) == keep_bl.numel() else keep_bl[:, None, None, :]
 
-    def attend(self, query_te: torch.Tensor, key_te: torch.Tensor, value_te: torch.Tensor, heads: int) -> torch.Tensor:
+    def attend(
+        self, query_te: torch.Tensor, key_te: torch.Tensor, value_te: torch.Tensor, *, heads: int, dropout: float = 0.0, scaling: float | None = None
+    ) -> torch.Tensor:
         query, key, value = (self._pad(x_te, heads) for x_te in (query_te, key_te, value_te))
-        context = F.scaled_dot_product_attention(query, key, value, attn_mask=self.mask)
+        context = F.scaled_dot_product_attention(query, key, value, attn_mask=self.mask, dropout_p=dropout, scale=scaling)
         return context.transpose(1, 2).reshape(self.n_cells * self.longest, -1)[self.places_t]
 
     def _pad(self, x_te: torch.Tensor, heads: int) -> torch.Tensor:
-        padded = x_te.new_zeros(self.n_cells * self.longest, x_te.shape[-1])
-        padded[self.places_t] = x_te
+        padded = x_te.new_zeros(self.n_cells * self.longest, x_te.shape[-1]).index_copy(0, self.places_t, x_te)
         return padded.view(self.n_cells, self.longest, heads, -1).transpose(1, 2)

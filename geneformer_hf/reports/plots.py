@@ -112,11 +112,16 @@ def _class_names(series: pd.Series) -> np.ndarray:
     return text.where(text.str.strip() != "", "(empty)").to_numpy()
 
 
-def plot_loss(steps: Sequence[int], losses: Sequence[float], path: Path, *, title: str, references: Mapping[str, float] | None = None) -> None:
-    """Draw training loss in nats by step, with other losses as horizontal lines."""
+def plot_loss(
+    steps: Sequence[int], losses: Sequence[float], path: Path, *, title: str, references: Mapping[str, float] | None = None,
+    held_out: Sequence[tuple[int, float]] = (),
+) -> None:  # fmt: skip
+    """Draw training loss in nats by step, with losses on held-out cells as points and other losses as horizontal lines."""
     plt = _pyplot()
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    axes.plot(steps, losses, label="training")
+    axes.plot(steps, losses, label="training", marker="." if len(steps) < 3 else None)
+    if held_out:
+        axes.plot(*zip(*held_out, strict=True), "o-", color="black", markersize=3, linewidth=1, label=f"held-out cells ({held_out[-1][1]:.2f})")
     for i, (label, value) in enumerate((references or {}).items()):
         axes.axhline(value, linestyle="--", color=f"C{i + 1}", label=f"{label} ({value:.2f})")
     axes.set(title=title, xlabel="step", ylabel="masked-gene loss (nats)")

@@ -1,0 +1,189 @@
+"""Which cells training shows, and in what order: corpora, held-out cells, weighted mixtures without an end.
+
+The order is a function of the seed alone, so any place in it can be found again. For each cell of a corpus it takes eight bytes of
+memory (its length, its place in a pass); tokens stay on disk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import datasets
+import numpy as np
+import torch.utils.data
+import xxhash
+
+from ..errors import CellFileError, SettingError
+from .collators import KEY
+from .masking import CellKey
+
+APPORTIONED = 1024
+"""Cells over which a mixture keeps its shares, to one cell a corpus."""
+FINGERPRINT_CELLS = 1000
+EVALUATION = (1 << 62) - 1
+"""The showing of held-out cells: always the same, so that their hidden genes are."""
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Tokenized cells of one domain, some of them held out.
+
+    Args:
+        name (`str`): what logs and reports call it.
+        cells (`datasets.Dataset`): with `input_ids`, and `length` where it was tokenized here.
+        held_out (`int`, *optional*, defaults to 0): cells kept for evaluation, drawn by `seed`.
+        seed (`int`, *optional*, defaults to 0)
+    """
+
+    name: str
+    cells: datasets.Dataset
+    held_out: int = 0
+    seed: int = 0
+    held_out_rows: np.ndarray = field(init=False, repr=False, compare=False)
+    """int64, sorted."""
+    lengths: np.ndarray = field(init=False, repr=False, compare=False)
+    """int32 of shape `(cells,)`: tokens of each cell."""
+    _tokens: Any = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if "input_ids" not in self.cells.column_names:
+            msg = f"{self.name}: no column 'input_ids'; found {', '.join(self.cells.column_names) or 'none'}. Tokenized cells are expected: `geneformer-hf tokenize`."
+            raise CellFileError(msg)
+        if not 0 <= self.held_out < max(1, len(self.cells)):
+            msg = f"{self.name}: {self.held_out:,} of {len(self.cells):,} cells cannot be held out; some must be left to train on."
+            raise SettingError(msg)
+        if not len(self.cells):
+            msg = f"{self.name}: no cells in it. Tokenize files that have some."
+            raise CellFileError(msg)
+        rows = np.random.default_rng([self.seed, len(self.cells)]).choice(len(self.cells), self.held_out, replace=False)
+        object.__setattr__(self, "held_out_rows", np.sort(rows))
+        object.__setattr__(self, "_tokens", self.cells.select_columns(["input_ids"]).with_format("arrow"))
+        object.__setattr__(self, "lengths", self._read_lengths())
+
+    def _read_lengths(self) -> np.ndarray:
+        if "length" in self.cells.column_names:
+            return np.asarray(self.cells.with_format("numpy")["length"][:]).astype(np.int32)
+        parts = [self._tokens[start : start + 10_000]["input_ids"].combine_chunks().value_lengths().to_numpy() for start in range(0, len(self.cells), 10_000)]
+        return np.concatenate(parts).astype(np.int32)
+
+    @property
+    def n_train(self) -> int:
+        """Cells to train on."""
+        return len(self.cells) - self.held_out
+
+    def train_rows(self, places: np.ndarray) -> np.ndarray:
+        """Return the rows of the training cells at some places, counted without those held out."""
+        skipped = np.searchsorted(self.held_out_rows - np.arange(self.held_out), places, side="right")
+        return places + skipped
+
+    def read(self, rows: Sequence[int]) -> list[np.ndarray]:
+        """Return the token ids of some cells."""
+        column = self._tokens[list(rows)]["input_ids"].combine_chunks()
+        values, offsets = column.values.to_numpy(zero_copy_only=False), column.offsets.to_numpy()
+        return [values[offsets[i] : offsets[i + 1]] for i in range(len(rows))]
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of the number of cells, their lengths, and the tokens of a thousand of them; not of where they lie."""
+        digest = xxhash.xxh3_128(np.int64([len(self.cells), self.held_out, self.seed]).tobytes())
+        digest.update(self.lengths.tobytes())
+        for cell in self.read(np.unique(np.linspace(0, len(self.cells) - 1, FINGERPRINT_CELLS).astype(int)).tolist()):
+            digest.update(cell.astype(np.int32).tobytes())
+        return digest.hexdigest()
+
+
+class Mixture:
+    """Corpora in given shares, as a sequence of cells without an end.
+
+    Each corpus is shown pass after pass, every pass in another order; none of its cells comes again before all have come.
+
+    Args:
+        corpora (`Sequence[Corpus]`)
+        weights (`Sequence[float]`, *optional*): the share of each; by default their share of all cells.
+        seed (`int`, *optional*, defaults to 0)
+    """
+
+    def __init__(self, corpora: Sequence[Corpus], weights: Sequence[float] | None = None, *, seed: int = 0) -> None:
+        sizes = np.array([corpus.n_train for corpus in corpora], dtype=np.float64)
+        if weights is not None and (len(weights) != len(corpora) or min(weights) <= 0):
+            msg = f"weights {list(weights)} for {len(corpora)} corpora; expected one number above 0 for each."
+            raise SettingError(msg)
+        self.corpora, self.seed = list(corpora), seed
+        shares = sizes if weights is None else np.array(weights, dtype=np.float64)
+        self.shares = shares / shares.sum()
+        self.cells_per_epoch = int(sizes.sum()) if weights is None else round(sizes[0] / self.shares[0])
+        """All cells once; with weights, as many as show the first corpus once."""
+        self._passes: dict[int, tuple[int, np.ndarray]] = {}
+
+    def blocks(self) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """Yield blocks of 1,024 cells: corpus, row and pass of each, int64."""
+        shown = np.zeros(len(self.corpora), dtype=np.int64)
+        number = 0
+        while True:
+            counts = self._counts(shown, (number + 1) * APPORTIONED)
+            parts = [self._take(i, int(shown[i]), int(count)) for i, count in enumerate(counts)]
+            corpus = np.repeat(np.arange(len(counts)), counts)
+            rows, passes = (np.concatenate(column) for column in zip(*parts, strict=True))
+            if len(counts) > 1:
+                order = np.random.default_rng([self.seed, 1, number]).permutation(APPORTIONED)
+                corpus, rows, passes = corpus[order], rows[order], passes[order]
+            yield corpus, rows, passes
+            shown += counts
+            number += 1
+
+    def _counts(self, shown: np.ndarray, until: int) -> np.ndarray:
+        """Return how many cells of each corpus come next, so that after `until` cells all shares are right to one cell."""
+        missing = np.maximum(self.shares * until - shown, 0)
+        counts = missing.astype(np.int64)
+        for i in np.argsort(-(missing - counts), kind="stable")[: until - int(shown.sum()) - int(counts.sum())]:
+            counts[i] += 1
+        surplus = int(counts.sum()) - (until - int(shown.sum()))
+        if surplus > 0:
+            counts[int(counts.argmax())] -= surplus
+        return counts
+
+    def _take(self, corpus: int, start: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return rows and passes of the next cells of one corpus."""
+        n = self.corpora[corpus].n_train
+        places, passes = np.empty(count, dtype=np.int64), np.empty(count, dtype=np.int64)
+        done = 0
+        while done < count:
+            number, within = divmod(start + done, n)
+            some = min(count - done, n - within)
+            places[done : done + some] = self._order(corpus, number)[within : within + some]
+            passes[done : done + some] = number
+            done += some
+        return self.corpora[corpus].train_rows(places), passes
+
+    def _order(self, corpus: int, number: int) -> np.ndarray:
+        known = self._passes.get(corpus)
+        if known is None or known[0] != number:
+            order = np.arange(self.corpora[corpus].n_train, dtype=np.uint32)
+            np.random.default_rng([self.seed, 0, corpus, number]).shuffle(order)
+            known = self._passes[corpus] = (number, order)
+        return known[1]
+
+
+class KeyedCells(torch.utils.data.Dataset):
+    """The cells of some corpora by `CellKey`, which goes along as the key of their masks."""
+
+    def __init__(self, corpora: Sequence[Corpus]) -> None:
+        self.corpora = list(corpora)
+
+    def __len__(self) -> int:
+        return sum(corpus.n_train for corpus in self.corpora)
+
+    def __getitem__(self, key: CellKey) -> dict[str, Any]:
+        return self.__getitems__([key])[0]
+
+    def __getitems__(self, keys: Sequence[CellKey]) -> list[dict[str, Any]]:
+        """Return several cells; torch's DataLoader asks for a batch at a time."""
+        found: list[dict[str, Any]] = [{KEY: key} for key in keys]
+        for number, corpus in enumerate(self.corpora):
+            places = [i for i, key in enumerate(keys) if key.corpus == number]
+            if places:
+                for i, tokens in zip(places, corpus.read([keys[i].row for i in places]), strict=True):
+                    found[i]["input_ids"] = tokens
+        return found

@@ -1,0 +1,42 @@
+"""Cells into batches: padded to the longest, or laid end to end."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from ..models.modeling_geneformer import IGNORED
+
+LAYOUTS = ("padded", "packed")
+
+
+def pad_cells(lengths: np.ndarray, input_ids_t: np.ndarray, labels_t: np.ndarray, *, pad: int, multiple_of: int | None = None) -> dict[str, torch.Tensor]:
+    """Return `input_ids`, `attention_mask` and `labels`, int64 of shape `(b, l)`."""
+    longest = int(lengths.max())
+    if multiple_of:
+        longest = -(-longest // multiple_of) * multiple_of
+    present = np.arange(longest) < lengths[:, None]
+    ids, labels = np.full(present.shape, pad, dtype=np.int64), np.full(present.shape, IGNORED, dtype=np.int64)
+    ids[present], labels[present] = input_ids_t, labels_t
+    return {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(present.astype(np.int64)), "labels": torch.from_numpy(labels)}
+
+
+def pack_cells(lengths: np.ndarray, input_ids_t: np.ndarray, labels_t: np.ndarray) -> dict[str, torch.Tensor | int]:
+    """Return one row of shape `(1, t)`: `input_ids`, `position_ids` and `labels`, and where cells begin and end.
+
+    The model must have been told: `model.set_attn_implementation("packed_cells")`, or `"flash_attention_2"`; other attention functions
+    of transformers ignore `cu_seq_lens_q` and would mix cells.
+    """
+    ends = np.cumsum(lengths)
+    positions = np.arange(ends[-1]) - np.repeat(ends - lengths, lengths)
+    borders = torch.from_numpy(np.concatenate([[0], ends]).astype(np.int32))
+    longest = int(lengths.max())
+    return {
+        "input_ids": torch.from_numpy(input_ids_t.astype(np.int64))[None],
+        "position_ids": torch.from_numpy(positions.astype(np.int64))[None],
+        "labels": torch.from_numpy(labels_t.astype(np.int64))[None],
+        "cu_seq_lens_q": borders,
+        "cu_seq_lens_k": borders,
+        "max_length_q": longest,
+        "max_length_k": longest,
+    }

@@ -1,0 +1,100 @@
+"""Tokenized datasets as they lie on disk: opening them, and whether they were made for a model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow as pa
+
+from ..errors import CellFileError, VocabularyMismatchError
+from ..models.tokenization_geneformer import GeneformerTokenizer
+
+LOOKED_AT = 1000
+"""Cells of a dataset that are looked at before training."""
+
+
+def open_tokenized(path: str | Path) -> datasets.Dataset:
+    """Open a dataset folder (`geneformer-hf tokenize`, `save_to_disk`), a Parquet file or a folder of these.
+
+    Raises:
+        CellFileError: if there is none, or it is damaged.
+    """
+    folder = Path(path)
+    if not folder.exists():
+        msg = f"{path} does not exist; expected the folder of a tokenized dataset, or Parquet files."
+        raise CellFileError(msg)
+    if (folder / "dataset_dict.json").is_file():
+        splits = json.loads((folder / "dataset_dict.json").read_text(encoding="utf-8")).get("splits", [])
+        msg = f"{path} holds several datasets ({', '.join(splits)}). Name one: {folder / (splits[0] if splits else 'train')}."
+        raise CellFileError(msg)
+    try:
+        if (folder / "state.json").is_file():
+            _require_whole(folder)
+            return datasets.load_from_disk(str(folder))
+        files = [folder] if folder.is_file() else sorted(folder.rglob("*.parquet"))
+        if files and all(file.suffix == ".parquet" for file in files):
+            return datasets.Dataset.from_parquet([str(file) for file in files])
+    except (OSError, ValueError, KeyError, pa.ArrowInvalid, datasets.exceptions.DatasetGenerationError) as error:
+        if isinstance(error, CellFileError):
+            raise
+        msg = f"{path} cannot be read: {str(error).splitlines()[0] if str(error) else type(error).__name__}. It is damaged or incomplete: tokenize the cells again."
+        raise CellFileError(msg) from error
+    msg = f"{path} is not the folder of a tokenized dataset (no state.json) and holds no Parquet files. Make one with `geneformer-hf tokenize`."
+    raise CellFileError(msg)
+
+
+def _require_whole(folder: Path) -> None:
+    """Raise if a shard that the dataset names is missing or empty."""
+    state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    for entry in state["_data_files"]:
+        shard = folder / entry["filename"]
+        if not shard.is_file() or not shard.stat().st_size:
+            msg = f"{folder}: the shard {entry['filename']} is {'empty' if shard.is_file() else 'missing'}. The dataset is incomplete: copy it again, or tokenize the cells again."
+            raise CellFileError(msg)
+
+
+def report_of(dataset: Any) -> dict[str, Any]:
+    """Return what `load_cells` recorded with a dataset, empty for other datasets."""
+    try:
+        report = json.loads(dataset.info.description or "{}")
+    except json.JSONDecodeError:
+        return {}
+    return report if isinstance(report, dict) else {}
+
+
+def gene_table_of(dataset: Any) -> str | None:
+    """Return the fingerprint of the gene table a dataset was tokenized with, None where it is not recorded."""
+    parts = str(report_of(dataset).get("encoding", "")).split("-")
+    return parts[1] if len(parts) > 1 else None
+
+
+def require_made_with(dataset: datasets.Dataset, tokenizer: GeneformerTokenizer, *, name: str) -> None:
+    """Raise unless a dataset can have been made with a tokenizer: what it records, and a thousand of its cells, are compared.
+
+    Raises:
+        VocabularyMismatchError
+    """
+    table = gene_table_of(dataset)
+    if table is not None and table != tokenizer.gene_table.fingerprint:
+        msg = f"{name} was tokenized with gene table {table}, and the tokenizer has {tokenizer.gene_table.fingerprint}. Tokenize the cells with this model's tokenizer."
+        raise VocabularyMismatchError(msg)
+    rows = np.unique(np.linspace(0, len(dataset) - 1, LOOKED_AT).astype(int))
+    cells = dataset.select_columns(["input_ids"]).with_format("numpy")[rows]["input_ids"]
+    size = max(tokenizer.get_vocab().values()) + 1
+    largest, smallest = max(int(np.max(cell, initial=0)) for cell in cells), min(int(np.min(cell, initial=0)) for cell in cells)
+    if largest >= size or smallest < 0:
+        msg = f"{name} holds the token id {largest if largest >= size else smallest:,}, and the vocabulary has {size:,} tokens. It was tokenized with another one: tokenize the cells again."
+        raise VocabularyMismatchError(msg)
+    for what, token, place in (("<cls>", tokenizer.cls_token_id, 0), ("<eos>", tokenizer.eos_token_id, -1)):
+        lacking = sum(len(cell) == 0 or int(cell[place]) != token for cell in cells)
+        if token is not None and lacking:
+            msg = f"{name}: {lacking:,} of {len(cells):,} cells looked at lack {what} (id {token}), which this model's cells have. A V1 dataset does not fit a V2 model: tokenize the cells with this model's tokenizer."
+            raise VocabularyMismatchError(msg)
+    longest = max(len(cell) for cell in cells)
+    if longest > tokenizer.model_max_length:
+        msg = f"{name} holds cells of {longest:,} tokens, and the model has positions for {tokenizer.model_max_length:,}. Tokenize the cells with this model's tokenizer, which keeps the highest ranks."
+        raise VocabularyMismatchError(msg)

@@ -1,0 +1,1 @@
+"""Pretraining and, on top of it, continual learning."""

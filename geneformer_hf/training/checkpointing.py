@@ -1,0 +1,96 @@
+"""Checkpoints that are whole or not there, and that know which run they belong to.
+
+A checkpoint is written under a temporary name and renamed when all of its files, of all processes, are there. So a kill at any
+moment, or a full disk, leaves the one before it as the last.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from ..errors import CheckpointError, OutputExistsError
+
+IDENTITY_FILE = "geneformer_run.json"
+MODEL_FOLDER = "model"
+UNFINISHED_CHECKPOINT = ".checkpoint.unfinished"
+UNFINISHED_MODEL = ".model.unfinished"
+CONFIG_FILE = "run.yaml"
+
+
+def checkpoints_in(folder: Path) -> list[Path]:
+    """Return the whole checkpoints of a run, the last one last."""
+    found = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit() and (path / IDENTITY_FILE).is_file()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")))
+
+
+def checkpoint_to_resume(output: Path, *, asked_for: str | None, identity: dict[str, Any]) -> Path | None:
+    """Return the checkpoint to go on from: the one asked for, else the last of this run, else None.
+
+    Raises:
+        OutputExistsError: if the run in this folder is finished, or another one.
+        CheckpointError: if the checkpoint asked for is none, or belongs to another run; each difference is named.
+    """
+    if asked_for is None or asked_for in ("True", "true"):
+        if (output / MODEL_FOLDER).exists():
+            msg = f"{output} holds the model of a finished run ({output / MODEL_FOLDER}). Choose another output_dir, or pass `overwrite: true` (--overwrite) to start anew there."
+            raise OutputExistsError(msg)
+        found = checkpoints_in(output)
+        if not found:
+            if asked_for is not None:
+                msg = f"{output} holds no whole checkpoint to resume from. Leave out resume_from_checkpoint to start."
+                raise CheckpointError(msg)
+            return None
+        checkpoint = found[-1]
+    else:
+        checkpoint = Path(asked_for)
+        if not (checkpoint / IDENTITY_FILE).is_file():
+            inside = checkpoints_in(checkpoint) if checkpoint.is_dir() else []
+            if not inside:
+                msg = f"{asked_for} is no checkpoint of `pretrain`: it has no {IDENTITY_FILE}. Give a folder checkpoint-N of this run, or go on from its weights with from_checkpoint."
+                raise CheckpointError(msg)
+            checkpoint = inside[-1]
+    _require_same_run(checkpoint, identity)
+    return checkpoint
+
+
+def _require_same_run(checkpoint: Path, identity: dict[str, Any]) -> None:
+    try:
+        theirs = json.loads((checkpoint / IDENTITY_FILE).read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        msg = f"{checkpoint / IDENTITY_FILE} cannot be read: {error}. Remove this checkpoint to go on from the one before."
+        raise CheckpointError(msg) from error
+    ours = json.loads(json.dumps(identity))
+    different = [
+        f"{name} is {_shown(ours.get(name))} and was {_shown(theirs.get(name))}"
+        for name in dict.fromkeys([*ours, *theirs])
+        if ours.get(name) != theirs.get(name)
+    ]
+    if different:
+        msg = f"{checkpoint} belongs to another run: {'; '.join(different)}. Use the settings and data of that run, or start another in a new output_dir (with from_checkpoint, to go on from its weights)."
+        raise CheckpointError(msg)
+
+
+def _shown(value: Any) -> str:
+    text = "not given" if value is None else str(value)
+    return text if len(text) <= 80 else f"{text[:77]}…"
+
+
+def remove_leftovers(output: Path) -> None:
+    """Remove what a killed run had not finished writing."""
+    for name in (UNFINISHED_CHECKPOINT, UNFINISHED_MODEL):
+        shutil.rmtree(output / name, ignore_errors=True)
+
+
+def put_in_place(unfinished: Path, final: Path) -> None:
+    """Give a finished folder its name, in place of what had it."""
+    if final.exists():
+        old = final.with_name(f".{final.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        final.rename(old)
+        unfinished.rename(final)
+        shutil.rmtree(old, ignore_errors=True)
+    else:
+        unfinished.rename(final)
