@@ -43,3 +43,34 @@ def gene_medians(counts_ng: np.ndarray, totals_n: np.ndarray) -> np.ndarray:
     """Return the exact median of each gene's non-zero counts per 10,000, NaN for genes in no cell."""
     scaled = counts_ng.astype(np.float64) / totals_n[:, None] * 10_000
     return np.array([np.median(column[column > 0]) if (column > 0).any() else np.nan for column in scaled.T])
+
+
+def hide_genes(cell: list[int], key: tuple[int, int, int], genes: list[int], specials: set[int], mask: int, seed: int, rates=(0.15, 0.8, 0.1)):
+    """Hide genes of one cell, one token at a time, from a generator made for this cell alone."""
+    corpus, row, showing = key
+    chosen_share, masked, drawn = rates
+    words = np.random.Philox(key=[seed, corpus], counter=[0, 0, row, showing]).random_raw(len(cell))
+    ids, labels = [], []
+    for token, word in zip(cell, words.tolist(), strict=True):
+        fate = (word % 2**32) / 2**32
+        if token in specials or word // 2**32 >= round(chosen_share * 2**32):
+            ids.append(token)
+            labels.append(-100)
+            continue
+        labels.append(token)
+        if fate < masked:
+            ids.append(mask)
+        elif fate < masked + drawn:
+            ids.append(sorted(genes)[min(int((fate - masked) / drawn * len(genes)), len(genes) - 1)])
+        else:
+            ids.append(token)
+    return ids, labels
+
+
+def masked_gene_loss(model: torch.nn.Module, cells: list[tuple[list[int], list[int]]]) -> torch.Tensor:
+    """Mean loss over all hidden genes of some cells, each run alone with the head at every position."""
+    losses = []
+    for ids, labels in cells:
+        logits = model.cls(model.bert(torch.tensor([ids])).last_hidden_state)[0]
+        losses += [-torch.log_softmax(logits[i], 0)[label] for i, label in enumerate(labels) if label != -100]
+    return torch.stack(losses).mean()

@@ -16,3 +16,11 @@ MEDIAN = 1e-3
 """Gene medians by sketch against exact ones, as promised; measured 8e-4 for genes in more than 16,384 cells."""
 SINGLE_PRECISION = 1e-7
 """Values kept as float32 on the way."""
+TRAJECTORY = 1e-5
+"""Losses step by step of the same training with sums in another order (layouts, accumulation, processes): float32 over tens of steps; measured 1e-6."""
+BF16_TRAJECTORY = 3e-2
+"""The same in bfloat16 against float32 on a tiny model whose losses are about 4: 8 bits of mantissa; measured 1e-2."""
+EQUALS_FREQUENCY = 0.05
+"""Nats between a model that can learn nothing but gene frequency and that baseline, as the project asks."""
+WEIGHTS_OF_TWO_PROCESSES = 1e-4
+"""Two processes against one: gradients are summed in another order, and Adam divides by their size."""

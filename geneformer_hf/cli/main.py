@@ -46,9 +46,10 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code: 0 done, 1 refused or failed with a message, 2 wrong usage, 130 interrupted."""
     parser = build_parser()
-    args, args.rest = parser.parse_known_args(argv)
-    if args.rest and not args.takes_rest:
-        parser.error(f"unrecognized arguments: {' '.join(args.rest)}")
+    args, rest = parser.parse_known_args(argv)
+    if rest and not args.takes_rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    args.rest = rest
     _quieten()
     if threading.current_thread() is threading.main_thread():
         # What a batch queue sends at the end of its patience: stop as Ctrl-C does, and say so.

@@ -73,10 +73,10 @@ class BatchPlan:
     def _steps_of_cells(self, cells_per_batch: int) -> Iterator[list[np.ndarray]]:
         size = cells_per_batch * self.batches_per_step
         n_steps = GROUPED_STEPS if self.group_by_length else 1
-        for number, window in enumerate(self._windows(size * n_steps)):
-            order = np.arange(n_steps)
+        for number, cells in enumerate(self._windows(size * n_steps)):
+            window, order = cells, np.arange(n_steps)
             if self.group_by_length:
-                window = window[self._longest_first(window)]
+                window = cells[self._longest_first(cells)]
                 np.random.default_rng([self.mixture.seed, 2, number]).shuffle(order)
                 if number == 0:
                     # The longest cells come first, so that a lack of memory shows at once.

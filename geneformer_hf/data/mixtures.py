@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import count
 from typing import Any
 
 import datasets
@@ -87,7 +88,7 @@ class Corpus:
     @property
     def fingerprint(self) -> str:
         """A hash of the number of cells, their lengths, and the tokens of a thousand of them; not of where they lie."""
-        digest = xxhash.xxh3_128(np.int64([len(self.cells), self.held_out, self.seed]).tobytes())
+        digest = xxhash.xxh3_128(np.array([len(self.cells), self.held_out, self.seed], dtype=np.int64).tobytes())
         digest.update(self.lengths.tobytes())
         for cell in self.read(np.unique(np.linspace(0, len(self.cells) - 1, FINGERPRINT_CELLS).astype(int)).tolist()):
             digest.update(cell.astype(np.int32).tobytes())
@@ -97,7 +98,8 @@ class Corpus:
 class Mixture:
     """Corpora in given shares, as a sequence of cells without an end.
 
-    Each corpus is shown pass after pass, every pass in another order; none of its cells comes again before all have come.
+    Each corpus is shown pass after pass, every pass in another order; none of its cells comes again before all have come. Without
+    weights this holds for all corpora together.
 
     Args:
         corpora (`Sequence[Corpus]`)
@@ -106,7 +108,8 @@ class Mixture:
     """
 
     def __init__(self, corpora: Sequence[Corpus], weights: Sequence[float] | None = None, *, seed: int = 0) -> None:
-        sizes = np.array([corpus.n_train for corpus in corpora], dtype=np.float64)
+        self._sizes, self._weighted = [corpus.n_train for corpus in corpora], weights is not None
+        sizes = np.array(self._sizes, dtype=np.float64)
         if weights is not None and (len(weights) != len(corpora) or min(weights) <= 0):
             msg = f"weights {list(weights)} for {len(corpora)} corpora; expected one number above 0 for each."
             raise SettingError(msg)
@@ -119,19 +122,27 @@ class Mixture:
 
     def blocks(self) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
         """Yield blocks of 1,024 cells: corpus, row and pass of each, int64."""
+        if not self._weighted:
+            borders = np.cumsum([0, *self._sizes])
+            for start in count(0, APPORTIONED):
+                places, passes = self._take(0, int(borders[-1]), start, APPORTIONED)
+                corpus = np.searchsorted(borders, places, side="right") - 1
+                yield corpus, self._rows(corpus, places - borders[corpus]), passes
         shown = np.zeros(len(self.corpora), dtype=np.int64)
-        number = 0
-        while True:
+        for number in count():
             counts = self._counts(shown, (number + 1) * APPORTIONED)
-            parts = [self._take(i, int(shown[i]), int(count)) for i, count in enumerate(counts)]
-            corpus = np.repeat(np.arange(len(counts)), counts)
-            rows, passes = (np.concatenate(column) for column in zip(*parts, strict=True))
-            if len(counts) > 1:
-                order = np.random.default_rng([self.seed, 1, number]).permutation(APPORTIONED)
-                corpus, rows, passes = corpus[order], rows[order], passes[order]
-            yield corpus, rows, passes
+            corpus = np.random.default_rng([self.seed, 1, number]).permutation(np.repeat(np.arange(len(counts)), counts))
+            places, passes = np.empty_like(corpus), np.empty_like(corpus)
+            for i, n in enumerate(counts.tolist()):
+                places[corpus == i], passes[corpus == i] = self._take(i, self._sizes[i], int(shown[i]), n)
+            yield corpus, self._rows(corpus, places), passes
             shown += counts
-            number += 1
+
+    def _rows(self, corpus: np.ndarray, places: np.ndarray) -> np.ndarray:
+        rows = np.empty_like(places)
+        for i, cells in enumerate(self.corpora):
+            rows[corpus == i] = cells.train_rows(places[corpus == i])
+        return rows
 
     def _counts(self, shown: np.ndarray, until: int) -> np.ndarray:
         """Return how many cells of each corpus come next, so that after `until` cells all shares are right to one cell."""
@@ -144,25 +155,24 @@ class Mixture:
             counts[int(counts.argmax())] -= surplus
         return counts
 
-    def _take(self, corpus: int, start: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return rows and passes of the next cells of one corpus."""
-        n = self.corpora[corpus].n_train
-        places, passes = np.empty(count, dtype=np.int64), np.empty(count, dtype=np.int64)
+    def _take(self, stream: int, size: int, start: int, n: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return places and passes of the next cells of one corpus, or of all."""
+        places, passes = np.empty(n, dtype=np.int64), np.empty(n, dtype=np.int64)
         done = 0
-        while done < count:
-            number, within = divmod(start + done, n)
-            some = min(count - done, n - within)
-            places[done : done + some] = self._order(corpus, number)[within : within + some]
+        while done < n:
+            number, within = divmod(start + done, size)
+            some = min(n - done, size - within)
+            places[done : done + some] = self._order(stream, size, number)[within : within + some]
             passes[done : done + some] = number
             done += some
-        return self.corpora[corpus].train_rows(places), passes
+        return places, passes
 
-    def _order(self, corpus: int, number: int) -> np.ndarray:
-        known = self._passes.get(corpus)
+    def _order(self, stream: int, size: int, number: int) -> np.ndarray:
+        known = self._passes.get(stream)
         if known is None or known[0] != number:
-            order = np.arange(self.corpora[corpus].n_train, dtype=np.uint32)
-            np.random.default_rng([self.seed, 0, corpus, number]).shuffle(order)
-            known = self._passes[corpus] = (number, order)
+            order = np.arange(size, dtype=np.uint32)
+            np.random.default_rng([self.seed, 0, stream, number]).shuffle(order)
+            known = self._passes[stream] = (number, order)
         return known[1]
 
 

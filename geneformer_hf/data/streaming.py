@@ -26,6 +26,7 @@ from datasets.iterable_dataset import _BaseExamplesIterable
 
 from ..errors import CellFileError, SettingError
 from ..models.tokenization_geneformer import GeneformerTokenizer
+from .collators import KEY
 from .columns import ObsColumns, ObsHead
 from .encoder import CellEncoder, EncodingOptions, features_of
 from .files import find_files
@@ -44,6 +45,9 @@ class ShardedCells(_BaseExamplesIterable):
         key (`tuple` of `int`, *optional*): what the permutations are drawn from; None leaves everything in order.
         mixed (`int`): shards read at a time, whose rows are permuted together.
     """
+
+    with_cell_keys = False
+    """Whether rows carry the `cell_key` from which DataCollatorForMaskedGenes draws their masks."""
 
     def __init__(self, about: Any, features: datasets.Features, numbers: Sequence[int], key: tuple[int, ...] | None, mixed: int) -> None:
         super().__init__()
@@ -67,7 +71,7 @@ class ShardedCells(_BaseExamplesIterable):
     @property
     def features(self) -> datasets.Features:
         """Columns and their types."""
-        return self._features
+        return datasets.Features(self._features | {KEY: datasets.List(datasets.Value("int64"))}) if self.with_cell_keys else self._features
 
     @property
     def num_shards(self) -> int:
@@ -83,19 +87,19 @@ class ShardedCells(_BaseExamplesIterable):
         """Return the shards in the order of another epoch; datasets calls this for every epoch but the first."""
         if self._key is None:
             return self
-        return self._with(self._numbers, (*self._key[:1], int(generator.integers(1 << 62)))).shuffled()
+        return self._again(self._numbers, (*self._key[:1], int(generator.integers(1 << 62)))).shuffled()
 
     def shuffled(self) -> ShardedCells:
         """Return the shards in the order their key says."""
         if self._key is None:
             return self
         numbers = np.sort(np.array(self._numbers, dtype=np.int64))
-        return self._with(np.random.default_rng(self._key).permutation(numbers).tolist(), self._key)
+        return self._again(np.random.default_rng(self._key).permutation(numbers).tolist(), self._key)
 
     def shard_data_sources(self, num_shards: int, index: int, contiguous: bool = True) -> ShardedCells:
         """Return some of the shards."""
         places = self.split_shard_indices_by_worker(num_shards, index, contiguous=contiguous)
-        return self._with([self._numbers[place] for place in places], self._key)
+        return self._again([self._numbers[place] for place in places], self._key)
 
     def reshard_data_sources(self) -> ShardedCells:
         """Return itself: the shards are small already."""
@@ -128,9 +132,23 @@ class ShardedCells(_BaseExamplesIterable):
                     yield f"{group}-{place}", examples[int(order[place])]
                 state["group"], state["row"] = group + 1, 0
 
+    def _again(self, numbers: Sequence[int], key: tuple[int, ...] | None) -> ShardedCells:
+        again = self._with(numbers, key)
+        again.with_cell_keys = self.with_cell_keys
+        return again
+
     def _load(self, numbers: Sequence[int]) -> pa.Table:
         tables = [self._read(number) for number in numbers]
+        if self.with_cell_keys:
+            showing = 0 if self._key is None else self._key[1]
+            tables = [self._add_keys(table, number, showing) for table, number in zip(tables, numbers, strict=True)]
         return pa.concat_tables(tables).combine_chunks() if len(tables) > 1 else tables[0].combine_chunks()
+
+    @staticmethod
+    def _add_keys(table: pa.Table, number: int, showing: int) -> pa.Table:
+        """Add a column with corpus, row and pass; a row is told by its shard and its place there."""
+        keys = np.stack([np.zeros(len(table), np.int64), (number << 32) + np.arange(len(table)), np.full(len(table), showing)], axis=1)
+        return table.append_column(KEY, pa.ListArray.from_arrays(pa.array(np.arange(len(table) + 1) * 3, pa.int32()), pa.array(keys.ravel(), pa.int64())))
 
 
 class _Examples:
@@ -232,6 +250,7 @@ def stream_cells(
     keep_counts: bool = False,
     shard_cells: int = SHARD_CELLS,
     mix: int = MIXED_SHARDS,
+    cell_keys: bool = False,
 ) -> datasets.IterableDataset:
     """Rank cells on the fly, straight from files of counts: nothing is written, memory is bounded by a few shards.
 
@@ -244,6 +263,8 @@ def stream_cells(
         seed (`int`, *optional*, defaults to 0): the same seed and epoch give the same order.
         shard_cells (`int`, *optional*, defaults to 1024): cells read in one go; a shard is what a rank or worker gets.
         mix (`int`, *optional*, defaults to 8): shards whose rows are shuffled together: more mix better and take more memory.
+        cell_keys (`bool`, *optional*, defaults to `False`):
+            add the column `cell_key`, from which `DataCollatorForMaskedGenes` draws masks that depend on seed, epoch and cell alone.
 
     Returns:
         `datasets.IterableDataset`.
@@ -265,18 +286,19 @@ def stream_cells(
     ranges = [(n, start, min(start + shard_cells, s.n_cells)) for n, s in enumerate(sources) for start in range(0, s.n_cells, shard_cells)]
     features = features_of(tokenizer, columns, options)
     sizes = [(Path(s.name).name, s.n_cells, _size_of(Path(s.name))) for s in sources]
-    return _stream(CountShards(sizes, encoders, ranges, features, range(len(ranges)), _key_of(seed, shuffle=shuffle), mix))
+    return _stream(CountShards(sizes, encoders, ranges, features, range(len(ranges)), _key_of(seed, shuffle=shuffle), mix), cell_keys=cell_keys)
 
 
 def stream_tokens(
-    files: Any, *, shuffle: bool = False, seed: int = 0, columns: Sequence[str] | None = None, shard_cells: int = SHARD_CELLS, mix: int = MIXED_SHARDS
-) -> datasets.IterableDataset:
+    files: Any, *, shuffle: bool = False, seed: int = 0, columns: Sequence[str] | None = None, shard_cells: int = SHARD_CELLS, mix: int = MIXED_SHARDS,
+    cell_keys: bool = False,
+) -> datasets.IterableDataset:  # fmt: skip
     """Stream tokenized cells from a dataset folder (`geneformer-hf tokenize`, `save_to_disk`) or from Parquet files.
 
     Args:
         files (`str`, `Path` or a sequence of them):
             Dataset folder, Parquet files, a folder of these, or their addresses as fsspec knows them (`hf://datasets/…`).
-        shuffle, seed, mix: as in `stream_cells`.
+        shuffle, seed, mix, cell_keys: as in `stream_cells`.
         columns (`Sequence[str]`, *optional*): columns to read; all by default.
         shard_cells (`int`, *optional*, defaults to 1024): cells read in one go from Arrow; Parquet files are read by row group.
 
@@ -314,7 +336,7 @@ def stream_tokens(
         raise CellFileError(msg)
     features = datasets.Features({name: features[name] for name in names})
     sizes = [(Path(path).name, _size_of(Path(path))) for path in paths]
-    return _stream(TokenShards(sizes, pieces, features, names, range(len(pieces)), _key_of(seed, shuffle=shuffle), mix))
+    return _stream(TokenShards(sizes, pieces, features, names, range(len(pieces)), _key_of(seed, shuffle=shuffle), mix), cell_keys=cell_keys)
 
 
 def _token_files(item: str) -> list[str]:
@@ -367,5 +389,6 @@ class CellStream(datasets.IterableDataset):
         super().load_state_dict(state_dict)
 
 
-def _stream(shards: ShardedCells) -> datasets.IterableDataset:
+def _stream(shards: ShardedCells, *, cell_keys: bool) -> datasets.IterableDataset:
+    shards.with_cell_keys = cell_keys
     return CellStream(shards.shuffled(), info=datasets.DatasetInfo(features=shards.features))

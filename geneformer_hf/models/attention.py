@@ -65,7 +65,8 @@ def packed_attention(
     if dropout == 0 and has_variable_length_attention(query.device, query.dtype):
         from torch.nn.attention.varlen import varlen_attn
 
-        return varlen_attn(query_thd, key_thd, value_thd, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q, scale=scaling).unsqueeze(0), None
+        context_thd: Any = varlen_attn(query_thd, key_thd, value_thd, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q, scale=scaling)
+        return context_thd.unsqueeze(0), None
     # The variable-length kernel has no dropout and no single precision, so neither is given up for it.
     layout = _Padded(cu_seq_lens_q.diff(), longest=max_length_q)
     heads = query.shape[1]

@@ -27,26 +27,52 @@ class GeneFrequencyBaseline:
         return float(-np.log(self.shares[genes]).mean())
 
 
+WIDTHS = (16, 64, 256, 1024)
+PRIORS = (100.0, 1_000.0, 10_000.0, 100_000.0)
+
+
 class RankFrequencyBaseline:
     """Predicts a hidden gene by how often it stands near that rank, backed by its overall share.
 
-    Counts are pooled over bins of `width` ranks; the overall share weighs as much as `prior` tokens of a bin.
+    Counts are pooled over bins of `width` ranks; the overall share weighs as much as `prior` tokens of a bin. What is not given is
+    chosen on a tenth of the cells, kept aside for that, so that the baseline is as good as it can be.
     """
 
-    def __init__(self, cells: Iterable[Any], vocab_size: int, *, width: int = 16, prior: float = 100.0) -> None:
+    def __init__(self, cells: Iterable[Any], vocab_size: int, *, width: int | None = None, prior: float | None = None) -> None:
         arrays = [np.asarray(cell) for cell in cells]
+        self.width, self.prior = (width, prior) if width is not None and prior is not None else _choose_smoothing(arrays, vocab_size, width, prior)
+        self._count(arrays, vocab_size)
+
+    def _count(self, arrays: Sequence[np.ndarray], vocab_size: int) -> None:
         self._overall = GeneFrequencyBaseline(arrays, vocab_size).shares
-        n_bins = max((len(cell) for cell in arrays), default=1) // width + 1
-        self._counts, self._width, self._prior = np.zeros((n_bins, vocab_size)), width, prior
+        n_bins = max((len(cell) for cell in arrays), default=1) // self.width + 1
+        self._counts = np.zeros((n_bins, vocab_size))
         for cell in arrays:
-            np.add.at(self._counts, (np.arange(len(cell)) // width, cell), 1)
+            np.add.at(self._counts, (np.arange(len(cell)) // self.width, cell), 1)
+        self._totals = self._counts.sum(axis=1)
 
     def loss(self, genes: np.ndarray, ranks: np.ndarray) -> float:
         """Return the mean negative log-likelihood in nats of hidden genes at their ranks."""
-        bins = np.minimum(ranks // self._width, len(self._counts) - 1)
-        totals = self._counts.sum(axis=1)[bins]
-        shares = (self._counts[bins, genes] + self._prior * self._overall[genes]) / (totals + self._prior)
+        return self._loss(genes, ranks, self.prior)
+
+    def _loss(self, genes: np.ndarray, ranks: np.ndarray, prior: float) -> float:
+        bins = np.minimum(ranks // self.width, len(self._counts) - 1)
+        shares = (self._counts[bins, genes] + prior * self._overall[genes]) / (self._totals[bins] + prior)
         return float(-np.log(shares).mean())
+
+
+def _choose_smoothing(arrays: Sequence[np.ndarray], vocab_size: int, width: int | None, prior: float | None) -> tuple[int, float]:
+    """Return the width and prior under which every tenth cell is likeliest, given the others."""
+    aside, rest = arrays[::10], [cell for i, cell in enumerate(arrays) if i % 10]
+    widths, priors = (width,) if width else WIDTHS, (prior,) if prior else PRIORS
+    if not rest:
+        return widths[0], priors[-1]
+    genes, ranks = np.concatenate(aside), np.concatenate([np.arange(len(cell)) for cell in aside])
+    losses = {}
+    for some_width in widths:
+        baseline = RankFrequencyBaseline(rest, vocab_size, width=some_width, prior=priors[0])
+        losses |= {(some_width, some_prior): baseline._loss(genes, ranks, some_prior) for some_prior in priors}
+    return min(losses, key=lambda pair: losses[pair])
 
 
 def neighbour_accuracy(train: np.ndarray, train_labels: Sequence[str], test: np.ndarray, test_labels: Sequence[str], *, k: int = 15) -> float:

@@ -1,5 +1,7 @@
 """Arguments of pretraining: those of transformers' Trainer and ours, from Python, YAML and the command line."""
 
+# ruff: noqa: RUF009  (_about is dataclasses.field with a help text)
+
 from __future__ import annotations
 
 import dataclasses

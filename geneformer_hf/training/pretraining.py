@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import datasets
 import numpy as np
@@ -27,7 +27,7 @@ from ..models.configuration_geneformer import GeneformerConfig
 from ..models.loading import load_model, load_tokenizer, require_same_vocabulary
 from ..models.modeling_geneformer import IGNORED, GeneformerForMaskedLM
 from ..models.tokenization_geneformer import GeneformerTokenizer
-from ..outputs import require_apart, require_free
+from ..outputs import require_apart
 from ..reports.baselines import GeneFrequencyBaseline, RankFrequencyBaseline
 from ..reports.cards import PretrainingFacts, pretraining_card
 from ..reports.plots import plot_loss
@@ -39,11 +39,61 @@ logger = logging.getLogger(__name__)
 
 # Settings that change no number: how the work is divided, watched and kept.
 FREE_SETTINGS = frozenset(
-    "output_dir train_data from_checkpoint tokenizer overwrite num_processes gradient_accumulation_steps per_device_train_batch_size per_device_eval_batch_size eval_strategy eval_steps "
-    "eval_delay eval_on_start logging_strategy logging_steps logging_first_step log_level log_level_replica log_on_each_node disable_tqdm report_to run_name project save_strategy "
-    "save_steps save_total_limit save_on_each_node push_to_hub hub_model_id hub_strategy hub_private_repo hub_always_push hub_revision load_best_model_at_end resume_from_checkpoint "
-    "dataloader_num_workers dataloader_pin_memory dataloader_persistent_workers dataloader_prefetch_factor dataloader_multiprocessing_context use_cpu ddp_backend ddp_timeout "
-    "ddp_bucket_cap_mb local_rank metric_for_best_model greater_is_better activation_checkpointing gradient_checkpointing baseline_cells do_train do_eval do_predict".split()
+    [
+        "output_dir",
+        "train_data",
+        "from_checkpoint",
+        "tokenizer",
+        "overwrite",
+        "num_processes",
+        "gradient_accumulation_steps",
+        "per_device_train_batch_size",
+        "per_device_eval_batch_size",
+        "eval_strategy",
+        "eval_steps",
+        "eval_delay",
+        "eval_on_start",
+        "logging_strategy",
+        "logging_steps",
+        "logging_first_step",
+        "log_level",
+        "log_level_replica",
+        "log_on_each_node",
+        "disable_tqdm",
+        "report_to",
+        "run_name",
+        "project",
+        "save_strategy",
+        "save_steps",
+        "save_total_limit",
+        "save_on_each_node",
+        "push_to_hub",
+        "hub_model_id",
+        "hub_strategy",
+        "hub_private_repo",
+        "hub_always_push",
+        "hub_revision",
+        "load_best_model_at_end",
+        "resume_from_checkpoint",
+        "dataloader_num_workers",
+        "dataloader_pin_memory",
+        "dataloader_persistent_workers",
+        "dataloader_prefetch_factor",
+        "dataloader_multiprocessing_context",
+        "use_cpu",
+        "ddp_backend",
+        "ddp_timeout",
+        "ddp_bucket_cap_mb",
+        "local_rank",
+        "metric_for_best_model",
+        "greater_is_better",
+        "activation_checkpointing",
+        "gradient_checkpointing",
+        "baseline_cells",
+        "do_train",
+        "do_eval",
+        "do_predict",
+    ]
 )
 PLACES = ("output_dir", "train_data", "tokenizer", "from_checkpoint", "resume_from_checkpoint")
 
@@ -86,13 +136,14 @@ def pretrain(
         SettingError, CellFileError, VocabularyMismatchError, CheckpointError, OutputExistsError, OutputError, TrainingDivergedError
     """
     require_processes(arguments)
-    output = Path(arguments.output_dir)
+    output = Path(str(arguments.output_dir))
     # Weights of a new model, and dropout, follow from the seed.
     set_seed(arguments.seed)
     tokenizer = tokenizer or _open_tokenizer(arguments)
     corpora = open_corpora(arguments, train_data, tokenizer)
-    model = model or _make_model(arguments, tokenizer)
-    require_same_vocabulary(model.config, tokenizer)
+    if model is None:
+        model = _make_model(arguments, tokenizer)
+    require_same_vocabulary(cast(GeneformerConfig, model.config), tokenizer)
     freeze(model, layers=arguments.freeze_layers, embeddings=arguments.freeze_embeddings)
     mixture = Mixture(corpora, arguments.train_weights, seed=arguments.order_seed)
     identity = identity_of(arguments, mixture, tokenizer, model)
@@ -301,7 +352,7 @@ def baseline_losses(mixture: Mixture, tokenizer: GeneformerTokenizer, arguments:
         places = np.sort(np.random.default_rng([arguments.order_seed, 3, number]).choice(corpus.n_train, n, replace=False))
         genes = [_genes(cell, tokenizer) for cell in corpus.read(corpus.train_rows(places).tolist())]
         size = max(tokenizer.get_vocab().values()) + 1
-        baselines = {"gene_frequency": GeneFrequencyBaseline(genes, size), "rank_frequency": RankFrequencyBaseline(genes, size)}
+        baselines: dict[str, Any] = {"gene_frequency": GeneFrequencyBaseline(genes, size), "rank_frequency": RankFrequencyBaseline(genes, size)}
         hidden, ranks = [], []
         for row, cell in zip(corpus.held_out_rows.tolist(), corpus.read(corpus.held_out_rows.tolist()), strict=True):
             _, labels = masker.hide(cell, np.array([len(cell)]), [CellKey(number, row, EVALUATION)])

@@ -51,6 +51,7 @@ class KeyedCollator:
         self.collate = collate
 
     def __call__(self, cells: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """Return the batch, and the keys of its cells."""
         return self.collate(cells) | {CELLS: [cell[KEY] for cell in cells]}
 
 
@@ -80,9 +81,11 @@ class GeneformerPretrainer(Trainer):
                 msg = f"fused_loss needs torch 2.13 or later; this is torch {torch.__version__}."
                 raise SettingError(msg)
             model.fused_loss = True
+        self.keyed_collator = self._collator(args, tokenizer)
         super().__init__(
             model=model, args=args, train_dataset=KeyedCells(mixture.corpora), processing_class=tokenizer, callbacks=list(callbacks),
-            eval_dataset=[corpus for corpus in mixture.corpora if corpus.held_out] or None, data_collator=self._collator(args, tokenizer),
+            eval_dataset=[corpus for corpus in mixture.corpora if corpus.held_out] or None,  # type: ignore[arg-type]
+            data_collator=self.keyed_collator,
         )  # fmt: skip
         self.plan = BatchPlan(
             mixture,
@@ -108,7 +111,7 @@ class GeneformerPretrainer(Trainer):
         """Return this process's batches of the plan."""
         args = self.args
         return PlannedLoader(
-            self.train_dataset,
+            KeyedCells(self.mixture.corpora),
             batch_sampler=RankBatches(self.plan, rank=args.process_index, world_size=args.world_size),  # type: ignore[arg-type]
             collate_fn=self.data_collator,
             num_workers=args.dataloader_num_workers,
@@ -167,7 +170,7 @@ class GeneformerPretrainer(Trainer):
 
         The hidden genes are the same each time.
         """
-        corpora: list[Corpus] = list(eval_dataset or self.eval_dataset or [])
+        corpora: list[Corpus] = eval_dataset or self.eval_dataset or []  # type: ignore[assignment]
         metrics: dict[str, float] = {}
         total = MaskedGeneScores()
         for corpus in corpora:
@@ -182,7 +185,8 @@ class GeneformerPretrainer(Trainer):
 
     def score_held_out(self, corpus: Corpus) -> MaskedGeneScores:
         """Return the scores of the model as it is now on the held-out cells of one corpus."""
-        model, collate = self.model, self.data_collator.collate
+        model, collate = self.model, self.keyed_collator.collate
+        assert model is not None
         was_training = model.training
         model.eval()
         scores, batches = MaskedGeneScores(), self.held_out_batches(corpus)
@@ -232,7 +236,7 @@ class GeneformerPretrainer(Trainer):
                 (unfinished / name / IDENTITY_FILE).write_text(json.dumps(self.identity, indent=1) + "\n", encoding="utf-8")
         except (OSError, SafetensorError, RuntimeError) as error:
             shutil.rmtree(unfinished, ignore_errors=True)
-            last = sorted((int(p.name.removeprefix("checkpoint-")) for p in run.glob("checkpoint-*") if p.name.removeprefix("checkpoint-").isdigit()))
+            last = sorted(int(p.name.removeprefix("checkpoint-")) for p in run.glob("checkpoint-*") if p.name.removeprefix("checkpoint-").isdigit())
             msg = f"checkpoint {run / name} cannot be written: {error}. {f'The one of step {last[-1]:,} is whole' if last else 'There is none before it'}; make room and run the same command to go on from there."
             raise OutputError(msg) from error
         finally:

@@ -1,0 +1,69 @@
+"""A small corpus and runs of a second."""
+
+from __future__ import annotations
+
+import datasets
+import numpy as np
+import pytest
+
+from geneformer_hf import GeneformerPretrainingArguments, pretrain
+
+SHAPE = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32, "max_position_embeddings": 64, "initializer_range": 0.2}
+NO_DROPOUT = SHAPE | {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+
+
+def make_tokens(n: int, seed: int = 0, low: int = 4, high: int = 64) -> datasets.Dataset:
+    """Cells of 5 to 50 genes; those of up to 30 hold one half of the vocabulary alone, so that there is something to learn."""
+    rng = np.random.default_rng(seed)
+    cells = []
+    for _ in range(n):
+        genes = low + rng.permutation(high - low)
+        half = (low + high) // 2
+        order = np.argsort(genes >= half if rng.random() < 0.5 else genes < half, kind="stable")
+        cells.append([2, *genes[order][: rng.integers(5, 51 if rng.random() < 0.2 else 20)].tolist(), 3])
+    return datasets.Dataset.from_dict({"input_ids": cells, "length": [len(cell) for cell in cells]})
+
+
+@pytest.fixture(scope="session")
+def tokens() -> datasets.Dataset:
+    return make_tokens(100)
+
+
+@pytest.fixture(scope="session")
+def other_tokens() -> datasets.Dataset:
+    return make_tokens(60, seed=9, low=30)
+
+
+@pytest.fixture
+def settings(tmp_path):
+    """Settings of a run of 24 steps, in a folder of this test."""
+
+    def make(name="run", **more):
+        usual = {
+            "output_dir": str(tmp_path / name), "shape": "gf-6L-30M-i2048", "shape_overrides": NO_DROPOUT, "per_device_train_batch_size": 8, "num_train_epochs": 2,
+            "learning_rate": 1e-3, "logging_steps": 1, "save_strategy": "no", "disable_tqdm": True, "held_out": 0.1, "eval_strategy": "no",
+        }  # fmt: skip
+        return usual | more
+
+    return make
+
+
+@pytest.fixture
+def run(settings, tokens, tokenizer):
+    """Train on the small corpus; keyword arguments are settings."""
+
+    def go(name="run", *, data=None, model=None, callbacks=(), **more):
+        # A model that is given needs no shape.
+        given = {"shape": None, "shape_overrides": None} if model is not None or "from_checkpoint" in more else {}
+        arguments = GeneformerPretrainingArguments(**(settings(name, **(given | more))))
+        return pretrain(arguments, tokens if data is None else data, tokenizer=tokenizer, model=model, callbacks=callbacks)
+
+    return go
+
+
+def losses(found) -> list[float]:
+    return [float(entry["loss"]) for entry in found.history if "loss" in entry]
+
+
+def norms(found) -> list[float]:
+    return [float(entry["grad_norm"]) for entry in found.history if "grad_norm" in entry]
