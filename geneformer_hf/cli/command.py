@@ -15,6 +15,7 @@ class Command(ABC):
 
     name: str
     help: str
+    when_interrupted = "no output was written"
     takes_rest = False
     """Arguments it does not declare, --help among them, are its own to read: `args.rest`."""
 

@@ -39,7 +39,7 @@ def build_parser() -> argparse.ArgumentParser:
             command.name, help=command.help, description=cls.__doc__, add_help=not command.takes_rest, allow_abbrev=not command.takes_rest
         )
         command.add_arguments(sub)
-        sub.set_defaults(run=command.run, takes_rest=command.takes_rest)
+        sub.set_defaults(run=command.run, takes_rest=command.takes_rest, when_interrupted=command.when_interrupted)
     return parser
 
 
@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         sys.stderr.write(f"geneformer-hf {args.command}: {error}\n")
     except KeyboardInterrupt:
-        sys.stderr.write(f"geneformer-hf {args.command}: interrupted; no output was written.\n")
+        sys.stderr.write(f"geneformer-hf {args.command}: interrupted; {args.when_interrupted}.\n")
         return 130
     return 1
 

@@ -19,6 +19,7 @@ class Pretrain(Command):
 
     name = "pretrain"
     help = "masked-gene training from scratch or from a checkpoint; one process or many, resumable"
+    when_interrupted = "the same command goes on from the last checkpoint"
     takes_rest = True
 
     def add_arguments(self, parser: ArgumentParser) -> None:

@@ -16,6 +16,7 @@ class Tokenize(Command):
 
     name = "tokenize"
     help = "files of cells -> tokenized dataset"
+    when_interrupted = "the same command goes on where it was"
 
     def add_arguments(self, parser: ArgumentParser) -> None:
         parser.add_argument("files", nargs="+", help=f"{KINDS}, in the order of their rows; globs and folders are sorted")

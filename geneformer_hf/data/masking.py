@@ -80,7 +80,7 @@ class GeneMasker:
             lengths (`np.ndarray` of shape `(b,)`), keys (`Sequence[CellKey]` of b): each cell's tokens and key.
         """
         ids = input_ids_t.astype(np.int64)
-        self._require_known(ids, lengths, keys)
+        self.require_known(ids, lengths, keys)
         words = self._words(lengths, keys)
         # One half of a word decides whether a gene is chosen; the other what becomes of it, and within the random share which gene.
         chosen = ((words >> np.uint64(32)) < np.uint64(round(self.rates.chosen * _HALF_WORD))) & ~self._is_special[ids]
@@ -94,7 +94,12 @@ class GeneMasker:
         ids[chosen & (fate < masked)] = self._mask
         return ids, labels
 
-    def _require_known(self, ids_t: np.ndarray, lengths: np.ndarray, keys: Sequence[CellKey]) -> None:
+    def require_known(self, ids_t: np.ndarray, lengths: np.ndarray, keys: Sequence[CellKey]) -> None:
+        """Raise if a token id is not in the vocabulary.
+
+        Raises:
+            VocabularyMismatchError
+        """
         size = len(self._is_special)
         if len(ids_t) and (ids_t.max() >= size or ids_t.min() < 0):
             place = int(np.flatnonzero((ids_t >= size) | (ids_t < 0))[0])

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 import logging
 import textwrap
 from argparse import ArgumentError
@@ -85,6 +86,12 @@ class GeneformerPretrainingArguments(TrainingArguments):
         if not self.output_dir:
             msg = "output_dir is missing: name a folder for checkpoints and the model."
             raise SettingError(msg)
+        if isinstance(self.shape_overrides, str):
+            try:
+                self.shape_overrides = json.loads(self.shape_overrides)
+            except json.JSONDecodeError as error:
+                msg = f"shape_overrides {self.shape_overrides!r} is not valid JSON: {error}."
+                raise SettingError(msg) from error
         self.use_cpu_asked = self.use_cpu
         if resolve_device().type == "cpu":
             # The same settings on a laptop as on a GPU: Trainer wants to be told before it takes bf16.

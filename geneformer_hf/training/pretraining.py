@@ -189,6 +189,9 @@ def require_processes(arguments: GeneformerPretrainingArguments) -> None:
     if arguments.num_processes is not None and arguments.num_processes != arguments.world_size:
         msg = f"num_processes is {arguments.num_processes}, and {arguments.world_size} are running. Start them with `torchrun --nproc_per_node {arguments.num_processes} -m geneformer_hf pretrain …`."
         raise SettingError(msg)
+    if arguments.fsdp and arguments.world_size == 1:
+        msg = "fsdp divides a model among processes, and there is one. Start several with `torchrun --nproc_per_node …`, or leave fsdp out."
+        raise SettingError(msg)
     if arguments.n_gpu > 1:
         msg = f"{arguments.n_gpu} GPUs are visible to one process. Use them with `torchrun --nproc_per_node {arguments.n_gpu} -m geneformer_hf pretrain …`, or show it one (CUDA_VISIBLE_DEVICES=0)."
         raise SettingError(msg)
@@ -350,7 +353,10 @@ def baseline_losses(mixture: Mixture, tokenizer: GeneformerTokenizer, arguments:
             continue
         n = min(arguments.baseline_cells, corpus.n_train)
         places = np.sort(np.random.default_rng([arguments.order_seed, 3, number]).choice(corpus.n_train, n, replace=False))
-        genes = [_genes(cell, tokenizer) for cell in corpus.read(corpus.train_rows(places).tolist())]
+        rows = corpus.train_rows(places).tolist()
+        cells = corpus.read(rows)
+        masker.require_known(np.concatenate(cells), np.array([len(cell) for cell in cells]), [CellKey(number, row, 0) for row in rows])
+        genes = [_genes(cell, tokenizer) for cell in cells]
         size = max(tokenizer.get_vocab().values()) + 1
         baselines: dict[str, Any] = {"gene_frequency": GeneFrequencyBaseline(genes, size), "rank_frequency": RankFrequencyBaseline(genes, size)}
         hidden, ranks = [], []

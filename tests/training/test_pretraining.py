@@ -24,7 +24,9 @@ from tests.training.conftest import NO_DROPOUT, losses, norms
     [
         pytest.param({"batch_layout": "padded", "group_by_length": False}, id="padded"),
         pytest.param({"per_device_train_batch_size": 1, "gradient_accumulation_steps": 8}, id="one_cell_at_a_time"),
-        pytest.param({"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4, "batch_layout": "padded", "group_by_length": False}, id="padded_accumulated"),
+        pytest.param(
+            {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4, "batch_layout": "padded", "group_by_length": False}, id="padded_accumulated"
+        ),
         pytest.param({"gradient_checkpointing": True}, id="activations_recomputed"),
         pytest.param({"fused_loss": True}, id="fused_loss"),
         pytest.param({"dataloader_num_workers": 2, "dataloader_persistent_workers": True}, id="two_loader_workers"),
@@ -39,7 +41,9 @@ def test_the_same_trajectory_however_cells_are_batched(run, settings_of_batches)
     assert found.figures["held_out"]["cells"]["after"]["loss"] == pytest.approx(expected.figures["held_out"]["cells"]["after"]["loss"], abs=TRAJECTORY)
 
 
-@pytest.mark.parametrize("budget", [pytest.param({"max_tokens_per_batch": 200}, id="packed"), pytest.param({"max_tokens_per_batch": 200, "batch_layout": "padded"}, id="padded")])
+@pytest.mark.parametrize(
+    "budget", [pytest.param({"max_tokens_per_batch": 200}, id="packed"), pytest.param({"max_tokens_per_batch": 200, "batch_layout": "padded"}, id="padded")]
+)
 def test_batches_of_tokens_have_the_loss_of_one_cell_at_a_time(run, tokens, tokenizer, budget):
     """The plan differs from that of cells, so the first step is compared with its cells run alone."""
     found = run("found", **budget, max_steps=1, num_train_epochs=1)
@@ -121,7 +125,17 @@ def test_the_final_folder_opens_with_auto_classes_and_says_what_it_is(run, token
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), found.model.state_dict().values(), strict=True))
     assert BertForMaskedLM.from_pretrained(found.folder) is not None
     names = {path.name for path in found.folder.iterdir()}
-    assert names >= {"README.md", "config.json", "model.safetensors", "tokenizer.json", "gene_table.json", "figures.json", "history.json", "loss.png", "run.yaml"}
+    assert names >= {
+        "README.md",
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "gene_table.json",
+        "figures.json",
+        "history.json",
+        "loss.png",
+        "run.yaml",
+    }
     assert not any(name.endswith((".bin", ".pkl", ".pt")) for name in names)
     assert {path.stat().st_mode & 0o777 for path in found.folder.iterdir()} == {0o644}
     assert json.loads((found.folder / "figures.json").read_text()) == found.figures
@@ -151,12 +165,21 @@ def test_losses_go_to_the_tracker_that_is_asked_for(run, monkeypatch, tmp_path):
 
 def test_going_on_from_a_checkpoint_shows_what_was_learnt_and_forgotten(run, tokens, other_tokens):
     base = run("base", num_train_epochs=10, learning_rate=1e-2)
-    tuned = run("tuned", data={"new": other_tokens, "old": tokens}, from_checkpoint=str(base.folder), train_weights=[0.8, 0.2], num_train_epochs=8, learning_rate=5e-3)
+    tuned = run(
+        "tuned", data={"new": other_tokens, "old": tokens}, from_checkpoint=str(base.folder), train_weights=[0.8, 0.2], num_train_epochs=8, learning_rate=5e-3
+    )
     new, old = tuned.figures["held_out"]["new"], tuned.figures["held_out"]["old"]
     assert new["after"]["loss"] < new["before"]["loss"] - 0.1
     # The old domain keeps its held-out cells, so its loss before is that of the finished base model.
     assert old["before"]["loss"] == pytest.approx(base.figures["held_out"]["cells"]["after"]["loss"], abs=0.3)
-    without = run("without", data={"new": other_tokens, "old": tokens}, from_checkpoint=str(base.folder), train_weights=[0.999, 0.001], num_train_epochs=8, learning_rate=5e-3)
+    without = run(
+        "without",
+        data={"new": other_tokens, "old": tokens},
+        from_checkpoint=str(base.folder),
+        train_weights=[0.999, 0.001],
+        num_train_epochs=8,
+        learning_rate=5e-3,
+    )
     assert old["after"]["loss"] < without.figures["held_out"]["old"]["after"]["loss"]
     assert "continued from model" in (tuned.folder / "README.md").read_text()
     assert tuned.history[0]["step"] == 0

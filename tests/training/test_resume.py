@@ -109,7 +109,9 @@ def test_a_full_disk_leaves_the_checkpoint_before(run, tmp_path, monkeypatch):
         save(data, path, *args, **kwargs)
 
     monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(OutputError, match=r"checkpoint-10 cannot be written: .*No space left on device.* The one of step 5 is whole; make room and run the same command"):
+    with pytest.raises(
+        OutputError, match=r"checkpoint-10 cannot be written: .*No space left on device.* The one of step 5 is whole; make room and run the same command"
+    ):
         run("broken", **more)
     assert any("checkpoint-10" in path for path in calls)
     assert [path.name for path in (tmp_path / "broken").iterdir() if path.is_dir()] == ["checkpoint-5"]
@@ -178,7 +180,10 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_says_where(run, tmp_path):
                 with torch.no_grad():
                     model.bert.encoder.layer[0].output.dense.weight.fill_(float("nan"))
 
-    with pytest.raises(TrainingDivergedError, match=r"The loss is nan at step 8 \(epoch 0\.58, learning rate .*, in the batch of cells rows \d+, .*the weights are not finite either"):
+    with pytest.raises(
+        TrainingDivergedError,
+        match=r"The loss is nan at step 8 \(epoch 0\.58, learning rate .*, in the batch of cells rows \d+, .*the weights are not finite either",
+    ):
         run(callbacks=[Spoil()], **SAVING)
     assert [path.name for path in checkpoints_in(tmp_path / "run")] == ["checkpoint-5"]
 
@@ -206,7 +211,9 @@ def test_trainer_on_a_stream_resumes_row_for_row(h5ad, tokenizer, tmp_path):
             output_dir=tmp_path / name, max_steps=7, per_device_train_batch_size=4, save_steps=2, logging_steps=1, report_to=[], remove_unused_columns=False, use_cpu=True,
             disable_tqdm=True, dataloader_pin_memory=False,
         )  # fmt: skip
-        trainer = Trainer(model=model, args=arguments, train_dataset=stream, data_collator=DataCollatorForMaskedGenes(tokenizer), callbacks=[Stop(stop)] if stop else [])
+        trainer = Trainer(
+            model=model, args=arguments, train_dataset=stream, data_collator=DataCollatorForMaskedGenes(tokenizer), callbacks=[Stop(stop)] if stop else []
+        )
         trainer.train(resume_from_checkpoint=resume)
         return model
 

@@ -190,7 +190,11 @@ def test_a_corpus_smaller_than_a_batch_comes_several_times_in_it():
         (lambda: Corpus("x", datasets.Dataset.from_dict({"input_ids": []})), CellFileError, r"x: no cells in it"),
         (lambda: Mixture([corpus("x", 10)], [0.5, 0.5]), SettingError, r"weights \[0\.5, 0\.5\] for 1 corpora"),
         (lambda: Mixture([corpus("x", 10)], [0.0]), SettingError, r"expected one number above 0"),
-        (lambda: BatchPlan(Mixture([corpus("x", 10)]), batches_per_step=1, tokens_per_batch=8), SettingError, r"max_tokens_per_batch is 8, and the longest cell has"),
+        (
+            lambda: BatchPlan(Mixture([corpus("x", 10)]), batches_per_step=1, tokens_per_batch=8),
+            SettingError,
+            r"max_tokens_per_batch is 8, and the longest cell has",
+        ),
         (lambda: RankBatches(BatchPlan(Mixture([corpus("x", 10)]), batches_per_step=3, cells_per_batch=1), world_size=2), SettingError, "cannot be dealt to 2"),
     ],
 )
