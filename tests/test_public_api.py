@@ -5,9 +5,9 @@ import geneformer_hf
 
 PUBLIC = {
     "CHECKPOINTS", "CellDatasetBuilder", "GeneTable", "GeneformerConfig", "GeneformerForMaskedLM", "GeneformerForMultiTaskClassification",
-    "GeneformerForSequenceClassification", "GeneformerForTokenClassification", "GeneformerModel", "GeneformerTokenizer", "QualityRules", "__version__",
+    "GeneformerForSequenceClassification", "GeneformerForTokenClassification", "GeneformerModel", "GeneformerPretrainingArguments", "GeneformerTokenizer", "PretrainingRun", "QualityRules", "__version__",
     "assess_quality",
-    "convert_checkpoint", "embed_cells", "embed_genes", "export_checkpoint", "fit_gene_table", "iter_gene_embeddings", "load_cells", "rank_genes",
+    "convert_checkpoint", "embed_cells", "embed_genes", "export_checkpoint", "fit_gene_table", "iter_gene_embeddings", "load_cells", "pretrain", "rank_genes",
     "state_embeddings", "stream_cells", "stream_tokens", "tokenize_corpus",
 }  # fmt: skip
 

@@ -10,6 +10,7 @@ shards are shuffled, a few of them are read at a time, and their rows are permut
 from __future__ import annotations
 
 import json
+import threading
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -227,8 +228,13 @@ def _open_arrow(path: str) -> pa.Table:
         raise CellFileError(msg) from error
 
 
-@lru_cache(maxsize=16)
 def _open_parquet(path: str) -> pq.ParquetFile:
+    # One for each thread: a stream that was broken off may still be reading ahead, and a ParquetFile serves one reader at a time.
+    return _open_parquet_in(path, threading.get_ident())
+
+
+@lru_cache(maxsize=16)
+def _open_parquet_in(path: str, thread: int) -> pq.ParquetFile:
     import fsspec
 
     try:

@@ -68,7 +68,7 @@ def _choose_smoothing(arrays: Sequence[np.ndarray], vocab_size: int, width: int 
     if not rest:
         return widths[0], priors[-1]
     genes, ranks = np.concatenate(aside), np.concatenate([np.arange(len(cell)) for cell in aside])
-    losses = {}
+    losses: dict[tuple[int, float], float] = {}
     for some_width in widths:
         baseline = RankFrequencyBaseline(rest, vocab_size, width=some_width, prior=priors[0])
         losses |= {(some_width, some_prior): baseline._loss(genes, ranks, some_prior) for some_prior in priors}

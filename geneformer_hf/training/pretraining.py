@@ -336,7 +336,7 @@ def _announcement(arguments: GeneformerPretrainingArguments, trainer: Geneformer
     size = f"{arguments.max_tokens_per_batch:,} tokens" if arguments.max_tokens_per_batch else f"{arguments.train_batch_size:,} cells"
     return (
         f"{'Going on from ' + str(resume) if resume else 'Starting'}: {shown} cells to train on, {sum(c.held_out for c in mixture.corpora):,} held out; "
-        f"{plan.steps_per_epoch:,} steps an epoch, each of {plan.batches_per_step} {plan.layout} batches of {size} ({arguments.world_size} processes, {arguments.device})."
+        f"{plan.steps_per_epoch:,} steps an epoch, each of {plan.batches_per_step} {plan.layout} batches of {size} ({arguments.world_size} {'processes' if arguments.world_size > 1 else 'process'}, {arguments.device.type})."
     )
 
 

@@ -72,10 +72,10 @@ def test_the_padded_path_of_accelerators_equals_the_cell_by_cell_path(model):
     torch.manual_seed(0)
     lengths = [5, 1, 9, 9]
     query, key, value = torch.randn(3, sum(lengths), 16)
-    padded = attention._Padded(torch.tensor(lengths), torch.cat([torch.arange(n) for n in lengths]))
+    padded = attention._Padded(torch.tensor(lengths), longest=9)
     by_cell = attention._cell_by_cell(query, key, value, 2, lengths)
-    torch.testing.assert_close(padded.attend(query, key, value, 2), by_cell, atol=1e-6, rtol=1e-5)
-    even = attention._Padded(torch.tensor([3, 3]), torch.tensor([0, 1, 2, 0, 1, 2]))
+    torch.testing.assert_close(padded.attend(query, key, value, heads=2), by_cell, atol=1e-6, rtol=1e-5)
+    even = attention._Padded(torch.tensor([3, 3]), longest=3)
     assert even.mask is None
 
 

@@ -228,3 +228,11 @@ def test_what_cannot_be_streamed(tmp_path, folder, tokenizer):
         stream_tokens(folder / "tokens", mix=0)
     with pytest.raises(SettingError, match="seed is -1"):
         stream_tokens(folder / "tokens", seed=-1)
+
+
+def test_a_stream_that_was_broken_off_leaves_the_next_one_alone(folder):
+    """Its read-ahead may still be busy with the same Parquet file."""
+    for _ in range(30):
+        broken_off = iter(stream_tokens(folder / "parquet", shuffle=True, mix=1))
+        next(broken_off)
+        assert len(list(stream_tokens(folder / "parquet", shuffle=True, mix=1))) == len(list(stream_tokens(folder / "parquet")))
