@@ -10,8 +10,9 @@ import datasets
 import numpy as np
 import pytest
 
-from geneformer_hf import GeneformerTokenizer
+from geneformer_hf import GeneformerTokenizer, load_cells
 from geneformer_hf.genes import human_genes
+from geneformer_hf.training.arguments import read_config
 from tests.conftest import make_cells
 
 ROOT = Path(__file__).parents[1]
@@ -23,6 +24,8 @@ ARGUMENTS = {
     "filter_cells.py": ["cells.h5ad", "checked.h5ad"],
     "stream_batches.py": ["*.h5ad", "geneformer-v2"],
     "tokenize_corpus.py": ["*.h5ad", "geneformer-v2", "tokens"],
+    "pretrain.py": ["tokens", "geneformer-v2", "run"],
+    "continue_pretraining.py": ["geneformer-v2", "new", "old", "tuned"],
 }
 
 
@@ -77,6 +80,32 @@ def test_stream_batches(folder):
 def test_tokenize_corpus(folder):
     assert "30 cells of 1 files -> tokens; 0 files skipped" in run([ROOT / "examples" / "tokenize_corpus.py"], folder, *ARGUMENTS["tokenize_corpus.py"])
     assert len(datasets.load_from_disk(str(folder / "tokens"))) == 30
+
+
+def test_pretrain(folder):
+    run([ROOT / "examples" / "tokenize_files.py"], folder, *ARGUMENTS["tokenize_files.py"])
+    printed = run([ROOT / "examples" / "pretrain.py"], folder, *ARGUMENTS["pretrain.py"])
+    assert re.search(r"held-out loss \d\.\d\d; gene frequency \d\.\d\d nats\nGeneformerForMaskedLM in run.model", printed)
+
+
+def test_continue_pretraining(folder, tokenizer):
+    for name, seed in (("new", 1), ("old", 2)):
+        load_cells(make_cells(list(tokenizer.gene_table.ensembl_ids), 30, seed=seed), tokenizer=tokenizer, cache_dir=folder / "cache").save_to_disk(folder / name)
+    printed = run([ROOT / "examples" / "continue_pretraining.py"], folder, *ARGUMENTS["continue_pretraining.py"])
+    assert re.fullmatch(r"(?:(?:new|old): held-out loss \d\.\d{3} before, \d\.\d{3} after\n){2}", printed)
+
+
+def test_the_yaml_of_the_how_to(folder):
+    """The first block of docs/pretraining.md, with a smaller shape, and the one that names datasets."""
+    run(["-m", "geneformer_hf", "tokenize"], folder, "cells.h5ad", "--model", "geneformer-v2", "--output", "tokens")
+    blocks = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / "pretraining.md").read_text(), re.S)
+    (folder / "run.yaml").write_text(blocks[0].replace("held_out: 1000", "held_out: 5"))
+    small = '{"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}'
+    printed = run(["-m", "geneformer_hf", "pretrain"], folder, "--config", "run.yaml", "--shape_overrides", small, "--max_steps", "2")
+    assert "5 held-out cells" in printed
+    for number, block in enumerate(blocks[1:]):
+        (folder / f"{number}.yaml").write_text(block)
+        assert read_config(folder / f"{number}.yaml")
 
 
 def test_the_stream_of_the_how_to(folder):

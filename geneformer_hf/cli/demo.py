@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import shutil
 import sys
 from argparse import ArgumentParser, Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +89,9 @@ def run_demo(cells: Any, folder: Path, *, epochs: int, seed: int) -> dict[str, f
     from ..models.configuration_geneformer import GeneformerConfig
     from ..models.modeling_geneformer import GeneformerForMaskedLM
     from ..models.tokenization_geneformer import GeneformerTokenizer
-    from ..reports.plots import plot_loss, plot_umap, umap_coordinates
+    from ..reports.plots import plot_umap, umap_coordinates
+    from ..training.arguments import GeneformerPretrainingArguments
+    from ..training.pretraining import pretrain
 
     order = np.random.default_rng(seed).permutation(cells.n_obs)
     train, held_out = np.sort(order[N_HELD_OUT:]), np.sort(order[:N_HELD_OUT])
@@ -110,14 +115,19 @@ def run_demo(cells: Any, folder: Path, *, epochs: int, seed: int) -> dict[str, f
     model = GeneformerForMaskedLM(config)
     print(f"4. Training a masked-gene model of {sum(p.numel() for p in model.parameters()):,} parameters from scratch, {epochs} epochs.")
     untrained = embed_cells(model, dataset, pooling="mean", progress=False)
-    steps, losses = train_masked_genes(model, tokenizer, dataset.select(train), epochs=epochs, seed=seed)
-    print("5. Measuring on the held-out cells, embedding all cells, drawing.")
-    figures = masked_gene_losses(model, tokenizer, dataset, train, held_out, seed=seed)
+    arguments = GeneformerPretrainingArguments(
+        output_dir=str(folder / "geneformer-demo"), num_train_epochs=epochs, per_device_train_batch_size=16, learning_rate=2e-3, lr_scheduler_type="cosine", warmup_steps=0.05,
+        logging_steps=10, save_strategy="no", seed=seed,
+    )  # fmt: skip
+    with quiet_start():
+        run = pretrain(arguments, dataset.select(train), eval_data=dataset.select(held_out), tokenizer=tokenizer, model=model)
+    shutil.move(run.folder, folder / "model")
+    shutil.rmtree(folder / "geneformer-demo")
+    print("5. Embedding all cells, drawing.")
+    figures = losses_of(run, tokenizer)
     embeddings = embed_cells(model, dataset, pooling="mean", progress=False)
     figures |= neighbour_accuracies(cells, untrained, embeddings, train, held_out, seed=seed)
 
-    model.save_pretrained(folder / "model")
-    tokenizer.save_pretrained(folder / "model")
     coordinates = umap_coordinates(embeddings, seed=seed)
     annotated = cells.copy()
     annotated.obsm["X_geneformer"], annotated.obsm["X_umap"] = embeddings, coordinates
@@ -130,80 +140,30 @@ def run_demo(cells: Any, folder: Path, *, epochs: int, seed: int) -> dict[str, f
         title="Geneformer demo: 700 blood cells, a model trained for a minute",
         name="published cell type",
     )
-    references = {
-        "gene frequency, held out": figures["loss_gene_frequency"],
-        "gene frequency by rank, held out": figures["loss_rank_frequency"],
-        "this model, held out": figures["loss_model"],
-    }
-    plot_loss(steps, losses, folder / "loss.png", title="Masked-gene loss while training", references=references)
+    shutil.copy(folder / "model" / "loss.png", folder / "loss.png")
     (folder / "figures.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
     return figures
 
 
-def train_masked_genes(model: Any, tokenizer: Any, dataset: Any, *, epochs: int, seed: int) -> tuple[list[int], list[float]]:
-    """Train with transformers' Trainer and return steps and losses in nats."""
-    import tempfile
-
-    from tqdm.auto import tqdm
-    from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
-
-    from ..data.collators import DataCollatorForMaskedGenes
-
-    class Bar(TrainerCallback):
-        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            self.bar = tqdm(total=state.max_steps, unit=" steps", desc="   Training", mininterval=1.0)
-
-        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            self.bar.update(1)
-
-        def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
-            if logs and "loss" in logs:
-                self.bar.set_postfix_str(f"loss {float(logs['loss']):.2f}", refresh=False)
-
-        def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            self.bar.close()
-
-    with tempfile.TemporaryDirectory() as scratch:
-        arguments = TrainingArguments(
-            output_dir=scratch, num_train_epochs=epochs, per_device_train_batch_size=16, learning_rate=2e-3, lr_scheduler_type="cosine", warmup_steps=0.05,
-            logging_steps=10, save_strategy="no", report_to=[], seed=seed, remove_unused_columns=False, dataloader_pin_memory=False,
-        )  # fmt: skip
-        trainer = Trainer(model=model, args=arguments, train_dataset=dataset, data_collator=DataCollatorForMaskedGenes(tokenizer, seed=seed), callbacks=[Bar()])
-        trainer.remove_callback(ProgressCallback)
-        trainer.remove_callback(PrinterCallback)
-        trainer.train()
-    logs = [(int(entry["step"]), float(entry["loss"])) for entry in trainer.state.log_history if "loss" in entry]
-    model.to("cpu")
-    return [step for step, _ in logs], [loss for _, loss in logs]
+@contextmanager
+def quiet_start() -> Iterator[None]:
+    """Leave out what `pretrain` says of the data: the demo has said it."""
+    logger = logging.getLogger("geneformer_hf.training.pretraining")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
-def masked_gene_losses(model: Any, tokenizer: Any, dataset: Any, train: Any, held_out: Any, *, seed: int, repeats: int = 4) -> dict[str, float]:
-    """Return the loss of the model and of two baselines at the same hidden genes of held-out cells, in nats."""
-    import numpy as np
-    import torch
-
-    from ..data.collators import DataCollatorForMaskedGenes
-    from ..reports.baselines import GeneFrequencyBaseline, RankFrequencyBaseline
-
-    genes = [ids[1:-1] for ids in dataset.select(train).with_format("numpy")["input_ids"][:]]
-    by_gene, by_rank = GeneFrequencyBaseline(genes, len(tokenizer)), RankFrequencyBaseline(genes, len(tokenizer))
-    collate = DataCollatorForMaskedGenes(tokenizer, seed=seed + 1)
-    cells = dataset.select(held_out)
-    total, hidden, ranks = 0.0, [], []
-    model.eval()
-    with torch.inference_mode():
-        for start in list(range(0, len(cells), 20)) * repeats:
-            batch = collate([cells[i] for i in range(start, min(start + 20, len(cells)))])
-            chosen = batch["labels"] != -100
-            total += float(model(**batch).loss) * int(chosen.sum())
-            hidden.append(batch["labels"][chosen].numpy())
-            # The first position is <cls>.
-            ranks.append(chosen.nonzero()[:, 1].numpy() - 1)
-    genes_hidden, ranks_hidden = np.concatenate(hidden), np.concatenate(ranks)
+def losses_of(run: Any, tokenizer: Any) -> dict[str, float]:
+    """Return the losses of the model and of the baselines at the same hidden genes of held-out cells, in nats."""
+    found = run.figures["held_out"]["cells"]
     return {
-        "loss_gene_frequency": by_gene.loss(genes_hidden, ranks_hidden),
-        "loss_rank_frequency": by_rank.loss(genes_hidden, ranks_hidden),
-        "loss_model": total / len(genes_hidden),
+        "loss_gene_frequency": found["baselines"]["gene_frequency"],
+        "loss_rank_frequency": found["baselines"]["rank_frequency"],
+        "loss_model": found["after"]["loss"],
         "loss_uniform": math.log(len(tokenizer.gene_table)),
     }
 

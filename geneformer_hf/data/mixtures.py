@@ -34,13 +34,13 @@ class Corpus:
     Args:
         name (`str`): what logs and reports call it.
         cells (`datasets.Dataset`): with `input_ids`, and `length` where it was tokenized here.
-        held_out (`int`, *optional*, defaults to 0): cells kept for evaluation, drawn by `seed`.
+        held_out (`int` or int array, *optional*, defaults to 0): cells kept for evaluation: how many, drawn by `seed`, or which rows.
         seed (`int`, *optional*, defaults to 0)
     """
 
     name: str
     cells: datasets.Dataset
-    held_out: int = 0
+    held_out: int | np.ndarray = 0
     seed: int = 0
     held_out_rows: np.ndarray = field(init=False, repr=False, compare=False)
     """int64, sorted."""
@@ -52,14 +52,17 @@ class Corpus:
         if "input_ids" not in self.cells.column_names:
             msg = f"{self.name}: no column 'input_ids'; found {', '.join(self.cells.column_names) or 'none'}. Tokenized cells are expected: `geneformer-hf tokenize`."
             raise CellFileError(msg)
-        if not 0 <= self.held_out < max(1, len(self.cells)):
-            msg = f"{self.name}: {self.held_out:,} of {len(self.cells):,} cells cannot be held out; some must be left to train on."
-            raise SettingError(msg)
         if not len(self.cells):
             msg = f"{self.name}: no cells in it. Tokenize files that have some."
             raise CellFileError(msg)
-        rows = np.random.default_rng([self.seed, len(self.cells)]).choice(len(self.cells), self.held_out, replace=False)
-        object.__setattr__(self, "held_out_rows", np.sort(rows))
+        n_held_out = self.held_out if isinstance(self.held_out, int) else len(self.held_out)
+        if not 0 <= n_held_out < len(self.cells):
+            msg = f"{self.name}: {n_held_out:,} of {len(self.cells):,} cells cannot be held out; some must be left to train on."
+            raise SettingError(msg)
+        rows = self.held_out
+        if isinstance(rows, int):
+            rows = np.random.default_rng([self.seed, len(self.cells)]).choice(len(self.cells), n_held_out, replace=False)
+        object.__setattr__(self, "held_out_rows", np.sort(rows).astype(np.int64))
         object.__setattr__(self, "_tokens", self.cells.select_columns(["input_ids"]).with_format("arrow"))
         object.__setattr__(self, "lengths", self._read_lengths())
 
@@ -72,11 +75,16 @@ class Corpus:
     @property
     def n_train(self) -> int:
         """Cells to train on."""
-        return len(self.cells) - self.held_out
+        return len(self.cells) - self.n_held_out
+
+    @property
+    def n_held_out(self) -> int:
+        """Cells kept for evaluation."""
+        return len(self.held_out_rows)
 
     def train_rows(self, places: np.ndarray) -> np.ndarray:
         """Return the rows of the training cells at some places, counted without those held out."""
-        skipped = np.searchsorted(self.held_out_rows - np.arange(self.held_out), places, side="right")
+        skipped = np.searchsorted(self.held_out_rows - np.arange(self.n_held_out), places, side="right")
         return places + skipped
 
     def read(self, rows: Sequence[int]) -> list[np.ndarray]:
@@ -88,7 +96,7 @@ class Corpus:
     @property
     def fingerprint(self) -> str:
         """A hash of the number of cells, their lengths, and the tokens of a thousand of them; not of where they lie."""
-        digest = xxhash.xxh3_128(np.array([len(self.cells), self.held_out, self.seed], dtype=np.int64).tobytes())
+        digest = xxhash.xxh3_128(self.held_out_rows.tobytes())
         digest.update(self.lengths.tobytes())
         for cell in self.read(np.unique(np.linspace(0, len(self.cells) - 1, FINGERPRINT_CELLS).astype(int)).tolist()):
             digest.update(cell.astype(np.int32).tobytes())

@@ -59,7 +59,8 @@ class GeneformerPretrainingArguments(TrainingArguments):
     train_data: list[str] | None = _about("tokenized datasets to train on; with several, the first is the new domain")
     train_names: list[str] | None = _about("what logs call them (default: the names of their folders)")
     train_weights: list[float] | None = _about("share of each dataset among the cells shown (default: all cells once an epoch)")
-    held_out: float = _about("cells of each dataset kept for evaluation: a share below 1, or a number", 0.01)
+    eval_data: list[str] | None = _about("tokenized datasets to evaluate on, one for each of train_data, for instance of other donors")
+    held_out: float = _about("without eval_data, cells of each dataset kept for evaluation: a share below 1, or a number", 0.01)
     mask_probability: float = _about("share of genes the model is asked for", MaskingRates.chosen)
     mask_share: float = _about("of those, the share that becomes <mask>", MaskingRates.masked)
     random_share: float = _about("of those, the share that becomes a random gene; the rest stays", MaskingRates.random)
@@ -92,6 +93,8 @@ class GeneformerPretrainingArguments(TrainingArguments):
             except json.JSONDecodeError as error:
                 msg = f"shape_overrides {self.shape_overrides!r} is not valid JSON: {error}."
                 raise SettingError(msg) from error
+        # Trainer would take its bar away wherever transformers' own messages are turned off.
+        self.disable_tqdm = bool(self.disable_tqdm)
         self.use_cpu_asked = self.use_cpu
         if resolve_device().type == "cpu":
             # The same settings on a laptop as on a GPU: Trainer wants to be told before it takes bf16.

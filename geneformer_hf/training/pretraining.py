@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import logging
 import os
 import shutil
@@ -12,27 +11,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-import datasets
-import numpy as np
 import torch
 import xxhash
-from transformers import TrainerCallback, set_seed
+from transformers import IntervalStrategy, TrainerCallback, set_seed
 
-from .._version import __version__
-from ..data.masking import GeneMasker
-from ..data.mixtures import EVALUATION, CellKey, Corpus, Mixture
-from ..data.tokenized import open_tokenized, require_made_with
+from ..data.mixtures import Mixture
 from ..errors import CheckpointError, SettingError
 from ..models.configuration_geneformer import GeneformerConfig
 from ..models.loading import load_model, load_tokenizer, require_same_vocabulary
-from ..models.modeling_geneformer import IGNORED, GeneformerForMaskedLM
+from ..models.modeling_geneformer import GeneformerForMaskedLM
 from ..models.tokenization_geneformer import GeneformerTokenizer
 from ..outputs import require_apart
-from ..reports.baselines import GeneFrequencyBaseline, RankFrequencyBaseline
-from ..reports.cards import PretrainingFacts, pretraining_card
-from ..reports.plots import plot_loss
 from .arguments import GeneformerPretrainingArguments, resolved, write_config
-from .checkpointing import CONFIG_FILE, MODEL_FOLDER, UNFINISHED_MODEL, checkpoint_to_resume, put_in_place, remove_leftovers
+from .checkpointing import CONFIG_FILE, MODEL_FOLDER, checkpoint_to_resume, remove_leftovers
+from .corpora import Cells, open_corpora
+from .results import baseline_losses, held_out_figures, save_model
 from .trainer import GeneformerPretrainer
 
 logger = logging.getLogger(__name__)
@@ -95,7 +88,6 @@ FREE_SETTINGS = frozenset(
         "do_predict",
     ]
 )
-PLACES = ("output_dir", "train_data", "tokenizer", "from_checkpoint", "resume_from_checkpoint")
 
 
 @dataclass
@@ -113,8 +105,9 @@ class PretrainingRun:
 
 def pretrain(
     arguments: GeneformerPretrainingArguments,
-    train_data: dict[str, datasets.Dataset] | datasets.Dataset | None = None,
+    train_data: Cells | None = None,
     *,
+    eval_data: Cells | None = None,
     tokenizer: GeneformerTokenizer | None = None,
     model: GeneformerForMaskedLM | None = None,
     callbacks: Sequence[TrainerCallback] = (),
@@ -125,7 +118,7 @@ def pretrain(
 
     Args:
         arguments (`GeneformerPretrainingArguments`)
-        train_data (`Dataset` or `dict[str, Dataset]`, *optional*): in place of `arguments.train_data`.
+        train_data, eval_data (`Dataset` or `dict[str, Dataset]`, *optional*): in place of `arguments.train_data` and `eval_data`.
         tokenizer, model (*optional*): in place of `arguments.tokenizer`, and of `shape` or `from_checkpoint`.
         callbacks: for the Trainer.
 
@@ -140,7 +133,7 @@ def pretrain(
     # Weights of a new model, and dropout, follow from the seed.
     set_seed(arguments.seed)
     tokenizer = tokenizer or _open_tokenizer(arguments)
-    corpora = open_corpora(arguments, train_data, tokenizer)
+    corpora = open_corpora(arguments, tokenizer, train_data, eval_data)
     if model is None:
         model = _make_model(arguments, tokenizer)
     require_same_vocabulary(cast(GeneformerConfig, model.config), tokenizer)
@@ -155,7 +148,11 @@ def pretrain(
     arguments = copy.copy(arguments)
     with arguments.main_process_first(desc="look for checkpoints"):
         resume = checkpoint_to_resume(output, asked_for=arguments.resume_from_checkpoint, identity=identity)
-    arguments.eval_on_start = arguments.eval_on_start or (arguments.from_checkpoint is not None and resume is None and any(c.held_out for c in corpora))
+    if not any(corpus.n_held_out for corpus in corpora):
+        arguments.eval_strategy = IntervalStrategy.NO
+    elif arguments.from_checkpoint is not None and resume is None:
+        # What was known before, so that learning and forgetting can be told.
+        arguments.eval_on_start = True
 
     trainer = GeneformerPretrainer(model, arguments, mixture=mixture, tokenizer=tokenizer, identity=identity, callbacks=callbacks)
     if trainer.is_world_process_zero():
@@ -169,8 +166,8 @@ def pretrain(
     evaluated = [entry for entry in trainer.state.log_history if "eval_loss" in entry and entry["step"] == trainer.state.global_step]
     # On every process alike: the history is the same.
     after = evaluated[-1] if evaluated else trainer.evaluate() if trainer.eval_dataset else {}
-    figures = _figures(trainer, after, baselines)
-    _save(trainer, tokenizer, figures, output)
+    figures = held_out_figures(trainer, after, baselines)
+    save_model(trainer, tokenizer, figures, output)
     return PretrainingRun(output / MODEL_FOLDER, trainer.accelerator.unwrap_model(trainer.model), figures, trainer.state.log_history)
 
 
@@ -240,48 +237,6 @@ def _make_model(arguments: GeneformerPretrainingArguments, tokenizer: Geneformer
         raise SettingError(msg) from error
 
 
-def open_corpora(
-    arguments: GeneformerPretrainingArguments, train_data: dict[str, datasets.Dataset] | datasets.Dataset | None, tokenizer: GeneformerTokenizer
-) -> list[Corpus]:
-    """Open and check the datasets to train on.
-
-    Raises:
-        SettingError, CellFileError, VocabularyMismatchError
-    """
-    if train_data is None:
-        paths = arguments.train_data or []
-        if not paths:
-            msg = "No data: give `train_data`, tokenized datasets to train on (`geneformer-hf tokenize`)."
-            raise SettingError(msg)
-        names = arguments.train_names or _names_of(paths)
-        opened = [open_tokenized(path) for path in paths]
-    else:
-        by_name = train_data if isinstance(train_data, dict) else {"cells": train_data}
-        names, opened = arguments.train_names or list(by_name), list(by_name.values())
-    if len(names) != len(opened) or len(set(names)) != len(names):
-        msg = f"train_names {names} for {len(opened)} datasets; expected one name for each, all different."
-        raise SettingError(msg)
-    for name, cells in zip(names, opened, strict=True):
-        if "input_ids" in cells.column_names and len(cells):
-            require_made_with(cells, tokenizer, name=name)
-    corpora = [Corpus(name, cells, _n_held_out(arguments.held_out, len(cells)), seed=arguments.order_seed) for name, cells in zip(names, opened, strict=True)]
-    for corpus in corpora:
-        if corpus.lengths.max() > tokenizer.model_max_length or corpus.lengths.min() < 1:
-            bad = int(((corpus.lengths > tokenizer.model_max_length) | (corpus.lengths < 1)).sum())
-            msg = f"{corpus.name}: {bad:,} of {len(corpus.lengths):,} cells have no token, or more than {tokenizer.model_max_length:,} (up to {corpus.lengths.max():,}). Tokenize them with this model's tokenizer, which keeps the highest ranks."
-            raise SettingError(msg)
-    return corpora
-
-
-def _n_held_out(held_out: float, n_cells: int) -> int:
-    return max(1, round(held_out * n_cells)) if 0 < held_out < 1 else int(held_out)
-
-
-def _names_of(paths: Sequence[str]) -> list[str]:
-    names = [Path(path).name or str(path) for path in paths]
-    return names if len(set(names)) == len(names) else [f"{name}{i + 1}" for i, name in enumerate(names)]
-
-
 def freeze(model: Any, *, layers: int = 0, embeddings: bool = False) -> None:
     """Leave the first layers of the encoder, or its embeddings, as they are.
 
@@ -335,109 +290,6 @@ def _announcement(arguments: GeneformerPretrainingArguments, trainer: Geneformer
     shown = ", ".join(f"{c.name} {c.n_train:,} ({share:.0%})" for c, share in zip(mixture.corpora, mixture.shares, strict=True))
     size = f"{arguments.max_tokens_per_batch:,} tokens" if arguments.max_tokens_per_batch else f"{arguments.train_batch_size:,} cells"
     return (
-        f"{'Going on from ' + str(resume) if resume else 'Starting'}: {shown} cells to train on, {sum(c.held_out for c in mixture.corpora):,} held out; "
+        f"{'Going on from ' + str(resume) if resume else 'Starting'}: {shown} cells to train on, {sum(c.n_held_out for c in mixture.corpora):,} held out; "
         f"{plan.steps_per_epoch:,} steps an epoch, each of {plan.batches_per_step} {plan.layout} batches of {size} ({arguments.world_size} {'processes' if arguments.world_size > 1 else 'process'}, {arguments.device.type})."
     )
-
-
-def baseline_losses(mixture: Mixture, tokenizer: GeneformerTokenizer, arguments: GeneformerPretrainingArguments) -> dict[str, dict[str, float]]:
-    """Return the losses of two smoothed baselines at the same hidden genes of the same held-out cells, by corpus.
-
-    They count genes in up to `baseline_cells` training cells of each corpus, drawn by the seed.
-    """
-    masker = GeneMasker(tokenizer, arguments.rates, seed=arguments.order_seed)
-    first = int(tokenizer.cls_token_id is not None)
-    found = {}
-    for number, corpus in enumerate(mixture.corpora):
-        if not corpus.held_out:
-            continue
-        n = min(arguments.baseline_cells, corpus.n_train)
-        places = np.sort(np.random.default_rng([arguments.order_seed, 3, number]).choice(corpus.n_train, n, replace=False))
-        rows = corpus.train_rows(places).tolist()
-        cells = corpus.read(rows)
-        masker.require_known(np.concatenate(cells), np.array([len(cell) for cell in cells]), [CellKey(number, row, 0) for row in rows])
-        genes = [_genes(cell, tokenizer) for cell in cells]
-        size = max(tokenizer.get_vocab().values()) + 1
-        baselines: dict[str, Any] = {"gene_frequency": GeneFrequencyBaseline(genes, size), "rank_frequency": RankFrequencyBaseline(genes, size)}
-        hidden, ranks = [], []
-        for row, cell in zip(corpus.held_out_rows.tolist(), corpus.read(corpus.held_out_rows.tolist()), strict=True):
-            _, labels = masker.hide(cell, np.array([len(cell)]), [CellKey(number, row, EVALUATION)])
-            places_m = np.flatnonzero(labels != IGNORED)
-            hidden.append(labels[places_m])
-            ranks.append(places_m - first)
-        genes_m, ranks_m = np.concatenate(hidden), np.concatenate(ranks)
-        found[corpus.name] = {name: baseline.loss(genes_m, ranks_m) for name, baseline in baselines.items()} | {"hidden_genes": len(genes_m)}
-    return found
-
-
-def _genes(cell: np.ndarray, tokenizer: GeneformerTokenizer) -> np.ndarray:
-    return cell[int(tokenizer.cls_token_id is not None) : len(cell) - int(tokenizer.eos_token_id is not None)]
-
-
-def _figures(trainer: GeneformerPretrainer, after: dict[str, float], baselines: dict[str, dict[str, float]]) -> dict[str, Any]:
-    """Gather what held-out cells say, before and after, by corpus."""
-    history = trainer.state.log_history
-    before = next((entry for entry in history if entry["step"] == 0 and "eval_loss" in entry), {})
-    corpora = [corpus.name for corpus in trainer.mixture.corpora if corpus.held_out]
-
-    def of(metrics: dict[str, float], name: str) -> dict[str, float]:
-        prefix = f"eval_{name}_" if len(corpora) > 1 else "eval_"
-        return {key.removeprefix(prefix): value for key, value in metrics.items() if key.startswith(prefix)}
-
-    held_out = {}
-    for corpus in trainer.mixture.corpora:
-        if corpus.held_out:
-            held_out[corpus.name] = {
-                "cells": corpus.held_out,
-                "after": of(after, corpus.name),
-                "before": of(before, corpus.name),
-                "baselines": baselines.get(corpus.name, {}),
-            }
-    return {"steps": trainer.state.global_step, "epochs": trainer.state.epoch, "held_out": held_out}
-
-
-def _save(trainer: GeneformerPretrainer, tokenizer: GeneformerTokenizer, figures: dict[str, Any], output: Path) -> None:
-    """Write the final folder: model, tokenizer, card, figures, loss curve, settings; whole or not there."""
-    unfinished = output / UNFINISHED_MODEL
-    trainer.save_model(str(unfinished))
-    trainer.accelerator.wait_for_everyone()
-    if trainer.is_world_process_zero():
-        # Trainer's own record of the arguments is a pickle; run.yaml says the same.
-        (unfinished / "training_args.bin").unlink(missing_ok=True)
-        tokenizer.save_pretrained(unfinished)
-        write_config(trainer.args, unfinished / CONFIG_FILE)
-        (unfinished / "figures.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
-        (unfinished / "history.json").write_text(json.dumps(trainer.state.log_history, indent=1) + "\n", encoding="utf-8")
-        draw_losses(trainer.state.log_history, figures, unfinished / "loss.png")
-        facts = PretrainingFacts(
-            config=trainer.accelerator.unwrap_model(trainer.model).config,
-            corpora=[(c.name, c.n_train, c.held_out, float(share)) for c, share in zip(trainer.mixture.corpora, trainer.mixture.shares, strict=True)],
-            # Without the paths of this machine.
-            settings={name: value for name, value in resolved(trainer.args).items() if name not in PLACES},
-            figures=figures,
-            started_from=trainer.args.from_checkpoint and Path(trainer.args.from_checkpoint).name,
-            version=__version__,
-        )
-        (unfinished / "README.md").write_text(pretraining_card(facts, name=output.name), encoding="utf-8")
-        for path in unfinished.iterdir():
-            # safetensors makes files for the owner alone.
-            path.chmod(0o644)
-        put_in_place(unfinished, output / MODEL_FOLDER)
-    trainer.accelerator.wait_for_everyone()
-
-
-def draw_losses(history: Sequence[dict[str, float]], figures: dict[str, Any], path: Path) -> None:
-    """Draw the losses of a run beside the baselines, where matplotlib is installed."""
-    steps = [int(entry["step"]) for entry in history if "loss" in entry]
-    losses = [float(entry["loss"]) for entry in history if "loss" in entry]
-    held_out = [(int(entry["step"]), float(entry["eval_loss"])) for entry in history if "eval_loss" in entry]
-    references = {}
-    for name, found in figures["held_out"].items():
-        suffix = f", {name}" if len(figures["held_out"]) > 1 else ""
-        for key, text in (("gene_frequency", "gene frequency"), ("rank_frequency", "gene frequency by rank")):
-            if key in found["baselines"]:
-                references[f"{text}, held out{suffix}"] = found["baselines"][key]
-    try:
-        plot_loss(steps, losses, path, title="Masked-gene loss", references=references, held_out=held_out)
-    except ImportError as error:
-        logger.warning("No picture of the losses: %s", error)

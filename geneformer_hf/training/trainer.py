@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from torch import nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
-from transformers import Trainer, TrainerCallback
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 from transformers.trainer_utils import rotate_checkpoints
 
 from ..data.batching import BatchPlan, RankBatches
@@ -30,6 +30,7 @@ from ..models.tokenization_geneformer import GeneformerTokenizer
 from ..reports.metrics import MaskedGeneScores
 from .arguments import GeneformerPretrainingArguments
 from .checkpointing import IDENTITY_FILE, UNFINISHED_CHECKPOINT, put_in_place
+from .progress import ProgressBar
 
 logger = logging.getLogger(__name__)
 
@@ -84,7 +85,7 @@ class GeneformerPretrainer(Trainer):
         self.keyed_collator = self._collator(args, tokenizer)
         super().__init__(
             model=model, args=args, train_dataset=KeyedCells(mixture.corpora), processing_class=tokenizer, callbacks=list(callbacks),
-            eval_dataset=[corpus for corpus in mixture.corpora if corpus.held_out] or None,  # type: ignore[arg-type]
+            eval_dataset=[corpus for corpus in mixture.corpora if corpus.n_held_out] or None,  # type: ignore[arg-type]
             data_collator=self.keyed_collator,
         )  # fmt: skip
         self.plan = BatchPlan(
@@ -96,6 +97,10 @@ class GeneformerPretrainer(Trainer):
             group_by_length=self.layout == "padded" and args.group_by_length is not False,
         )
         self.add_callback(_RequireSharding(self))
+        for theirs in (ProgressCallback, PrinterCallback):
+            self.remove_callback(theirs)
+        if not args.disable_tqdm:
+            self.add_callback(ProgressBar())
 
     def _collator(self, args: GeneformerPretrainingArguments, tokenizer: GeneformerTokenizer) -> KeyedCollator:
         rates = args.rates

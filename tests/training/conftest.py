@@ -52,11 +52,12 @@ def settings(tmp_path):
 def run(settings, tokens, tokenizer):
     """Train on the small corpus; keyword arguments are settings."""
 
-    def go(name="run", *, data=None, model=None, callbacks=(), **more):
+    def go(name="run", *, data=None, eval_data=None, eval_paths=None, model=None, callbacks=(), **more):
         # A model that is given needs no shape.
         given = {"shape": None, "shape_overrides": None} if model is not None or "from_checkpoint" in more else {}
-        arguments = GeneformerPretrainingArguments(**(settings(name, **(given | more))))
-        return pretrain(arguments, tokens if data is None else data, tokenizer=tokenizer, model=model, callbacks=callbacks)
+        arguments = GeneformerPretrainingArguments(**(settings(name, **(given | more | {"eval_data": eval_paths}))))
+        found = tokens if data is None else data or None
+        return pretrain(arguments, found, eval_data=eval_data, tokenizer=tokenizer, model=model, callbacks=callbacks)
 
     return go
 

@@ -2,6 +2,7 @@
 
 import json
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -148,7 +149,7 @@ def test_the_final_folder_opens_with_auto_classes_and_says_what_it_is(run, token
 
 
 def test_nothing_held_out_means_no_figures_and_still_a_model(run):
-    found = run(held_out=0)
+    found = run(held_out=0, eval_strategy="epoch")
     assert found.figures["held_out"] == {}
     assert "None: no cells were held out." in (found.folder / "README.md").read_text()
 
@@ -207,3 +208,14 @@ def test_several_corpora_without_weights_are_one(run, tokens):
     found = run(data=halves, held_out=5)
     assert set(found.figures["held_out"]) == {"a", "b"}
     assert found.figures["steps"] == 24
+
+
+def test_cells_of_ones_own_to_evaluate_on(run, tokens, other_tokens, tmp_path):
+    narrow = other_tokens.cast_column("input_ids", datasets.List(datasets.Value("int32")))
+    found = run(eval_data=narrow, held_out=0.5)
+    assert found.figures["held_out"]["cells"]["cells"] == 60
+    assert found.figures["steps"] == 2 * 13, "all 100 cells are trained on"
+    tokens.save_to_disk(tmp_path / "train")
+    other_tokens.save_to_disk(tmp_path / "other donors")
+    again = run("again", data=False, train_data=[str(tmp_path / "train")], eval_paths=[str(tmp_path / "other donors")])
+    assert again.figures["held_out"]["train"]["after"] == found.figures["held_out"]["cells"]["after"]

@@ -236,3 +236,23 @@ def test_a_stream_that_was_broken_off_leaves_the_next_one_alone(folder):
         broken_off = iter(stream_tokens(folder / "parquet", shuffle=True, mix=1))
         next(broken_off)
         assert len(list(stream_tokens(folder / "parquet", shuffle=True, mix=1))) == len(list(stream_tokens(folder / "parquet")))
+
+
+@pytest.mark.parametrize("kind", ["tokens", "parquet"])
+def test_keys_of_cells_follow_from_the_cell_and_the_epoch_alone(folder, tokenizer, kind):
+    def keys(epoch, world=1, rank=0, mix=2):
+        stream = stream_tokens(folder / kind, shuffle=True, seed=3, shard_cells=4, mix=mix, cell_keys=True)
+        stream.set_epoch(epoch)
+        if world > 1:
+            stream = split_dataset_by_node(stream, rank=rank, world_size=world)
+            stream.set_epoch(epoch)
+        return {row["cell_id"]: tuple(int(part) for part in row["cell_key"]) for row in stream}
+
+    whole = keys(0)
+    assert len(set(whole.values())) == len(whole) > 20
+    assert keys(0, mix=5) == whole
+    assert keys(0, world=2, rank=0) | keys(0, world=2, rank=1) == whole
+    later = keys(1)
+    assert {cell: key[:2] for cell, key in later.items()} == {cell: key[:2] for cell, key in whole.items()}
+    assert len({key[2] for key in (*whole.values(), *later.values())}) == 2
+    assert "cell_key" not in stream_tokens(folder / kind).features
