@@ -90,7 +90,9 @@ def test_pretrain(folder):
 
 def test_continue_pretraining(folder, tokenizer):
     for name, seed in (("new", 1), ("old", 2)):
-        load_cells(make_cells(list(tokenizer.gene_table.ensembl_ids), 30, seed=seed), tokenizer=tokenizer, cache_dir=folder / "cache").save_to_disk(folder / name)
+        load_cells(make_cells(list(tokenizer.gene_table.ensembl_ids), 30, seed=seed), tokenizer=tokenizer, cache_dir=folder / "cache").save_to_disk(
+            folder / name
+        )
     printed = run([ROOT / "examples" / "continue_pretraining.py"], folder, *ARGUMENTS["continue_pretraining.py"])
     assert re.fullmatch(r"(?:(?:new|old): held-out loss \d\.\d{3} before, \d\.\d{3} after\n){2}", printed)
 

@@ -31,8 +31,8 @@ logger = logging.getLogger(__name__)
 
 BATCH_LAYOUTS = ("auto", "padded", "packed")
 RECIPES = "recipes"
-_DERIVED = ("hub_token", "do_eval", "use_cpu", "dataloader_pin_memory", "local_rank")
-"""Secrets, and what follows from the machine or from other settings."""
+_DERIVED = ("overwrite", "resume_from_checkpoint", "hub_token", "do_eval", "use_cpu", "dataloader_pin_memory", "local_rank")
+"""What is for one call alone, secrets, and what follows from the machine or from other settings."""
 
 
 def _about(text: str, default: Any = None, **more: Any) -> Any:
@@ -72,7 +72,7 @@ class GeneformerPretrainingArguments(TrainingArguments):
     freeze_embeddings: bool = _about("leave the embeddings as they are", False)
     baseline_cells: int = _about("training cells from which the two baselines count genes", 20_000)
     num_processes: int | None = _about("refuse to run in another number of processes than this")
-    overwrite: bool = _about("remove what is in output_dir first", False)
+    overwrite: bool = _about("replace a finished run, or another one, in output_dir; an unfinished one goes on", False)
 
     # Other defaults than transformers'.
     eval_strategy: str = "epoch"
@@ -119,6 +119,8 @@ class GeneformerPretrainingArguments(TrainingArguments):
             (not self.average_tokens_across_devices, "average_tokens_across_devices must be on: the loss is a mean over the genes of all processes"),
             (self.train_sampling_strategy != "random", "train_sampling_strategy is Trainer's own; use batch_layout and group_by_length"),
             (self.dataloader_drop_last, "dataloader_drop_last is not needed: a last step is filled up with cells of the next epoch"),
+            (self.seed < 0 or (self.data_seed or 0) < 0, f"seed is {self.seed} and data_seed {self.data_seed}; expected 0 or more"),
+            (self.dataloader_persistent_workers and not self.dataloader_num_workers, "dataloader_persistent_workers needs dataloader_num_workers above 0"),
             (self.freeze_layers < 0, f"freeze_layers is {self.freeze_layers}; expected 0 or more"),
             (self.save_only_model, "save_only_model leaves out what resuming needs; the final model is saved by itself in output_dir/model"),
         ]  # fmt: skip

@@ -16,14 +16,14 @@ import xxhash
 from transformers import IntervalStrategy, TrainerCallback, set_seed
 
 from ..data.mixtures import Mixture
-from ..errors import CheckpointError, SettingError
+from ..errors import CheckpointError, GeneformerError, SettingError
 from ..models.configuration_geneformer import GeneformerConfig
 from ..models.loading import load_model, load_tokenizer, require_same_vocabulary
 from ..models.modeling_geneformer import GeneformerForMaskedLM
 from ..models.tokenization_geneformer import GeneformerTokenizer
 from ..outputs import require_apart
 from .arguments import GeneformerPretrainingArguments, resolved, write_config
-from .checkpointing import CONFIG_FILE, MODEL_FOLDER, checkpoint_to_resume, remove_leftovers
+from .checkpointing import CONFIG_FILE, MODEL_FOLDER, checkpoint_to_resume, checkpoints_in, remove_leftovers
 from .corpora import Cells, open_corpora
 from .results import baseline_losses, held_out_figures, save_model
 from .trainer import GeneformerPretrainer
@@ -31,63 +31,16 @@ from .trainer import GeneformerPretrainer
 logger = logging.getLogger(__name__)
 
 # Settings that change no number: how the work is divided, watched and kept.
-FREE_SETTINGS = frozenset(
-    [
-        "output_dir",
-        "train_data",
-        "from_checkpoint",
-        "tokenizer",
-        "overwrite",
-        "num_processes",
-        "gradient_accumulation_steps",
-        "per_device_train_batch_size",
-        "per_device_eval_batch_size",
-        "eval_strategy",
-        "eval_steps",
-        "eval_delay",
-        "eval_on_start",
-        "logging_strategy",
-        "logging_steps",
-        "logging_first_step",
-        "log_level",
-        "log_level_replica",
-        "log_on_each_node",
-        "disable_tqdm",
-        "report_to",
-        "run_name",
-        "project",
-        "save_strategy",
-        "save_steps",
-        "save_total_limit",
-        "save_on_each_node",
-        "push_to_hub",
-        "hub_model_id",
-        "hub_strategy",
-        "hub_private_repo",
-        "hub_always_push",
-        "hub_revision",
-        "load_best_model_at_end",
-        "resume_from_checkpoint",
-        "dataloader_num_workers",
-        "dataloader_pin_memory",
-        "dataloader_persistent_workers",
-        "dataloader_prefetch_factor",
-        "dataloader_multiprocessing_context",
-        "use_cpu",
-        "ddp_backend",
-        "ddp_timeout",
-        "ddp_bucket_cap_mb",
-        "local_rank",
-        "metric_for_best_model",
-        "greater_is_better",
-        "activation_checkpointing",
-        "gradient_checkpointing",
-        "baseline_cells",
-        "do_train",
-        "do_eval",
-        "do_predict",
-    ]
-)
+# fmt: off
+FREE_SETTINGS = frozenset([
+    "output_dir", "train_data", "eval_data", "train_names", "from_checkpoint", "tokenizer", "num_processes", "gradient_accumulation_steps", "per_device_train_batch_size",
+    "per_device_eval_batch_size", "eval_strategy", "eval_steps", "eval_delay", "eval_on_start", "logging_strategy", "logging_steps", "logging_first_step", "log_level",
+    "log_level_replica", "log_on_each_node", "disable_tqdm", "report_to", "run_name", "project", "save_strategy", "save_steps", "save_total_limit", "save_on_each_node",
+    "push_to_hub", "hub_model_id", "hub_strategy", "hub_private_repo", "hub_always_push", "hub_revision", "load_best_model_at_end", "metric_for_best_model", "greater_is_better",
+    "dataloader_num_workers", "dataloader_persistent_workers", "dataloader_prefetch_factor", "dataloader_multiprocessing_context", "ddp_backend", "ddp_timeout",
+    "ddp_bucket_cap_mb", "activation_checkpointing", "gradient_checkpointing", "baseline_cells", "use_cpu",
+])
+# fmt: on
 
 
 @dataclass
@@ -143,10 +96,10 @@ def pretrain(
 
     if arguments.train_data:
         require_apart(output, [path for path in [*arguments.train_data, arguments.from_checkpoint, arguments.tokenizer] if path and Path(path).exists()])
-    if arguments.overwrite and arguments.process_index == 0:
-        _remove_run(output)
     arguments = copy.copy(arguments)
     with arguments.main_process_first(desc="look for checkpoints"):
+        if arguments.overwrite and arguments.process_index == 0:
+            _remove_other_runs(output, identity)
         resume = checkpoint_to_resume(output, asked_for=arguments.resume_from_checkpoint, identity=identity)
     if not any(corpus.n_held_out for corpus in corpora):
         arguments.eval_strategy = IntervalStrategy.NO
@@ -154,7 +107,14 @@ def pretrain(
         # What was known before, so that learning and forgetting can be told.
         arguments.eval_on_start = True
 
-    trainer = GeneformerPretrainer(model, arguments, mixture=mixture, tokenizer=tokenizer, identity=identity, callbacks=callbacks)
+    attention = model.config._attn_implementation
+    try:
+        trainer = GeneformerPretrainer(model, arguments, mixture=mixture, tokenizer=tokenizer, identity=identity, callbacks=callbacks)
+    except (ValueError, RuntimeError, ImportError) as error:
+        if isinstance(error, GeneformerError):
+            raise
+        msg = f"Trainer refuses these settings: {error}"
+        raise SettingError(msg) from error
     if trainer.is_world_process_zero():
         output.mkdir(parents=True, exist_ok=True)
         remove_leftovers(output)
@@ -165,9 +125,11 @@ def pretrain(
     trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     evaluated = [entry for entry in trainer.state.log_history if "eval_loss" in entry and entry["step"] == trainer.state.global_step]
     # On every process alike: the history is the same.
-    after = evaluated[-1] if evaluated else trainer.evaluate() if trainer.eval_dataset else {}
+    stale = not evaluated or arguments.load_best_model_at_end
+    after = {} if not trainer.eval_dataset else trainer.evaluate() if stale else evaluated[-1]
     figures = held_out_figures(trainer, after, baselines)
     save_model(trainer, tokenizer, figures, output)
+    model.set_attn_implementation(attention)
     return PretrainingRun(output / MODEL_FOLDER, trainer.accelerator.unwrap_model(trainer.model), figures, trainer.state.log_history)
 
 
@@ -277,10 +239,17 @@ def identity_of(arguments: GeneformerPretrainingArguments, mixture: Mixture, tok
     }
 
 
-def _remove_run(output: Path) -> None:
-    """Remove what an earlier run left: its model, checkpoints and settings, and nothing else."""
-    for path in output.glob("checkpoint-*"):
-        shutil.rmtree(path, ignore_errors=True)
+def _remove_other_runs(output: Path, identity: dict[str, Any]) -> None:
+    """Remove model, checkpoints and settings of a run that is finished or another one, and nothing else; an unfinished one goes on."""
+    if not (output / MODEL_FOLDER).exists():
+        try:
+            checkpoint_to_resume(output, asked_for=None, identity=identity)
+        except CheckpointError:
+            pass
+        else:
+            return
+    for path in checkpoints_in(output):
+        shutil.rmtree(path)
     shutil.rmtree(output / MODEL_FOLDER, ignore_errors=True)
     (output / CONFIG_FILE).unlink(missing_ok=True)
 

@@ -128,6 +128,16 @@ def test_the_best_checkpoint_is_kept_and_named(run, tmp_path):
     assert len(checkpoints_in(tmp_path / "run")) == 2
 
 
+def test_figures_are_those_of_the_model_that_is_saved(run):
+    """With load_best_model_at_end that is not the model of the last step."""
+    found = run(**(SAVING | {"save_steps": 4, "eval_strategy": "steps", "eval_steps": 4, "load_best_model_at_end": True, "metric_for_best_model": "loss", "learning_rate": 0.3,
+                             "lr_scheduler_type": "constant"}))  # fmt: skip
+    evaluations = [entry["eval_loss"] for entry in found.history if "eval_loss" in entry]
+    best = min(evaluations)
+    assert evaluations[5] > best, "the last step was not the best"
+    assert found.figures["held_out"]["cells"]["after"]["loss"] == pytest.approx(best, abs=1e-6)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -171,6 +181,19 @@ def test_a_finished_run_is_neither_overwritten_nor_lost(run):
     again = run(overwrite=True, seed=3)
     assert losses(again) != losses(first)
     assert (first.folder.parent / "notes.txt").read_text() == "mine"
+    assert "overwrite" not in (first.folder.parent / "run.yaml").read_text()
+
+
+def test_overwriting_goes_on_with_an_unfinished_run_and_replaces_another(run, tmp_path, caplog):
+    with pytest.raises(KeyboardInterrupt):
+        run("broken", callbacks=[Stop(7)], **SAVING)
+    run("broken", overwrite=True, **SAVING)
+    assert "Going on from" in caplog.text
+    caplog.clear()
+    shutil.rmtree(tmp_path / "broken" / "model")
+    other = run("broken", overwrite=True, **(SAVING | {"learning_rate": 5e-4}))
+    assert "Starting" in caplog.text
+    assert len(losses(other)) == 24
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_says_where(run, tmp_path):
