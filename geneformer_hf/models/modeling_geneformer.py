@@ -135,10 +135,10 @@ class GeneformerForMaskedLM(BertForMaskedLM):
         head = self.cls.predictions
         options = torch.nn.LinearCrossEntropyOptions()  # type: ignore[attr-defined]
         transformed_me = head.transform(hidden_me)
-        return F.linear_cross_entropy(  # type: ignore[attr-defined]
-            transformed_me, head.decoder.weight.to(transformed_me.dtype), targets_m, linear_bias=head.decoder.bias.to(transformed_me.dtype), reduction="sum",
-            options=options,
-        ).float()  # fmt: skip
+        weight, bias = head.decoder.weight.to(transformed_me.dtype), head.decoder.bias.to(transformed_me.dtype)
+        # Summed here: torch 2.13 would add up thousands of losses in bfloat16.
+        losses_m = F.linear_cross_entropy(transformed_me, weight, targets_m, linear_bias=bias, reduction="none", options=options)  # type: ignore[attr-defined]
+        return losses_m.float().sum()
 
 
 class GeneformerForSequenceClassification(BertForSequenceClassification):
