@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import sys
 from argparse import ArgumentParser, Namespace
+from pathlib import Path
 from typing import Any
 
 from .command import Command
@@ -19,7 +21,6 @@ class Pretrain(Command):
 
     name = "pretrain"
     help = "masked-gene training from scratch or from a checkpoint; one process or many, resumable"
-    when_interrupted = "the same command goes on from the last checkpoint"
     takes_rest = True
 
     def add_arguments(self, parser: ArgumentParser) -> None:
@@ -36,10 +37,19 @@ class Pretrain(Command):
             print(f"recipes: {', '.join(recipe_names())}\n")
             print(describe_settings(inherited=args.help_all))
             return 0
+        from ..training.checkpointing import checkpoints_in
         from ..training.pretraining import pretrain
 
         arguments = parse_arguments(read_config(args.config) if args.config else {}, args.rest)
-        run = pretrain(arguments)
+        try:
+            run = pretrain(arguments)
+        except KeyboardInterrupt:
+            checkpoints = checkpoints_in(Path(str(arguments.output_dir)))
+            where = (
+                f"goes on from {checkpoints[-1]}" if checkpoints else f"begins anew, for there is no checkpoint yet (save_steps is {arguments.save_steps:g})"
+            )
+            sys.stderr.write(f"geneformer-hf pretrain: interrupted; the same command {where}.\n")
+            return 130
         if arguments.process_index == 0:
             print_run(run)
         return 0
@@ -47,16 +57,22 @@ class Pretrain(Command):
 
 def print_run(run: Any) -> None:
     """Print what held-out cells say, and where things are."""
+    from ..reports.cards import verdict
+
     print(f"\n{run.figures['steps']:,} steps, {run.figures['epochs'] or 0:.2f} epochs.")
     for name, found in run.figures["held_out"].items():
         after, before, base = found["after"], found["before"], found["baselines"]
-        print(f"""
-{name}: {found["cells"]:,} held-out cells, {base["hidden_genes"]:,} hidden genes
-  masked-gene loss (nats)    {after["loss"]:8.3f}   perplexity {after["perplexity"]:,.1f}, top-1 {after["accuracy_top1"]:.3f}, top-10 {after["accuracy_top10"]:.3f}
-  gene frequency             {base["gene_frequency"]:8.3f}
-  gene frequency by rank     {base["rank_frequency"]:8.3f}""")
+        rows = [("this model", after["loss"], after["loss_at_mask"]), ("gene frequency", base["gene_frequency"], base["gene_frequency_at_mask"]),
+                ("gene frequency by rank", base["rank_frequency"], base["rank_frequency_at_mask"])]  # fmt: skip
         if before:
-            print(
-                f"  this model before          {before['loss']:8.3f}   {'better' if after['loss'] < before['loss'] else 'worse'} by {abs(after['loss'] - before['loss']):.3f}"
-            )
+            rows.insert(1, ("this model before", before["loss"], before["loss_at_mask"]))
+        print(f"\n{name}: {found['cells']:,} {'cells of ' + found['evaluated_on'] if found['evaluated_on'] else 'held-out cells'}")
+        print(
+            f"  {'loss (nats) at':26}{'all ' + format(base['hidden_genes'], ',') + ' hidden genes':>26}{'the ' + format(base['hidden_by_mask'], ',') + ' masked ones':>26}"
+        )
+        for what, everywhere, there in rows:
+            print(f"  {what:26}{everywhere:26.3f}{there:26.3f}")
+        for key, what in (("accuracy_top1", "top-1 accuracy"), ("accuracy_top10", "top-10 accuracy")):
+            print(f"  {what:26}{after[key]:26.3f}{after[key + '_at_mask']:26.3f}")
+        print(f"  {verdict(found)}")
     print(f"\nModel, tokenizer, card, figures, loss curve: {run.folder}{os.sep}")

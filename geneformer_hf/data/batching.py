@@ -72,9 +72,9 @@ class BatchPlan:
 
     def _steps_of_cells(self, cells_per_batch: int) -> Iterator[list[np.ndarray]]:
         size = cells_per_batch * self.batches_per_step
-        n_steps = GROUPED_STEPS if self.group_by_length else 1
-        for number, cells in enumerate(self._windows(size * n_steps)):
-            window, order = cells, np.arange(n_steps)
+        n_grouped = GROUPED_STEPS if self.group_by_length else 1
+        for number, cells in enumerate(self._windows(size * n_grouped, within=self.steps_per_epoch * size)):
+            window, order = cells, np.arange(len(cells) // size)
             if self.group_by_length:
                 window = cells[self._longest_first(cells)]
                 np.random.default_rng([self.mixture.seed, 2, number]).shuffle(order)
@@ -100,7 +100,7 @@ class BatchPlan:
         size = GROUPED_STEPS * self.batches_per_step * max(1, int(tokens_per_batch / mean))
         waiting: list[np.ndarray] = []
         rest = np.empty((0, 3), dtype=np.int64)
-        for number, fresh in enumerate(self._windows(size)):
+        for number, fresh in enumerate(self._windows(size, within=self.mixture.cells_per_epoch)):
             window = np.concatenate([rest, fresh])
             if self.layout == "padded":
                 window = window[self._longest_first(window)]
@@ -127,18 +127,19 @@ class BatchPlan:
             start += n
         return batches
 
-    def _windows(self, size: int) -> Iterator[np.ndarray]:
-        """Yield `size` cells at a time: int64 of shape `(size, 3)`, the parts of their keys."""
-        waiting: list[np.ndarray] = []
-        n_waiting = 0
+    def _windows(self, size: int, *, within: int) -> Iterator[np.ndarray]:
+        """Yield `size` cells at a time, or what is left of an epoch of `within` cells: int64 of shape `(cells, 3)`, the parts of their keys.
+
+        So cells that are sorted together are of one epoch, and none comes again before all have come.
+        """
+        waiting, left = np.empty((0, 3), dtype=np.int64), within
         for block in self.mixture.blocks():
-            waiting.append(np.stack(block, axis=1))
-            n_waiting += len(waiting[-1])
-            if n_waiting >= size:
-                cells = np.concatenate(waiting)
-                n_whole = len(cells) // size * size
-                yield from np.split(cells[:n_whole], n_whole // size)
-                waiting, n_waiting = [cells[n_whole:]], len(cells) - n_whole
+            waiting = np.concatenate([waiting, np.stack(block, axis=1)])
+            while len(waiting) >= min(size, left):
+                n = min(size, left)
+                yield waiting[:n]
+                waiting = waiting[n:]
+                left = left - n or within
 
     def _lengths(self, cells: np.ndarray) -> np.ndarray:
         lengths = np.empty(len(cells), dtype=np.int64)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch.utils.data
 
 from ..errors import SettingError
 from ..models.tokenization_geneformer import GeneformerTokenizer
@@ -67,4 +69,6 @@ class DataCollatorForMaskedGenes:
         if KEY in cell:
             return CellKey(*(int(part) for part in cell[KEY]))
         self._n_seen += 1
-        return CellKey(0, self._n_seen - 1, 0)
+        worker = torch.utils.data.get_worker_info()
+        # A loader's workers each begin to count anew, in every epoch: the seed torch gives them tells them apart, and processes their rank.
+        return CellKey(int(os.environ.get("RANK", "0")), self._n_seen - 1, 0 if worker is None else worker.seed % (1 << 62))

@@ -42,7 +42,7 @@ class MaskingRates:
         if not 0 < self.chosen < 1:
             msg = f"mask_probability is {self.chosen}; expected a share between 0 and 1."
             raise SettingError(msg)
-        if self.masked < 0 or self.random < 0 or self.masked + self.random > 1 + 1e-9:
+        if not (self.masked >= 0 and self.random >= 0 and self.masked + self.random <= 1 + 1e-9):
             msg = (
                 f"mask_share is {self.masked} and random_share {self.random}; expected shares of 0 or more that add up to 1 at most (the rest stays unchanged)."
             )
@@ -67,7 +67,7 @@ class GeneMasker:
             msg = f"seed is {seed}; expected 0 or more, and less than 2**64."
             raise SettingError(msg)
         self.rates, self.seed = rates or MaskingRates(), seed
-        self._mask = int(tokenizer.mask_token_id)
+        self.mask_token_id, self._pad = int(tokenizer.mask_token_id), int(tokenizer.pad_token_id)
         self._genes = np.sort(np.asarray(tokenizer.gene_table.token_ids, dtype=np.int64))
         self._is_special = np.zeros(max(tokenizer.get_vocab().values()) + 1, dtype=bool)
         self._is_special[list(tokenizer.all_special_ids)] = True
@@ -91,7 +91,7 @@ class GeneMasker:
         if drawn > 0:
             place = ((fate[is_random] - masked) / drawn * len(self._genes)).astype(np.int64)
             ids[is_random] = self._genes[np.minimum(place, len(self._genes) - 1)]
-        ids[chosen & (fate < masked)] = self._mask
+        ids[chosen & (fate < masked)] = self.mask_token_id
         return ids, labels
 
     def require_known(self, ids_t: np.ndarray, lengths: np.ndarray, keys: Sequence[CellKey]) -> None:
@@ -101,9 +101,13 @@ class GeneMasker:
             VocabularyMismatchError
         """
         size = len(self._is_special)
-        if len(ids_t) and (ids_t.max() >= size or ids_t.min() < 0):
-            place = int(np.flatnonzero((ids_t >= size) | (ids_t < 0))[0])
+        wrong = (ids_t >= size) | (ids_t < 0) | (ids_t == self._pad)
+        if wrong.any():
+            place = int(np.flatnonzero(wrong)[0])
             key = keys[int(np.searchsorted(np.cumsum(lengths), place, side="right"))]
+            if ids_t[place] == self._pad:
+                msg = f"row {key.row:,} of corpus {key.corpus} holds pads (id {self._pad}). Cells are expected as they are; batches are padded later. Tokenize them again, or take the pads away."
+                raise VocabularyMismatchError(msg)
             msg = f"row {key.row:,} of corpus {key.corpus} holds the token id {ids_t[place]:,}, and the vocabulary has {size:,} tokens. The dataset is damaged, or was made with another tokenizer."
             raise VocabularyMismatchError(msg)
 

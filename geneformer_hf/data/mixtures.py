@@ -19,10 +19,12 @@ import xxhash
 from ..errors import CellFileError, SettingError
 from .collators import KEY
 from .masking import CellKey
+from .tokenized import as_lists, require_lists_of_ids
 
 APPORTIONED = 1024
 """Cells over which a mixture keeps its shares, to one cell a corpus."""
 FINGERPRINT_CELLS = 1000
+READ_CELLS = 10_000
 EVALUATION = (1 << 62) - 1
 """The showing of held-out cells: always the same, so that their hidden genes are."""
 
@@ -34,14 +36,14 @@ class Corpus:
     Args:
         name (`str`): what logs and reports call it.
         cells (`datasets.Dataset`): with `input_ids`, and `length` where it was tokenized here.
-        held_out (`int` or int array, *optional*, defaults to 0): cells kept for evaluation: how many, drawn by `seed`, or which rows.
-        seed (`int`, *optional*, defaults to 0)
+        held_out (`int` or int array, *optional*, defaults to 0): cells kept for evaluation: how many, or which rows.
+        held_out_from (`str`, *optional*): the name of the dataset they are from, if it is another one.
     """
 
     name: str
     cells: datasets.Dataset
     held_out: int | np.ndarray = 0
-    seed: int = 0
+    held_out_from: str | None = None
     held_out_rows: np.ndarray = field(init=False, repr=False, compare=False)
     """int64, sorted."""
     lengths: np.ndarray = field(init=False, repr=False, compare=False)
@@ -49,27 +51,32 @@ class Corpus:
     _tokens: Any = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        if "input_ids" not in self.cells.column_names:
-            msg = f"{self.name}: no column 'input_ids'; found {', '.join(self.cells.column_names) or 'none'}. Tokenized cells are expected: `geneformer-hf tokenize`."
-            raise CellFileError(msg)
+        require_lists_of_ids(self.cells, name=self.name)
         if not len(self.cells):
             msg = f"{self.name}: no cells in it. Tokenize files that have some."
             raise CellFileError(msg)
         n_held_out = self.held_out if isinstance(self.held_out, int) else len(self.held_out)
         if not 0 <= n_held_out < len(self.cells):
-            msg = f"{self.name}: {n_held_out:,} of {len(self.cells):,} cells cannot be held out; some must be left to train on."
+            msg = f"{self.name}: {n_held_out:,} of {len(self.cells):,} cells cannot be held out; some must be left to train on. Set held_out, for instance to 0.1 (a share)."
             raise SettingError(msg)
         rows = self.held_out
         if isinstance(rows, int):
-            rows = np.random.default_rng([self.seed, len(self.cells)]).choice(len(self.cells), n_held_out, replace=False)
+            # Of one order for each number of cells, whatever the seed of the run: fewer are part of more, so that a later run on the same
+            # dataset holds out cells that an earlier one has not trained on.
+            rows = np.random.default_rng([0, len(self.cells)]).permutation(len(self.cells))[:n_held_out]
         object.__setattr__(self, "held_out_rows", np.sort(rows).astype(np.int64))
         object.__setattr__(self, "_tokens", self.cells.select_columns(["input_ids"]).with_format("arrow"))
         object.__setattr__(self, "lengths", self._read_lengths())
 
     def _read_lengths(self) -> np.ndarray:
-        if "length" in self.cells.column_names:
-            return np.asarray(self.cells.with_format("numpy")["length"][:]).astype(np.int32)
-        parts = [self._tokens[start : start + 10_000]["input_ids"].combine_chunks().value_lengths().to_numpy() for start in range(0, len(self.cells), 10_000)]
+        """Count the tokens of each cell; a column `length` says what its maker thought."""
+        parts = []
+        for start in range(0, len(self.cells), READ_CELLS):
+            column = self._tokens[start : start + READ_CELLS]["input_ids"]
+            if column.null_count:
+                msg = f"{self.name}: {column.null_count:,} of the cells from row {start:,} on are missing (null). Tokenize the cells again."
+                raise CellFileError(msg)
+            parts += [as_lists(chunk).value_lengths().to_numpy() for chunk in column.chunks]
         return np.concatenate(parts).astype(np.int32)
 
     @property
@@ -89,7 +96,7 @@ class Corpus:
 
     def read(self, rows: Sequence[int]) -> list[np.ndarray]:
         """Return the token ids of some cells."""
-        column = self._tokens[list(rows)]["input_ids"].combine_chunks()
+        column = as_lists(self._tokens[list(rows)]["input_ids"].combine_chunks())
         values, offsets = column.values.to_numpy(zero_copy_only=False), column.offsets.to_numpy()
         return [values[offsets[i] : offsets[i + 1]] for i in range(len(rows))]
 
@@ -118,7 +125,7 @@ class Mixture:
     def __init__(self, corpora: Sequence[Corpus], weights: Sequence[float] | None = None, *, seed: int = 0) -> None:
         self._sizes, self._weighted = [corpus.n_train for corpus in corpora], weights is not None
         sizes = np.array(self._sizes, dtype=np.float64)
-        if weights is not None and (len(weights) != len(corpora) or min(weights) <= 0):
+        if weights is not None and (len(weights) != len(corpora) or not all(0 < weight < float("inf") for weight in weights)):
             msg = f"weights {list(weights)} for {len(corpora)} corpora; expected one number above 0 for each."
             raise SettingError(msg)
         self.corpora, self.seed = list(corpora), seed

@@ -270,7 +270,7 @@ def stream_cells(
         shard_cells (`int`, *optional*, defaults to 1024): cells read in one go; a shard is what a rank or worker gets.
         mix (`int`, *optional*, defaults to 8): shards whose rows are shuffled together: more mix better and take more memory.
         cell_keys (`bool`, *optional*, defaults to `False`):
-            add the column `cell_key`, from which `DataCollatorForMaskedGenes` draws masks that depend on seed, epoch and cell alone.
+            add the column `cell_key`, from which `DataCollatorForMaskedGenes` draws masks that depend on seed, epoch and cell alone; without `shuffle`, on the cell alone.
 
     Returns:
         `datasets.IterableDataset`.

@@ -72,6 +72,31 @@ def gene_table_of(dataset: Any) -> str | None:
     return parts[1] if len(parts) > 1 else None
 
 
+def require_lists_of_ids(dataset: Any, *, name: str) -> None:
+    """Raise unless this is a dataset whose column `input_ids` holds a list of whole numbers in each row.
+
+    Raises:
+        CellFileError
+    """
+    if not isinstance(dataset, datasets.Dataset):
+        msg = f"{name} is a {type(dataset).__name__}; expected a datasets.Dataset of tokenized cells{', such as one of its splits' if isinstance(dataset, dict) else ''}."
+        raise CellFileError(msg)
+    if "input_ids" not in dataset.column_names:
+        msg = f"{name}: no column 'input_ids'; found {', '.join(dataset.column_names) or 'none'}. Tokenized cells are expected: `geneformer-hf tokenize`."
+        raise CellFileError(msg)
+    kind = dataset.features["input_ids"]
+    inner = getattr(kind, "feature", None)
+    whole = isinstance(inner, datasets.Value) and ("int" in inner.dtype)
+    if not whole and len(dataset):
+        msg = f"{name}: input_ids holds {kind}; expected lists of token ids (whole numbers)."
+        raise CellFileError(msg)
+
+
+def as_lists(column: pa.Array) -> pa.Array:
+    """Return lists of a fixed size as lists of any size."""
+    return column.cast(pa.list_(column.type.value_type)) if pa.types.is_fixed_size_list(column.type) else column
+
+
 def require_made_with(dataset: datasets.Dataset, tokenizer: GeneformerTokenizer, *, name: str) -> None:
     """Raise unless a dataset can have been made with a tokenizer: what it records, and a thousand of its cells, are compared.
 
@@ -83,9 +108,13 @@ def require_made_with(dataset: datasets.Dataset, tokenizer: GeneformerTokenizer,
         msg = f"{name} was tokenized with gene table {table}, and the tokenizer has {tokenizer.gene_table.fingerprint}. Tokenize the cells with this model's tokenizer."
         raise VocabularyMismatchError(msg)
     rows = np.unique(np.linspace(0, len(dataset) - 1, LOOKED_AT).astype(int))
-    cells = dataset.select_columns(["input_ids"]).with_format("numpy")[rows]["input_ids"]
+    cells = dataset.select_columns(["input_ids"]).with_format(None)[rows]["input_ids"]
+    n_broken = sum(cell is None or None in cell for cell in cells)
+    if n_broken:
+        msg = f"{name}: {n_broken:,} of {len(cells):,} cells looked at are missing, or hold a missing token (null). Tokenize the cells again."
+        raise VocabularyMismatchError(msg)
     size = max(tokenizer.get_vocab().values()) + 1
-    largest, smallest = max(int(np.max(cell, initial=0)) for cell in cells), min(int(np.min(cell, initial=0)) for cell in cells)
+    largest, smallest = max(max(cell, default=0) for cell in cells), min(min(cell, default=0) for cell in cells)
     if largest >= size or smallest < 0:
         msg = f"{name} holds the token id {largest if largest >= size else smallest:,}, and the vocabulary has {size:,} tokens. It was tokenized with another one: tokenize the cells again."
         raise VocabularyMismatchError(msg)

@@ -10,6 +10,7 @@ Two ways in: `packed_attention`, registered with transformers, serves whole mode
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,6 +22,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from ..device import has_variable_length_attention
+
+logger = logging.getLogger(__name__)
 
 PACKED_ATTENTION = "packed_cells"
 """Name for `model.set_attn_implementation`: packed where a call brings `cu_seq_lens_q`, torch's usual attention where it does not."""
@@ -55,8 +58,13 @@ def packed_attention(
     if query.shape[0] != 1 or attention_mask is not None:
         msg = f"packed cells come as one row without an attention mask; got {query.shape[0]} rows{'' if attention_mask is None else ' and a mask'}."
         raise ValueError(msg)
+    if kwargs.get("output_attentions"):
+        logger.warning("packed cells give no attention weights. Use one cell a row and model.set_attn_implementation('eager') for them.")
     if query.device.type == "cpu" or max_length_q is None:
         lengths = cu_seq_lens_q.diff().tolist()
+        if sum(lengths) != query.shape[2] or min(lengths) < 0:
+            msg = f"cu_seq_lens_q ends at {sum(lengths):,}, and there are {query.shape[2]:,} tokens. It begins with 0 and holds the end of each cell."
+            raise ValueError(msg)
         # One split, whose gradient is one concatenation; slices would each make a gradient as large as the batch.
         parts = zip(*(x.split(lengths, dim=2) for x in (query, key, value)), strict=True)
         contexts = [F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scaling).transpose(1, 2) for q, k, v in parts]

@@ -96,6 +96,10 @@ def load_tokenizer(folder: Any, **kwargs: Any) -> GeneformerTokenizer:
         CheckpointError: if there is none; published checkpoints carry none until they are converted.
     """
     local = Path(folder)
+    if not local.exists() and (len(local.parts) != 2 or str(folder).startswith((".", "/", "~"))):
+        # A Hub id has two parts; asking the Hub for anything else only takes time.
+        msg = f"{folder} does not exist (looked for in {Path.cwd()}). Give the folder of a tokenizer or converted checkpoint, or a Hub id such as 'name/model'."
+        raise CheckpointError(msg)
     if local.is_dir() and not (local / GENE_TABLE_FILE).is_file():
         msg = f"{folder} holds no {GENE_TABLE_FILE}: published checkpoints come without a tokenizer. Run `geneformer-hf convert {folder} OUTPUT` once and use OUTPUT."
         raise CheckpointError(msg)

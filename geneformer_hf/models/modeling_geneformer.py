@@ -20,7 +20,7 @@ from transformers.models.bert.modeling_bert import BertPreTrainedModel
 from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
 
-from . import attention as _attention  # noqa: F401  (registers the attention function for packed cells)
+from .attention import PACKED_ATTENTION
 from .configuration_geneformer import GeneformerConfig
 
 IGNORED = -100
@@ -103,6 +103,10 @@ class GeneformerForMaskedLM(BertForMaskedLM):
                 labels the head runs at the labelled positions and logits are None.
             kwargs: with `cu_seq_lens_q` and `position_ids` cells come packed, see `models.attention.packed_attention`.
         """
+        attention = self.config._attn_implementation or ""
+        if kwargs.get("cu_seq_lens_q") is not None and attention != PACKED_ATTENTION and not attention.startswith("flash"):
+            msg = f"the batch holds packed cells, which the attention function {attention!r} would mix. Call model.set_attn_implementation({PACKED_ATTENTION!r}) first."
+            raise ValueError(msg)
         outputs = self.bert(
             input_ids,
             attention_mask=attention_mask,
@@ -123,10 +127,13 @@ class GeneformerForMaskedLM(BertForMaskedLM):
             total = F.cross_entropy(logits[chosen].float(), targets, reduction="sum")
         elif full_logits is None and self.fused_loss:
             total = self._fused_loss(hidden_ble[chosen], targets)
+        elif full_logits is False:
+            # In single precision whatever the rest is computed in: among thousands of genes, half of it makes ties.
+            with torch.autocast(hidden_ble.device.type, enabled=False):
+                logits = self.cls(hidden_ble[chosen].to(self.cls.predictions.decoder.weight.dtype)).float()
+            total = F.cross_entropy(logits, targets, reduction="sum")
         else:
-            scores = self.cls(hidden_ble[chosen])
-            total = F.cross_entropy(scores.float(), targets, reduction="sum")
-            logits = scores if full_logits is False else None
+            total = F.cross_entropy(self.cls(hidden_ble[chosen]).float(), targets, reduction="sum")
         loss = _mean_of(total, len(targets), num_items_in_batch)
         return MaskedLMOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions)
 

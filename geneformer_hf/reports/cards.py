@@ -71,12 +71,13 @@ class PretrainingFacts:
     """What a pretraining run has to say for itself."""
 
     config: GeneformerConfig
-    corpora: Sequence[tuple[str, int, int, float]]
-    """Name, training cells, held-out cells and share of each dataset."""
+    corpora: Sequence[tuple[str, int, int, float, str | None]]
+    """Of each dataset its name, training cells, cells to evaluate on, share, and where those are from if it is another dataset."""
     settings: dict[str, Any]
     figures: dict[str, Any]
     started_from: str | None
     version: str
+    species: str | None = None
 
 
 def pretraining_card(facts: PretrainingFacts, *, name: str) -> str:
@@ -94,11 +95,11 @@ def pretraining_card(facts: PretrainingFacts, *, name: str) -> str:
                 "results": [
                     {
                         "task": {"type": "fill-mask", "name": "Masked-gene prediction"},
-                        "dataset": {"name": f"{corpus} (held out)", "type": "tokenized-cells"},
+                        "dataset": {"name": found["evaluated_on"] or f"{corpus} (held out)", "type": "tokenized-cells"},
                         "metrics": [
                             {"type": key, "value": round(value, 4)}
                             for key, value in found["after"].items()
-                            if key in ("loss", "perplexity", "accuracy_top1", "accuracy_top10")
+                            if key in ("loss", "perplexity", "accuracy_top1", "accuracy_top10", "loss_at_mask")
                         ],
                     }
                     for corpus, found in held_out.items()
@@ -118,21 +119,26 @@ def pretraining_card(facts: PretrainingFacts, *, name: str) -> str:
         "",
         "## Data",
         "",
-        "| dataset | cells to train on | held out | share of the cells shown |",
+        "| dataset | cells to train on | share of the cells shown | evaluated on |",
         "|---|---|---|---|",
-        *(f"| {corpus} | {n_train:,} | {n_held:,} | {share:.1%} |" for corpus, n_train, n_held, share in facts.corpora),
+        *(
+            f"| {corpus} | {n_train:,} | {share:.1%} | {n_held:,} {'cells of ' + other if other else 'held-out cells'} |"
+            for corpus, n_train, n_held, share, other in facts.corpora
+        ),
         "",
         "## Recipe",
         "",
-        f"{facts.figures['steps']:,} optimiser steps, {facts.figures['epochs'] or 0:.2f} epochs. All settings that differ from the defaults (`run.yaml`):",
+        f"{facts.figures['steps']:,} optimiser steps, {facts.figures['epochs'] or 0:.2f} epochs. All settings that differ from the defaults (`settings.yaml`):",
         "",
         "```yaml",
         yaml.safe_dump(facts.settings, sort_keys=True, allow_unicode=True).strip(),
         "```",
         "",
-        "## Figures on held-out cells",
+        "## Figures",
         "",
         *_figure_lines(held_out),
+        "",
+        "![Loss by step](loss.png)",
         "",
         "## Use",
         "",
@@ -144,11 +150,19 @@ def pretraining_card(facts: PretrainingFacts, *, name: str) -> str:
         'tokenizer = AutoTokenizer.from_pretrained("FOLDER")',
         "```",
         "",
-        "Input: raw transcript counts of human cells. A low masked-gene loss does not mean that embeddings serve a purpose: compare them with PCA on your data.",
+        f"Input: raw transcript counts{' of ' + facts.species + ' cells' if facts.species else ''}. A low masked-gene loss does not mean that embeddings serve a purpose: compare them with PCA on your data.",
         "",
         f"Please cite: {PAPERS['V1']}.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def verdict(found: dict[str, Any]) -> str:
+    """Say in a sentence what the figures on held-out cells mean, whichever way they came out."""
+    after, base = found["after"]["loss_at_mask"], min(found["baselines"]["gene_frequency_at_mask"], found["baselines"]["rank_frequency_at_mask"])
+    if after >= base:
+        return f"At masked genes the model is {after - base:.2f} nats worse than the better baseline: it has not learnt how genes go together. Train longer, on more cells, or with another learning rate."
+    return f"At masked genes the model is {base - after:.2f} nats better than the better baseline."
 
 
 def _figure_lines(held_out: dict[str, Any]) -> list[str]:
@@ -156,17 +170,19 @@ def _figure_lines(held_out: dict[str, Any]) -> list[str]:
     if not held_out:
         return ["None: no cells were held out."]
     lines = [
-        "Losses in nats. The baselines predict each hidden gene by its smoothed frequency among training cells, overall or near that rank.",
+        "Losses in nats. The baselines predict each hidden gene by its smoothed frequency among training cells, overall or near that rank. Of the hidden genes, one in ten still",
+        "stands where it was and can be copied; what the model knows of genes it cannot see shows at `<mask>` alone.",
         "",
-        "| dataset | loss before | loss | perplexity | top-1 | top-10 | gene frequency | frequency by rank | hidden genes |",
+        "| dataset | at | genes | loss before | loss | top-1 | top-10 | gene frequency | frequency by rank |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for corpus, found in held_out.items():
         after, before, base = found["after"], found["before"], found["baselines"]
-        numbers = [
-            f"{before['loss']:.3f}" if before else "",
-            f"{after['loss']:.3f}", f"{after['perplexity']:,.0f}", f"{after['accuracy_top1']:.3f}", f"{after['accuracy_top10']:.3f}",
-            f"{base['gene_frequency']:.3f}", f"{base['rank_frequency']:.3f}", f"{base['hidden_genes']:,}",
-        ]  # fmt: skip
-        lines.append(f"| {corpus} | {' | '.join(numbers)} |")
+        for where, suffix, genes in (("all hidden genes", "", "hidden_genes"), ("`<mask>`", "_at_mask", "hidden_by_mask")):
+            numbers = [
+                f"{base[genes]:,}", f"{before['loss' + suffix]:.3f}" if before else "", f"{after['loss' + suffix]:.3f}", f"{after['accuracy_top1' + suffix]:.3f}",
+                f"{after['accuracy_top10' + suffix]:.3f}", f"{base['gene_frequency' + suffix]:.3f}", f"{base['rank_frequency' + suffix]:.3f}",
+            ]  # fmt: skip
+            lines.append(f"| {corpus} | {where} | {' | '.join(numbers)} |")
+    lines += ["", *(f"{corpus}: {verdict(found)}" for corpus, found in held_out.items())]
     return lines

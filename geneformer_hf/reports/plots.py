@@ -112,20 +112,35 @@ def _class_names(series: pd.Series) -> np.ndarray:
     return text.where(text.str.strip() != "", "(empty)").to_numpy()
 
 
-def plot_loss(
-    steps: Sequence[int], losses: Sequence[float], path: Path, *, title: str, references: Mapping[str, float] | None = None,
-    held_out: Sequence[tuple[int, float]] = (),
-) -> None:  # fmt: skip
-    """Draw training loss in nats by step, with losses on held-out cells as points and other losses as horizontal lines."""
+def plot_training(
+    steps: Sequence[int],
+    losses: Sequence[float],
+    path: Path,
+    *,
+    held_out: Mapping[str, Sequence[tuple[int, float]]],
+    references: Mapping[str, Mapping[str, float]],
+) -> None:
+    """Draw the masked-gene loss in nats by step: of training, and of the held-out cells of each dataset beside its baselines.
+
+    Args:
+        held_out: steps and losses by dataset.
+        references: other losses on the held-out cells of each dataset, by their names; drawn as lines in the colour of the dataset.
+    """
     plt = _pyplot()
-    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    axes.plot(steps, losses, label="training", marker="." if len(steps) < 3 else None)
-    if held_out:
-        axes.plot(*zip(*held_out, strict=True), "o-", color="black", markersize=3, linewidth=1, label=f"held-out cells ({held_out[-1][1]:.2f})")
-    for i, (label, value) in enumerate((references or {}).items()):
-        axes.axhline(value, linestyle="--", color=f"C{i + 1}", label=f"{label} ({value:.2f})")
-    axes.set(title=title, xlabel="step", ylabel="masked-gene loss (nats)")
-    axes.legend(frameon=False)
+    from matplotlib.ticker import MaxNLocator
+
+    figure, axes = plt.subplots(figsize=(9, 4.5), layout="constrained")
+    if steps:
+        axes.plot(steps, losses, color="0.6", label="training", marker="." if len(steps) < 3 else None)
+    for i, (name, points) in enumerate(held_out.items()):
+        color, of = f"C{i}", f", {name}" if len(held_out) > 1 else ""
+        if points:
+            axes.plot(*zip(*points, strict=True), "o-", color=color, markersize=3, linewidth=1, label=f"held-out cells{of} ({points[-1][1]:.2f})")
+        for style, (what, value) in zip(("--", ":", "-."), references.get(name, {}).items(), strict=False):
+            axes.axhline(value, linestyle=style, color=color, linewidth=1, label=f"{what}{of} ({value:.2f})")
+    axes.set(title="Masked-gene loss", xlabel="step", ylabel="loss (nats)")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.legend(frameon=False, fontsize="small", loc="center left", bbox_to_anchor=(1.0, 0.5))
     axes.spines[["top", "right"]].set_visible(False)
     _save(plt, figure, path)
 

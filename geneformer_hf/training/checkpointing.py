@@ -17,7 +17,7 @@ IDENTITY_FILE = "geneformer_run.json"
 MODEL_FOLDER = "model"
 UNFINISHED_CHECKPOINT = ".checkpoint.unfinished"
 UNFINISHED_MODEL = ".model.unfinished"
-CONFIG_FILE = "run.yaml"
+CONFIG_FILE = "settings.yaml"
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
@@ -33,7 +33,8 @@ def checkpoint_to_resume(output: Path, *, asked_for: str | None, identity: dict[
         OutputExistsError: if the run in this folder is finished, or another one.
         CheckpointError: if the checkpoint asked for is none, or belongs to another run; each difference is named.
     """
-    if asked_for is None or asked_for in ("True", "true"):
+    asked_for = None if asked_for is None or str(asked_for).lower() == "false" else str(asked_for)
+    if asked_for is None or asked_for.lower() == "true":
         if (output / MODEL_FOLDER).exists():
             msg = f"{output} holds the model of a finished run ({output / MODEL_FOLDER}). Choose another output_dir, or pass `overwrite: true` (--overwrite) to start anew there."
             raise OutputExistsError(msg)
@@ -62,7 +63,7 @@ def _require_same_run(checkpoint: Path, identity: dict[str, Any]) -> None:
     except (OSError, json.JSONDecodeError) as error:
         msg = f"{checkpoint / IDENTITY_FILE} cannot be read: {error}. Remove this checkpoint to go on from the one before."
         raise CheckpointError(msg) from error
-    ours = json.loads(json.dumps(identity))
+    ours, theirs = _flat(json.loads(json.dumps(identity))), _flat(theirs)
     different = [
         f"{name} is {_shown(ours.get(name))} and was {_shown(theirs.get(name))}"
         for name in dict.fromkeys([*ours, *theirs])
@@ -71,6 +72,13 @@ def _require_same_run(checkpoint: Path, identity: dict[str, Any]) -> None:
     if different:
         msg = f"{checkpoint} belongs to another run: {'; '.join(different)}. Use the settings and data of that run, or start another in a new output_dir (with from_checkpoint, to go on from its weights)."
         raise CheckpointError(msg)
+
+
+def _flat(identity: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields of the model beside the settings, so that each difference is named."""
+    return {name: value for name, value in identity.items() if name != "model"} | {
+        f"{name} of the model": value for name, value in identity.get("model", {}).items()
+    }
 
 
 def _shown(value: Any) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeAlias
@@ -10,10 +11,12 @@ import datasets
 import numpy as np
 
 from ..data.mixtures import Corpus
-from ..data.tokenized import open_tokenized, require_made_with
-from ..errors import SettingError
+from ..data.tokenized import gene_table_of, open_tokenized, require_lists_of_ids, require_made_with
+from ..errors import CellFileError, SettingError
 from ..models.tokenization_geneformer import GeneformerTokenizer
 from .arguments import GeneformerPretrainingArguments
+
+logger = logging.getLogger(__name__)
 
 Cells: TypeAlias = datasets.Dataset | dict[str, datasets.Dataset]
 
@@ -34,37 +37,64 @@ def open_corpora(
     if len(names) != len(training) or len(set(names)) != len(names):
         msg = f"train_names {names} for {len(training)} datasets; expected one name for each, all different."
         raise SettingError(msg)
+    if isinstance(train_data, dict) and isinstance(eval_data, dict):
+        if set(train_data) != set(eval_data):
+            msg = f"datasets to train on are {', '.join(train_data)} and to evaluate on {', '.join(eval_data)}; expected the same names."
+            raise SettingError(msg)
+        evaluation = {name: evaluation[name] for name in training}
     if evaluation and len(evaluation) != len(training):
         msg = f"{len(evaluation)} datasets to evaluate on for {len(training)} to train on; expected one for each, in the same order."
         raise SettingError(msg)
     for name, cells in (*training.items(), *evaluation.items()):
-        if "input_ids" in cells.column_names and len(cells):
-            require_made_with(cells, tokenizer, name=name)
-    held_out: list[datasets.Dataset | None] = [*evaluation.values()] if evaluation else [None] * len(training)
+        require_lists_of_ids(cells, name=name)
+        if not len(cells):
+            msg = f"{name}: no cells in it. Tokenize files that have some."
+            raise CellFileError(msg)
+        require_made_with(cells, tokenizer, name=name)
+        if gene_table_of(cells) is None:
+            logger.warning("%s does not say which vocabulary it was made with: only ids, lengths and special tokens could be checked.", name)
+    _require_different(training, evaluation)
+    held_out: list[tuple[str, datasets.Dataset] | None] = [*evaluation.items()] if evaluation else [None] * len(training)
     corpora = [_corpus(arguments, name, cells, other) for name, cells, other in zip(names, training.values(), held_out, strict=True)]
     for corpus in corpora:
-        if corpus.lengths.max() > tokenizer.model_max_length or corpus.lengths.min() < 1:
-            bad = int(((corpus.lengths > tokenizer.model_max_length) | (corpus.lengths < 1)).sum())
-            msg = f"{corpus.name}: {bad:,} of {len(corpus.lengths):,} cells have no token, or more than {tokenizer.model_max_length:,} (up to {corpus.lengths.max():,}). Tokenize them with this model's tokenizer, which keeps the highest ranks."
+        shortest = 1 + sum(token is not None for token in (tokenizer.cls_token_id, tokenizer.eos_token_id))
+        bad = int(((corpus.lengths > tokenizer.model_max_length) | (corpus.lengths < shortest)).sum())
+        if bad:
+            msg = f"{corpus.name}: {bad:,} of {len(corpus.lengths):,} cells have no gene, or more than {tokenizer.model_max_length:,} tokens (up to {corpus.lengths.max():,}). Tokenize them with this model's tokenizer, which keeps the highest ranks."
             raise SettingError(msg)
     return corpora
 
 
 def _opened(paths: Sequence[str] | None, given: Cells | None) -> dict[str, datasets.Dataset]:
+    if isinstance(given, datasets.DatasetDict):
+        msg = f"This is a DatasetDict ({', '.join(given)}). Give one of its splits to train on, and one as eval_data."
+        raise SettingError(msg)
     if given is not None:
         return given if isinstance(given, dict) else {"cells": given}
     return dict(zip(_names_of(paths or []), [open_tokenized(path) for path in paths or []], strict=True))
 
 
-def _corpus(arguments: GeneformerPretrainingArguments, name: str, cells: datasets.Dataset, evaluation: datasets.Dataset | None) -> Corpus:
+def _require_different(training: dict[str, datasets.Dataset], evaluation: dict[str, datasets.Dataset]) -> None:
+    """Raise if a dataset is given twice: cells would be trained on and evaluated on."""
+    seen: dict[str, str] = {}
+    for role, several in (("train", training), ("evaluate", evaluation)):
+        for name, cells in several.items():
+            here = f"{name} to {role} on"
+            other = seen.setdefault(cells._fingerprint, here)
+            if other != here:
+                msg = f"{here} is the same dataset as {other}. Each may be given once; held_out keeps cells of it for evaluation."
+                raise SettingError(msg)
+
+
+def _corpus(arguments: GeneformerPretrainingArguments, name: str, cells: datasets.Dataset, evaluation: tuple[str, datasets.Dataset] | None) -> Corpus:
     if evaluation is None:
-        return Corpus(name, cells, _n_held_out(arguments.held_out, len(cells)), seed=arguments.order_seed)
-    columns = [column for column in ("input_ids", "length") if column in cells.column_names and column in evaluation.column_names]
-    cells, evaluation = cells.select_columns(columns), evaluation.select_columns(columns)
-    if evaluation.features != cells.features:
-        evaluation = evaluation.cast(cells.features)
-    together = datasets.concatenate_datasets([cells, evaluation])
-    return Corpus(name, together, np.arange(len(cells), len(together)))
+        return Corpus(name, cells, _n_held_out(arguments.held_out, len(cells)))
+    other_name, other = evaluation
+    cells, other = cells.select_columns(["input_ids"]), other.select_columns(["input_ids"])
+    if other.features != cells.features:
+        other = other.cast(cells.features)
+    together = datasets.concatenate_datasets([cells, other])
+    return Corpus(name, together, np.arange(len(cells), len(together)), held_out_from=other_name)
 
 
 def _n_held_out(held_out: float, n_cells: int) -> int:

@@ -13,16 +13,17 @@ from typing import Any, cast
 
 import torch
 import xxhash
+from huggingface_hub.errors import StrictDataclassError
 from transformers import IntervalStrategy, TrainerCallback, set_seed
 
 from ..data.mixtures import Mixture
-from ..errors import CheckpointError, GeneformerError, SettingError
-from ..models.configuration_geneformer import GeneformerConfig
+from ..errors import CheckpointError, GeneformerError, OutputError, OutputExistsError, SettingError
+from ..models.configuration_geneformer import PRESETS, GeneformerConfig
 from ..models.loading import load_model, load_tokenizer, require_same_vocabulary
 from ..models.modeling_geneformer import GeneformerForMaskedLM
 from ..models.tokenization_geneformer import GeneformerTokenizer
 from ..outputs import require_apart
-from .arguments import GeneformerPretrainingArguments, resolved, write_config
+from .arguments import GeneformerPretrainingArguments, resolved, suggestion, write_config
 from .checkpointing import CONFIG_FILE, MODEL_FOLDER, checkpoint_to_resume, checkpoints_in, remove_leftovers
 from .corpora import Cells, open_corpora
 from .results import baseline_losses, held_out_figures, save_model
@@ -36,9 +37,10 @@ FREE_SETTINGS = frozenset([
     "output_dir", "train_data", "eval_data", "train_names", "from_checkpoint", "tokenizer", "num_processes", "gradient_accumulation_steps", "per_device_train_batch_size",
     "per_device_eval_batch_size", "eval_strategy", "eval_steps", "eval_delay", "eval_on_start", "logging_strategy", "logging_steps", "logging_first_step", "log_level",
     "log_level_replica", "log_on_each_node", "disable_tqdm", "report_to", "run_name", "project", "save_strategy", "save_steps", "save_total_limit", "save_on_each_node",
-    "push_to_hub", "hub_model_id", "hub_strategy", "hub_private_repo", "hub_always_push", "hub_revision", "load_best_model_at_end", "metric_for_best_model", "greater_is_better",
     "dataloader_num_workers", "dataloader_persistent_workers", "dataloader_prefetch_factor", "dataloader_multiprocessing_context", "ddp_backend", "ddp_timeout",
-    "ddp_bucket_cap_mb", "activation_checkpointing", "gradient_checkpointing", "baseline_cells", "use_cpu",
+    "ddp_bucket_cap_mb", "activation_checkpointing", "gradient_checkpointing", "baseline_cells", "use_cpu", "torch_empty_cache_steps",
+    # Taken up below as what they come to.
+    "batch_layout", "group_by_length", "train_weights", "data_seed",
 ])
 # fmt: on
 
@@ -82,53 +84,64 @@ def pretrain(
         SettingError, CellFileError, VocabularyMismatchError, CheckpointError, OutputExistsError, OutputError, TrainingDivergedError
     """
     require_processes(arguments)
-    output = Path(str(arguments.output_dir))
+    output, asked = Path(str(arguments.output_dir)), arguments
+    if output.exists() and not output.is_dir():
+        msg = f"output_dir {output} is a file; name a folder."
+        raise OutputError(msg)
+    places = [*(arguments.train_data or []), *(arguments.eval_data or []), arguments.from_checkpoint, arguments.tokenizer]
+    require_apart(output, [path for path in places if path and Path(path).exists()])
     # Weights of a new model, and dropout, follow from the seed.
     set_seed(arguments.seed)
     tokenizer = tokenizer or _open_tokenizer(arguments)
     corpora = open_corpora(arguments, tokenizer, train_data, eval_data)
+    if model is not None and (arguments.shape or arguments.from_checkpoint):
+        msg = f"A model was given, and {'shape' if arguments.shape else 'from_checkpoint'} as well; give one of them."
+        raise SettingError(msg)
+    is_new = model is None and arguments.from_checkpoint is None
     if model is None:
         model = _make_model(arguments, tokenizer)
     require_same_vocabulary(cast(GeneformerConfig, model.config), tokenizer)
     freeze(model, layers=arguments.freeze_layers, embeddings=arguments.freeze_embeddings)
     mixture = Mixture(corpora, arguments.train_weights, seed=arguments.order_seed)
-    identity = identity_of(arguments, mixture, tokenizer, model)
+    _require_hidden_genes(arguments, mixture)
 
-    if arguments.train_data:
-        require_apart(output, [path for path in [*arguments.train_data, arguments.from_checkpoint, arguments.tokenizer] if path and Path(path).exists()])
     arguments = copy.copy(arguments)
-    with arguments.main_process_first(desc="look for checkpoints"):
-        if arguments.overwrite and arguments.process_index == 0:
-            _remove_other_runs(output, identity)
-        resume = checkpoint_to_resume(output, asked_for=arguments.resume_from_checkpoint, identity=identity)
     if not any(corpus.n_held_out for corpus in corpora):
         arguments.eval_strategy = IntervalStrategy.NO
-    elif arguments.from_checkpoint is not None and resume is None:
-        # What was known before, so that learning and forgetting can be told.
-        arguments.eval_on_start = True
-
     attention = model.config._attn_implementation
     try:
-        trainer = GeneformerPretrainer(model, arguments, mixture=mixture, tokenizer=tokenizer, identity=identity, callbacks=callbacks)
-    except (ValueError, RuntimeError, ImportError) as error:
+        trainer = GeneformerPretrainer(model, arguments, mixture=mixture, tokenizer=tokenizer, callbacks=callbacks)
+        trainer.require_schedule()
+    except (ValueError, TypeError, KeyError, RuntimeError, ImportError) as error:
         if isinstance(error, GeneformerError):
             raise
         msg = f"Trainer refuses these settings: {error}"
         raise SettingError(msg) from error
+    trainer.identity = identity_of(arguments, trainer, model, is_new=is_new)
+    with arguments.main_process_first(desc="look for checkpoints"):
+        if arguments.overwrite and arguments.process_index == 0:
+            _remove_other_runs(output, trainer.identity, asked_for=arguments.resume_from_checkpoint)
+        resume = checkpoint_to_resume(output, asked_for=arguments.resume_from_checkpoint, identity=trainer.identity)
+    if arguments.from_checkpoint is not None and resume is None and trainer.eval_dataset:
+        # What was known before, so that learning and forgetting can be told.
+        arguments.eval_on_start = True
     if trainer.is_world_process_zero():
         output.mkdir(parents=True, exist_ok=True)
         remove_leftovers(output)
-        write_config(arguments, output / CONFIG_FILE)
+        write_config(asked, output / CONFIG_FILE)
         logger.warning("%s", _announcement(arguments, trainer, resume))
     trainer.accelerator.wait_for_everyone()
     baselines = baseline_losses(mixture, tokenizer, arguments) if trainer.is_world_process_zero() else {}
-    trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    try:
+        trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    finally:
+        trainer.close_bar()
     evaluated = [entry for entry in trainer.state.log_history if "eval_loss" in entry and entry["step"] == trainer.state.global_step]
     # On every process alike: the history is the same.
     stale = not evaluated or arguments.load_best_model_at_end
     after = {} if not trainer.eval_dataset else trainer.evaluate() if stale else evaluated[-1]
     figures = held_out_figures(trainer, after, baselines)
-    save_model(trainer, tokenizer, figures, output)
+    save_model(trainer, tokenizer, figures, asked)
     model.set_attn_implementation(attention)
     return PretrainingRun(output / MODEL_FOLDER, trainer.accelerator.unwrap_model(trainer.model), figures, trainer.state.log_history)
 
@@ -181,7 +194,8 @@ def _make_model(arguments: GeneformerPretrainingArguments, tokenizer: Geneformer
     if not isinstance(overrides, dict):
         msg = f"shape_overrides is {overrides!r}; expected names and values, as {{hidden_size: 128}}."
         raise SettingError(msg)
-    unknown = [name for name in overrides if not hasattr(GeneformerConfig(), name)]
+    known = GeneformerConfig().to_dict()
+    unknown = [f"{name}{suggestion(str(name), known)}" for name in overrides if name not in known]
     if unknown:
         msg = f"shape_overrides: {', '.join(unknown)} is no field of the configuration."
         raise SettingError(msg)
@@ -192,9 +206,16 @@ def _make_model(arguments: GeneformerPretrainingArguments, tokenizer: Geneformer
         "eos_token_id": tokenizer.eos_token_id,
         "vocabulary_fingerprint": tokenizer.gene_table.fingerprint,
     }
+    positions = overrides.get("max_position_embeddings", PRESETS[arguments.shape]["max_position_embeddings"])
+    if isinstance(positions, int) and positions < tokenizer.model_max_length:
+        msg = (
+            f"the tokenizer keeps {tokenizer.model_max_length:,} tokens a cell and the model has {positions:,} positions ({arguments.shape}). Choose a shape with {tokenizer.model_max_length:,}, "
+            f"or add `shape_overrides: {{max_position_embeddings: {tokenizer.model_max_length}}}`."
+        )
+        raise SettingError(msg)
     try:
         return GeneformerForMaskedLM(GeneformerConfig.from_preset(arguments.shape, **(ours | overrides)))
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, StrictDataclassError) as error:
         msg = f"shape_overrides {overrides} cannot be used: {str(error).splitlines()[0]}"
         raise SettingError(msg) from error
 
@@ -214,34 +235,59 @@ def freeze(model: Any, *, layers: int = 0, embeddings: bool = False) -> None:
         module.requires_grad_(requires_grad=False)
 
 
-def identity_of(arguments: GeneformerPretrainingArguments, mixture: Mixture, tokenizer: GeneformerTokenizer, model: Any) -> dict[str, Any]:
+def _require_hidden_genes(arguments: GeneformerPretrainingArguments, mixture: Mixture) -> None:
+    """Raise if so few genes are hidden that steps, or the evaluation, would be without any."""
+    for corpus in mixture.corpora:
+        held_out = float(corpus.lengths[corpus.held_out_rows].sum()) * arguments.mask_probability
+        if corpus.n_held_out and held_out < 10:
+            msg = f"{corpus.name}: about {held_out:.1f} genes would be hidden in {corpus.n_held_out:,} held-out cells, too few to say anything. Hold out more (held_out), or none."
+            raise SettingError(msg)
+        if arguments.mask_probability * float(corpus.lengths.mean()) * arguments.train_batch_size < 1:
+            msg = f"mask_probability {arguments.mask_probability} hides less than one gene in a batch of {arguments.train_batch_size} cells of {corpus.lengths.mean():.0f} tokens. Raise it."
+            raise SettingError(msg)
+
+
+def identity_of(arguments: GeneformerPretrainingArguments, trainer: GeneformerPretrainer, model: Any, *, is_new: bool) -> dict[str, Any]:
     """Return all that the numbers of a run depend on: a checkpoint is for runs that agree in it."""
     settings = {name: value for name, value in resolved(arguments).items() if name not in FREE_SETTINGS}
-    batch = {"tokens per batch": arguments.max_tokens_per_batch, "batches per step": arguments.world_size * arguments.gradient_accumulation_steps}
+    batch = {"tokens per batch": arguments.max_tokens_per_batch, "batches per step": trainer.plan.batches_per_step, "batch layout": trainer.layout}
     if not arguments.max_tokens_per_batch:
-        batch = {"cells per step": arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size}
-    config = model.config.to_dict()
-    shape = {
-        name: config[name] for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size", "max_position_embeddings")
-    }
+        batch = {"cells per step": arguments.train_batch_size * trainer.plan.batches_per_step}
+    unimportant = ("_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype")
+    config = {name: value for name, value in model.config.to_dict().items() if name not in unimportant}
     # New weights follow from the seed; others are told apart by what they are, not by where they lie.
     weights = xxhash.xxh3_128()
-    if arguments.shape is None:
+    if not is_new:
         for tensor in model.state_dict().values():
             weights.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
     return {
         **settings,
         **batch,
-        "model": shape,
+        "grouped by length": trainer.plan.group_by_length,
+        "shares": [round(float(share), 9) for share in trainer.mixture.shares],
+        "seed of order and masks": arguments.order_seed,
+        "model": config,
         "first weights": weights.hexdigest(),
-        "gene table": tokenizer.gene_table.fingerprint,
-        "data": [corpus.fingerprint for corpus in mixture.corpora],
+        "data": [corpus.fingerprint for corpus in trainer.mixture.corpora],
     }
 
 
-def _remove_other_runs(output: Path, identity: dict[str, Any]) -> None:
-    """Remove model, checkpoints and settings of a run that is finished or another one, and nothing else; an unfinished one goes on."""
-    if not (output / MODEL_FOLDER).exists():
+def _remove_other_runs(output: Path, identity: dict[str, Any], *, asked_for: str | None) -> None:
+    """Remove model, checkpoints and settings of a run that is finished or another one, and nothing else; an unfinished one goes on.
+
+    Raises:
+        SettingError: if a checkpoint to go on from was named as well.
+        OutputExistsError: if the folder `model` there is not the work of `pretrain`.
+    """
+    if asked_for is not None:
+        msg = "overwrite removes a run and resume_from_checkpoint goes on with one; give one of them."
+        raise SettingError(msg)
+    model = output / MODEL_FOLDER
+    if model.exists():
+        if not (model / CONFIG_FILE).is_file():
+            msg = f"{model} was not written by `pretrain` (it holds no {CONFIG_FILE}), so it is not removed. Choose another output_dir."
+            raise OutputExistsError(msg)
+    else:
         try:
             checkpoint_to_resume(output, asked_for=None, identity=identity)
         except CheckpointError:
@@ -250,15 +296,27 @@ def _remove_other_runs(output: Path, identity: dict[str, Any]) -> None:
             return
     for path in checkpoints_in(output):
         shutil.rmtree(path)
-    shutil.rmtree(output / MODEL_FOLDER, ignore_errors=True)
-    (output / CONFIG_FILE).unlink(missing_ok=True)
+    shutil.rmtree(model, ignore_errors=True)
 
 
 def _announcement(arguments: GeneformerPretrainingArguments, trainer: GeneformerPretrainer, resume: Path | None) -> str:
     plan, mixture = trainer.plan, trainer.mixture
     shown = ", ".join(f"{c.name} {c.n_train:,} ({share:.0%})" for c, share in zip(mixture.corpora, mixture.shares, strict=True))
     size = f"{arguments.max_tokens_per_batch:,} tokens" if arguments.max_tokens_per_batch else f"{arguments.train_batch_size:,} cells"
-    return (
-        f"{'Going on from ' + str(resume) if resume else 'Starting'}: {shown} cells to train on, {sum(c.n_held_out for c in mixture.corpora):,} held out; "
-        f"{plan.steps_per_epoch:,} steps an epoch, each of {plan.batches_per_step} {plan.layout} batches of {size} ({arguments.world_size} {'processes' if arguments.world_size > 1 else 'process'}, {arguments.device.type})."
+    n_parameters = sum(p.numel() for p in trainer.accelerator.unwrap_model(trainer.model).parameters())
+    per_step = arguments.train_batch_size * plan.batches_per_step
+    several = (
+        ""
+        if arguments.max_tokens_per_batch or per_step <= mixture.cells_per_epoch
+        else f" A step of {per_step:,} cells shows some of them several times: lower per_device_train_batch_size."
     )
+    return (
+        f"{'Going on from ' + str(resume) if resume else 'Starting'}: {n_parameters:,} parameters; {shown} cells to train on, {sum(c.n_held_out for c in mixture.corpora):,} held out; "
+        f"{_number(plan.steps_per_epoch, 'step')} an epoch, each of {_number(plan.batches_per_step, plan.layout + ' batch')} of {size} "
+        f"({_number(arguments.world_size, 'process')}, {arguments.device.type}).{several}"
+    )
+
+
+def _number(n: int, what: str) -> str:
+    """Return a number with its noun."""
+    return f"{n:,} {what}{'' if n == 1 else 'es' if what.endswith(('s', 'ch')) else 's'}"

@@ -13,11 +13,13 @@ import numpy as np
 from .._version import __version__
 from ..data.masking import CellKey, GeneMasker
 from ..data.mixtures import EVALUATION, Mixture
+from ..genes import species_of
 from ..models.modeling_geneformer import IGNORED
 from ..models.tokenization_geneformer import GeneformerTokenizer
 from ..reports.baselines import GeneFrequencyBaseline, RankFrequencyBaseline
 from ..reports.cards import PretrainingFacts, pretraining_card
-from ..reports.plots import plot_loss
+from ..reports.metrics import MaskedGeneScores
+from ..reports.plots import plot_training
 from .arguments import GeneformerPretrainingArguments, resolved, write_config
 from .checkpointing import CONFIG_FILE, MODEL_FOLDER, UNFINISHED_MODEL, put_in_place
 from .trainer import GeneformerPretrainer
@@ -46,14 +48,17 @@ def baseline_losses(mixture: Mixture, tokenizer: GeneformerTokenizer, arguments:
         genes = [_genes(cell, tokenizer) for cell in cells]
         size = max(tokenizer.get_vocab().values()) + 1
         baselines: dict[str, Any] = {"gene_frequency": GeneFrequencyBaseline(genes, size), "rank_frequency": RankFrequencyBaseline(genes, size)}
-        hidden, ranks = [], []
+        hidden, ranks, masked = [], [], []
         for row, cell in zip(corpus.held_out_rows.tolist(), corpus.read(corpus.held_out_rows.tolist()), strict=True):
-            _, labels = masker.hide(cell, np.array([len(cell)]), [CellKey(number, row, EVALUATION)])
+            ids, labels = masker.hide(cell, np.array([len(cell)]), [CellKey(number, row, EVALUATION)])
             places_m = np.flatnonzero(labels != IGNORED)
             hidden.append(labels[places_m])
             ranks.append(places_m - first)
-        genes_m, ranks_m = np.concatenate(hidden), np.concatenate(ranks)
-        found[corpus.name] = {name: baseline.loss(genes_m, ranks_m) for name, baseline in baselines.items()} | {"hidden_genes": len(genes_m)}
+            masked.append(ids[places_m] == masker.mask_token_id)
+        genes_m, ranks_m, masked_m = np.concatenate(hidden), np.concatenate(ranks), np.concatenate(masked)
+        found[corpus.name] = {name: baseline.loss(genes_m, ranks_m) for name, baseline in baselines.items()}
+        found[corpus.name] |= {f"{name}_at_mask": baseline.loss(genes_m[masked_m], ranks_m[masked_m]) for name, baseline in baselines.items()}
+        found[corpus.name] |= {"hidden_genes": len(genes_m), "hidden_by_mask": int(masked_m.sum())}
     return found
 
 
@@ -69,13 +74,14 @@ def held_out_figures(trainer: GeneformerPretrainer, after: dict[str, float], bas
 
     def of(metrics: dict[str, float], name: str) -> dict[str, float]:
         prefix = f"eval_{name}_" if len(corpora) > 1 else "eval_"
-        return {key.removeprefix(prefix): value for key, value in metrics.items() if key.startswith(prefix)}
+        return {key: metrics[prefix + key] for key in MaskedGeneScores().figures() if prefix + key in metrics}
 
     held_out = {}
     for corpus in trainer.mixture.corpora:
         if corpus.n_held_out:
             held_out[corpus.name] = {
                 "cells": corpus.n_held_out,
+                "evaluated_on": corpus.held_out_from,
                 "after": of(after, corpus.name),
                 "before": of(before, corpus.name),
                 "baselines": baselines.get(corpus.name, {}),
@@ -83,8 +89,9 @@ def held_out_figures(trainer: GeneformerPretrainer, after: dict[str, float], bas
     return {"steps": trainer.state.global_step, "epochs": trainer.state.epoch, "held_out": held_out}
 
 
-def save_model(trainer: GeneformerPretrainer, tokenizer: GeneformerTokenizer, figures: dict[str, Any], output: Path) -> None:
+def save_model(trainer: GeneformerPretrainer, tokenizer: GeneformerTokenizer, figures: dict[str, Any], asked: GeneformerPretrainingArguments) -> None:
     """Write the final folder: model, tokenizer, card, figures, loss curve, settings; whole or not there."""
+    output = Path(str(asked.output_dir))
     unfinished = output / UNFINISHED_MODEL
     trainer.save_model(str(unfinished))
     trainer.accelerator.wait_for_everyone()
@@ -92,17 +99,21 @@ def save_model(trainer: GeneformerPretrainer, tokenizer: GeneformerTokenizer, fi
         # Trainer's own record of the arguments is a pickle; run.yaml says the same.
         (unfinished / "training_args.bin").unlink(missing_ok=True)
         tokenizer.save_pretrained(unfinished)
-        write_config(trainer.args, unfinished / CONFIG_FILE)
+        write_config(asked, unfinished / CONFIG_FILE)
         (unfinished / "figures.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
         (unfinished / "history.json").write_text(json.dumps(trainer.state.log_history, indent=1) + "\n", encoding="utf-8")
         draw_losses(trainer.state.log_history, figures, unfinished / "loss.png")
         facts = PretrainingFacts(
             config=trainer.accelerator.unwrap_model(trainer.model).config,
-            corpora=[(c.name, c.n_train, c.n_held_out, float(share)) for c, share in zip(trainer.mixture.corpora, trainer.mixture.shares, strict=True)],
+            corpora=[
+                (c.name, c.n_train, c.n_held_out, float(share), c.held_out_from)
+                for c, share in zip(trainer.mixture.corpora, trainer.mixture.shares, strict=True)
+            ],
             # Without the paths of this machine.
-            settings={name: value for name, value in resolved(trainer.args).items() if name not in PLACES},
+            settings={name: value for name, value in resolved(asked).items() if name not in PLACES},
             figures=figures,
-            started_from=trainer.args.from_checkpoint and Path(trainer.args.from_checkpoint).name,
+            started_from="/".join(Path(asked.from_checkpoint).parts[-2:]) if asked.from_checkpoint else None,
+            species=species_of(tokenizer.gene_table.ensembl_ids),
             version=__version__,
         )
         (unfinished / "README.md").write_text(pretraining_card(facts, name=output.name), encoding="utf-8")
@@ -117,14 +128,12 @@ def draw_losses(history: Sequence[dict[str, float]], figures: dict[str, Any], pa
     """Draw the losses of a run beside the baselines, where matplotlib is installed."""
     steps = [int(entry["step"]) for entry in history if "loss" in entry]
     losses = [float(entry["loss"]) for entry in history if "loss" in entry]
-    held_out = [(int(entry["step"]), float(entry["eval_loss"])) for entry in history if "eval_loss" in entry]
-    references = {}
+    held_out, references = {}, {}
     for name, found in figures["held_out"].items():
-        suffix = f", {name}" if len(figures["held_out"]) > 1 else ""
-        for key, text in (("gene_frequency", "gene frequency"), ("rank_frequency", "gene frequency by rank")):
-            if key in found["baselines"]:
-                references[f"{text}, held out{suffix}"] = found["baselines"][key]
+        key = f"eval_{name}_loss" if len(figures["held_out"]) > 1 else "eval_loss"
+        held_out[name] = [(int(entry["step"]), float(entry[key])) for entry in history if key in entry]
+        references[name] = {"gene frequency": found["baselines"]["gene_frequency"], "frequency by rank": found["baselines"]["rank_frequency"]}
     try:
-        plot_loss(steps, losses, path, title="Masked-gene loss", references=references, held_out=held_out)
+        plot_training(steps, losses, path, held_out=held_out, references=references)
     except ImportError as error:
         logger.warning("No picture of the losses: %s", error)

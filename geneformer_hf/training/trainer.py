@@ -16,14 +16,14 @@ from safetensors import SafetensorError
 from torch import nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
-from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, get_scheduler
 from transformers.trainer_utils import rotate_checkpoints
 
 from ..data.batching import BatchPlan, RankBatches
 from ..data.collators import KEY, DataCollatorForMaskedGenes
 from ..data.masking import CellKey
 from ..data.mixtures import EVALUATION, Corpus, KeyedCells, Mixture
-from ..errors import GeneformerError, OutputError, SettingError, TrainingDivergedError
+from ..errors import CheckpointError, GeneformerError, OutputError, SettingError, TrainingDivergedError
 from ..models.attention import PACKED_ATTENTION
 from ..models.modeling_geneformer import IGNORED, has_fused_loss
 from ..models.tokenization_geneformer import GeneformerTokenizer
@@ -97,10 +97,12 @@ class GeneformerPretrainer(Trainer):
             group_by_length=self.layout == "padded" and args.group_by_length is not False,
         )
         self.add_callback(_RequireSharding(self))
+        self.add_callback(_KeepCadence())
         for theirs in (ProgressCallback, PrinterCallback):
             self.remove_callback(theirs)
+        self._bar = ProgressBar()
         if not args.disable_tqdm:
-            self.add_callback(ProgressBar())
+            self.add_callback(self._bar)
 
     def _collator(self, args: GeneformerPretrainingArguments, tokenizer: GeneformerTokenizer) -> KeyedCollator:
         rates = args.rates
@@ -126,6 +128,17 @@ class GeneformerPretrainer(Trainer):
             multiprocessing_context=args.dataloader_multiprocessing_context,
         )
 
+    def close_bar(self) -> None:
+        """Close the progress bar, where an interruption has left it open."""
+        self._bar.close()
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        # The decoder shares its weights with the embeddings, so a checkpoint holds them once.
+        missing = [name for name in load_result.missing_keys if not name.startswith("cls.predictions.decoder.")]
+        if missing or load_result.unexpected_keys:
+            msg = f"The checkpoint does not hold this model: {len(missing)} weights are missing ({', '.join(missing[:3])}), {len(load_result.unexpected_keys)} are not of it."
+            raise CheckpointError(msg)
+
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Any]:
         """Return the batches of a step; an error in a loader's worker comes without its traceback."""
         try:
@@ -143,20 +156,33 @@ class GeneformerPretrainer(Trainer):
             TrainingDivergedError: if the loss is not finite.
         """
         cells = inputs.pop(CELLS)
-        loss = super().training_step(model, inputs, num_items_in_batch)
+        try:
+            loss = super().training_step(model, inputs, num_items_in_batch)
+        except RuntimeError as error:
+            # torch has a class of its own for accelerators alone.
+            if not (isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)):
+                raise
+            msg = (
+                f"Out of memory with a batch of {len(cells):,} cells, {inputs['input_ids'].numel():,} tokens: {str(error).splitlines()[0]} "
+                "Lower per_device_train_batch_size and raise gradient_accumulation_steps by as much (the numbers stay the same), bound max_tokens_per_batch, or set gradient_checkpointing."
+            )
+            raise SettingError(msg) from error
         if not torch.isfinite(loss):
             self._stop("The loss", float(loss), cells)
         return loss
 
-    def _clip_grad_norm(self, model: nn.Module) -> Any:
-        norm = super()._clip_grad_norm(model)
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        if norm is None:
+            # Without clipping nobody has looked yet.
+            norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
         # With fp16 the scaler skips steps whose gradient overflows; that is its work.
-        if norm is not None and not self.args.fp16 and not math.isfinite(float(norm)):
+        if not self.args.fp16 and not math.isfinite(float(norm)):
             self._stop("The gradient norm", float(norm), [])
         return norm
 
     def _stop(self, what: str, value: float, cells: Sequence[CellKey]) -> None:
-        spoilt = [name for name, weight in self.accelerator.unwrap_model(self.model).named_parameters() if not bool(torch.isfinite(weight).all())]
+        spoilt = self._spoilt_weights()
         where = "; ".join(
             f"{c.name} rows {', '.join(str(k.row) for k in cells if k.corpus == i)}"
             for i, c in enumerate(self.mixture.corpora)
@@ -169,6 +195,20 @@ class GeneformerPretrainer(Trainer):
             "Lower learning_rate or max_grad_norm, warm up longer, or use bf16 in place of fp16."
         )
         raise TrainingDivergedError(msg)
+
+    def _spoilt_weights(self) -> list[str]:
+        return [name for name, weight in self.accelerator.unwrap_model(self.model).named_parameters() if not bool(torch.isfinite(weight).all())]
+
+    def require_schedule(self) -> None:
+        """Make the learning-rate schedule once for nothing, so that settings it cannot take are refused before any work.
+
+        Raises:
+            ValueError, TypeError: as transformers does.
+        """
+        kwargs = self.args.lr_scheduler_kwargs
+        optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+        get_scheduler(self.args.lr_scheduler_type, optimizer, num_warmup_steps=1, num_training_steps=10, scheduler_specific_kwargs=kwargs)  # type: ignore[arg-type]
+        self.get_optimizer_cls_and_kwargs(self.args, self.model)  # type: ignore[arg-type]
 
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict[str, float]:
         """Return loss, perplexity and accuracies at hidden genes of held-out cells, of each corpus and of all.
@@ -191,17 +231,19 @@ class GeneformerPretrainer(Trainer):
     def score_held_out(self, corpus: Corpus) -> MaskedGeneScores:
         """Return the scores of the model as it is now on the held-out cells of one corpus."""
         model, collate = self.model, self.keyed_collator.collate
+        mask = collate.masker.mask_token_id
         assert model is not None
         was_training = model.training
         model.eval()
         scores, batches = MaskedGeneScores(), self.held_out_batches(corpus)
         dataset, progress = KeyedCells(self.mixture.corpora), not self.args.disable_tqdm and self.is_world_process_zero()
         with torch.no_grad(), self.compute_loss_context_manager():
-            for keys, counts in tqdm(batches, desc=f"Evaluating on {corpus.name}", disable=not progress, leave=False, unit=" batches"):
+            for keys, counts in tqdm(batches, desc=f"Evaluating on {corpus.name}", disable=None if progress else True, leave=False, unit=" batches"):
                 batch = self._prepare_inputs(collate(dataset.__getitems__(keys)))
                 logits_mv = model(**batch, full_logits=False).logits
                 if counts:
-                    scores.add(logits_mv, batch["labels"][batch["labels"] != IGNORED])
+                    asked = batch["labels"] != IGNORED
+                    scores.add(logits_mv, batch["labels"][asked], batch["input_ids"][asked] == mask)
         model.train(was_training)
         if self.args.world_size > 1:
             scores.merge(self.accelerator.reduce, self.args.device)
@@ -224,6 +266,10 @@ class GeneformerPretrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         run = Path(super()._get_output_dir(trial))
+        spoilt = self._spoilt_weights()
+        if spoilt:
+            msg = f"After step {self.state.global_step:,} the weights are not finite ({len(spoilt)} tensors, first {spoilt[0]}), so no checkpoint is written. Lower learning_rate or max_grad_norm."
+            raise TrainingDivergedError(msg)
         name = f"checkpoint-{self.state.global_step}"
         unfinished = run / UNFINISHED_CHECKPOINT
         if self.args.should_save:
@@ -258,6 +304,13 @@ class GeneformerPretrainer(Trainer):
             rotate_checkpoints(
                 output_dir=str(run), save_total_limit=self.args.save_total_limit, best_model_checkpoint=self.state.best_model_checkpoint, use_mtime=False
             )
+
+
+class _KeepCadence(TrainerCallback):
+    """Logs, evaluates and saves as the settings of this call say: when resuming, Trainer would go by those of the checkpoint."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        state.compute_steps(args, state.max_steps)
 
 
 class _RequireSharding(TrainerCallback):

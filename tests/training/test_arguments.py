@@ -1,9 +1,12 @@
 """Settings from Python, YAML and the command line; recipes; what contradicts itself."""
 
+from pathlib import Path
+
 import pytest
 
 from geneformer_hf import GeneformerConfig, GeneformerPretrainingArguments
 from geneformer_hf.errors import SettingError
+from geneformer_hf.training import arguments as arguments_module
 from geneformer_hf.training.arguments import describe_settings, parse_arguments, read_config, recipe_names, resolved, write_config
 
 BASE = {"output_dir": "out", "shape": "gf-6L-30M-i2048", "tokenizer": "t", "train_data": ["tokens"]}
@@ -27,6 +30,25 @@ def test_what_is_written_is_read_back(tmp_path):
     assert {name: resolved(arguments)[name] for name in given} == given
 
 
+def test_what_is_off_or_zero_is_written_too():
+    settings = resolved(parse_arguments(BASE | {"batch_layout": "padded", "group_by_length": False, "data_seed": 0}))
+    assert (settings["group_by_length"], settings["data_seed"]) == (False, 0)
+
+
+def test_what_is_for_one_call_alone_is_not_written():
+    assert set(resolved(parse_arguments(BASE | {"overwrite": True, "resume_from_checkpoint": True}))) == set(BASE)
+
+
+@pytest.mark.parametrize("given", ['{"hidden_size": 32}', "{hidden_size: 32}"])
+def test_overrides_may_be_json_or_yaml(given):
+    assert parse_arguments(BASE, ["--shape_overrides", given]).shape_overrides == {"hidden_size": 32}
+
+
+def test_one_dataset_needs_no_list():
+    assert parse_arguments(BASE | {"train_data": "/abs/path", "eval_data": "other"}).train_data == ["/abs/path"]
+    assert GeneformerPretrainingArguments(output_dir="o", train_data="/abs/path").train_data == ["/abs/path"]
+
+
 def test_secrets_and_the_machine_are_not_written(tmp_path):
     settings = resolved(parse_arguments(BASE | {"hub_token": "secret"}))
     assert set(settings) == set(BASE)
@@ -37,7 +59,7 @@ def test_datasets_with_names_and_weights(tmp_path):
     assert read_config(tmp_path / "run.yaml") == {"train_data": ["/a", "/b"], "train_names": ["new", "old"], "train_weights": [0.9, 0.1]}
 
 
-@pytest.mark.parametrize("name", ["geneformer-v1-10m", "geneformer-v2-104m", "continual-cancer"])
+@pytest.mark.parametrize("name", ["geneformer-v1-10m", "geneformer-v2-104m", "continual-cancer", "laptop"])
 def test_recipes_parse_and_name_their_sources(name):
     assert name in recipe_names()
     settings = read_config(name)
@@ -45,6 +67,7 @@ def test_recipes_parse_and_name_their_sources(name):
     data = ["new", "old"] if "train_weights" in settings else ["tokens"]
     arguments = parse_arguments(settings | start | {"output_dir": "out", "train_data": data})
     assert arguments.seed == 42
+    assert (Path(arguments_module.__file__).parent / "recipes" / f"{name}.yaml").read_text().startswith("# ")
 
 
 def test_the_recipes_have_the_published_hyperparameters():
@@ -86,11 +109,29 @@ def test_a_config_that_is_not_there_lists_the_recipes():
     [
         ({"from_checkpoint": "m"}, "shape makes a new model and from_checkpoint goes on from one; give one of them"),
         ({"shape": None, "shape_overrides": {"hidden_size": 8}}, "shape_overrides changes a new model; give shape as well"),
-        ({"shape": "gf-6L-30M-i204"}, r"shape 'gf-6L-30M-i204' is not known \(did you mean 'gf-6L-30M-i2048'\?\)"),
+        ({"shape": "gf-6L-30M-i204"}, r"shape 'gf-6L-30M-i204' is not one of .*\(did you mean 'gf-6L-30M-i2048'\?\)"),
         ({"batch_layout": "flat"}, "batch_layout 'flat' is not one of auto, padded, packed"),
         ({"group_by_length": True}, "group_by_length is for batch_layout 'padded'"),
         ({"group_by_length": False, "max_tokens_per_batch": 100, "batch_layout": "padded"}, "always grouped by length"),
         ({"held_out": -1}, r"held_out is -1"),
+        ({"held_out": 1.5}, r"held_out is 1\.5; expected a share below 1, or a whole number"),
+        ({"seed": 1.5}, r"--seed: invalid int value: '1\.5'"),
+        ({"seed": 5_000_000_000}, "expected less than 2"),
+        ({"per_device_train_batch_size": 0}, "per_device_train_batch_size is 0; expected a whole number above 0"),
+        ({"per_device_eval_batch_size": 0, "max_steps": 0}, "per_device_eval_batch_size is 0; .*max_steps is 0"),
+        ({"learning_rate": float("nan")}, "learning_rate is nan"),
+        ({"mask_share": float("nan")}, "mask_share is nan"),
+        ({"num_train_epochs": 0}, "num_train_epochs is 0"),
+        ({"train_weights": ["a"]}, "train-weights: invalid float value: 'a'"),
+        ({"train_data": [None]}, "None stands in a list"),
+        ({"shape_overrides": "hidden_size=32"}, "expected names and values, as --shape_overrides"),
+        ({"ignore_data_skip": True}, "ignore_data_skip would show the same cells again"),
+        ({"neftune_noise_alpha": 5}, "neftune_noise_alpha scales noise by the length of a row"),
+        ({"push_to_hub": True}, "push_to_hub would publish checkpoints"),
+        ({"lr_scheduler_type": "reduce_lr_on_plateau"}, "this lr_scheduler_type follows evaluations"),
+        ({"save_strategy": "best"}, "save_strategy 'best' needs metric_for_best_model"),
+        ({"metric_for_best_model": "foo"}, "metric_for_best_model 'foo' is not one of loss"),
+        ({"dataloader_persistent_workers": True}, "dataloader_persistent_workers needs"),
         ({"auto_find_batch_size": True}, "auto_find_batch_size would change the batch size of the recipe"),
         ({"remove_unused_columns": True}, "remove_unused_columns would remove the keys of the masks"),
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor needs all logits"),

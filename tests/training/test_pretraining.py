@@ -12,12 +12,13 @@ from transformers import AutoModelForMaskedLM, AutoTokenizer, BertForMaskedLM, s
 import geneformer_hf as gf
 from geneformer_hf.data.masking import CellKey, GeneMasker
 from geneformer_hf.data.mixtures import EVALUATION, Corpus, Mixture
+from geneformer_hf.errors import GeneformerError
 from geneformer_hf.reports.metrics import MaskedGeneScores
 from geneformer_hf.training.pretraining import freeze
 from geneformer_hf.training.trainer import GeneformerPretrainer
 from tests import reference
 from tests.tolerances import BF16_TRAJECTORY, LOSS, TRAJECTORY
-from tests.training.conftest import NO_DROPOUT, losses, norms
+from tests.training.conftest import NO_DROPOUT, losses, make_tokens, norms
 
 
 @pytest.mark.parametrize(
@@ -49,7 +50,7 @@ def test_batches_of_tokens_have_the_loss_of_one_cell_at_a_time(run, tokens, toke
     """The plan differs from that of cells, so the first step is compared with its cells run alone."""
     found = run("found", **budget, max_steps=1, num_train_epochs=1)
     arguments = gf.GeneformerPretrainingArguments(output_dir="unused", use_cpu=True, **budget)
-    corpus = Corpus("cells", tokens, 10, seed=arguments.order_seed)
+    corpus = Corpus("cells", tokens, 10)
     torch.manual_seed(arguments.seed)
     trainer = GeneformerPretrainer(found.model, arguments, mixture=Mixture([corpus], seed=arguments.order_seed), tokenizer=tokenizer)
     (batch,) = next(iter(trainer.plan.steps()))
@@ -84,9 +85,9 @@ def test_the_same_seed_gives_the_same_weights_and_another_does_not(run):
 
 def test_figures_of_held_out_cells_equal_the_naive_loop(run, tokens, tokenizer):
     found = run(num_train_epochs=1)
-    corpus = Corpus("cells", tokens, 10, seed=42)
+    corpus = Corpus("cells", tokens, 10)
     masker, model = GeneMasker(tokenizer, seed=42), found.model.eval()
-    nll, first, ten = [], 0, 0
+    nll, first, ten, there = [], 0, 0, []
     for row in corpus.held_out_rows.tolist():
         cell = np.array(tokens[row]["input_ids"])
         ids, labels = masker.hide(cell, np.array([len(cell)]), [CellKey(0, row, EVALUATION)])
@@ -94,19 +95,35 @@ def test_figures_of_held_out_cells_equal_the_naive_loop(run, tokens, tokenizer):
             logits = model(input_ids=torch.tensor(ids[None])).logits[0]
         for place in np.flatnonzero(labels != -100):
             nll.append(-float(torch.log_softmax(logits[place], 0)[labels[place]]))
+            there += [nll[-1]] if ids[place] == 1 else []
             rank = int((logits[place] > logits[place][labels[place]]).sum())
             first, ten = first + (rank == 0), ten + (rank < 10)
     after = found.figures["held_out"]["cells"]["after"]
     assert after["loss"] == pytest.approx(np.mean(nll), abs=LOSS * 10)
     assert after["perplexity"] == pytest.approx(np.exp(np.mean(nll)), rel=1e-4)
     assert (after["accuracy_top1"], after["accuracy_top10"]) == pytest.approx((first / len(nll), ten / len(nll)))
-    assert found.figures["held_out"]["cells"]["baselines"]["hidden_genes"] == len(nll)
+    assert after["loss_at_mask"] == pytest.approx(np.mean(there), abs=LOSS * 10)
+    baselines = found.figures["held_out"]["cells"]["baselines"]
+    assert (baselines["hidden_genes"], baselines["hidden_by_mask"]) == (len(nll), len(there))
 
 
 def test_a_model_that_says_nothing_is_right_about_nothing():
     scores = MaskedGeneScores()
-    scores.add(torch.zeros(5, 64), torch.arange(5))
-    assert scores.figures() == pytest.approx({"loss": np.log(64), "perplexity": 64, "accuracy_top1": 0, "accuracy_top10": 0}, rel=1e-5)
+    scores.add(torch.zeros(5, 64), torch.arange(5), torch.tensor([True, True, False, True, False]))
+    figures = scores.figures()
+    assert (figures["loss"], figures["loss_at_mask"], figures["perplexity"]) == pytest.approx((np.log(64), np.log(64), 64), rel=1e-5)
+    assert {value for name, value in figures.items() if "accuracy" in name} == {0.0}
+
+
+def test_accuracy_in_bf16_is_not_lost_to_ties(tokenizer):
+    """Scores of many genes are equal in half precision, so the head runs in single precision when it is judged."""
+    torch.manual_seed(0)
+    model = gf.GeneformerForMaskedLM(gf.GeneformerConfig(vocab_size=20_000, **NO_DROPOUT)).eval()
+    batch = {"input_ids": torch.randint(4, 64, (4, 40))}
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        scores = model(**batch, labels=batch["input_ids"], full_logits=False).logits
+    assert scores.dtype == torch.float32
+    assert len(scores[0].unique()) > 19_000
 
 
 def test_the_model_learns_what_there_is_to_learn(run):
@@ -115,6 +132,7 @@ def test_the_model_learns_what_there_is_to_learn(run):
     baselines = found.figures["held_out"]["cells"]["baselines"]
     assert after["loss"] < baselines["gene_frequency"] - 0.1
     assert after["loss"] < baselines["rank_frequency"]
+    assert after["loss_at_mask"] < baselines["rank_frequency_at_mask"]
     assert sum("eval_loss" in entry for entry in found.history) == 30
 
 
@@ -135,7 +153,7 @@ def test_the_final_folder_opens_with_auto_classes_and_says_what_it_is(run, token
         "figures.json",
         "history.json",
         "loss.png",
-        "run.yaml",
+        "settings.yaml",
     }
     assert not any(name.endswith((".bin", ".pkl", ".pt")) for name in names)
     assert {path.stat().st_mode & 0o777 for path in found.folder.iterdir()} == {0o644}
@@ -143,7 +161,8 @@ def test_the_final_folder_opens_with_auto_classes_and_says_what_it_is(run, token
     card = (found.folder / "README.md").read_text()
     metadata = yaml.safe_load(card.split("---")[1])
     assert metadata["model-index"][0]["results"][0]["metrics"][0]["value"] == pytest.approx(found.figures["held_out"]["cells"]["after"]["loss"], abs=1e-4)
-    assert "| cells | 90 | 10 | 100.0% |" in card
+    assert "| cells | 90 | 100.0% | 10 held-out cells |" in card
+    assert "| cells | `<mask>` |" in card
     assert "learning_rate: 0.001" in card
     assert str(found.folder.parent) not in card
 
@@ -182,7 +201,7 @@ def test_going_on_from_a_checkpoint_shows_what_was_learnt_and_forgotten(run, tok
         learning_rate=5e-3,
     )
     assert old["after"]["loss"] < without.figures["held_out"]["old"]["after"]["loss"]
-    assert "continued from model" in (tuned.folder / "README.md").read_text()
+    assert "continued from base/model" in (tuned.folder / "README.md").read_text()
     assert tuned.history[0]["step"] == 0
 
 
@@ -205,9 +224,9 @@ def test_a_model_of_ones_own_can_be_trained(run, tokenizer):
 
 def test_several_corpora_without_weights_are_one(run, tokens):
     halves = {"a": tokens.select(range(50)), "b": tokens.select(range(50, 100))}
-    found = run(data=halves, held_out=5)
+    found = run(data=halves, held_out=10)
     assert set(found.figures["held_out"]) == {"a", "b"}
-    assert found.figures["steps"] == 24
+    assert found.figures["steps"] == 20
 
 
 def test_cells_of_ones_own_to_evaluate_on(run, tokens, other_tokens, tmp_path):
@@ -218,4 +237,40 @@ def test_cells_of_ones_own_to_evaluate_on(run, tokens, other_tokens, tmp_path):
     tokens.save_to_disk(tmp_path / "train")
     other_tokens.save_to_disk(tmp_path / "other donors")
     again = run("again", data=False, train_data=[str(tmp_path / "train")], eval_paths=[str(tmp_path / "other donors")])
+    assert again.figures["held_out"]["train"]["evaluated_on"] == "other donors"
+    assert "| train | 100 | 100.0% | 60 cells of other donors |" in (again.folder / "README.md").read_text()
     assert again.figures["held_out"]["train"]["after"] == found.figures["held_out"]["cells"]["after"]
+
+
+def test_corpora_whose_names_begin_alike(run, tokens, other_tokens):
+    found = run(data={"cancer": tokens, "cancer_old": other_tokens}, max_steps=2)
+    assert set(found.figures["held_out"]["cancer"]["after"]) == set(MaskedGeneScores().figures())
+
+
+def test_datasets_to_evaluate_on_go_by_their_names(run, tokens, other_tokens):
+    more = {"b": make_tokens(19, seed=3), "a": make_tokens(17, seed=4)}
+    found = run(data={"a": tokens, "b": other_tokens}, eval_data=more, max_steps=2)
+    assert [found.figures["held_out"][name]["cells"] for name in "ab"] == [17, 19]
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (lambda t, o: {"data": datasets.DatasetDict({"train": t, "test": o})}, r"This is a DatasetDict \(train, test\)"),
+        (lambda t, o: {"data": {"a": t}, "eval_data": {"b": o}}, "expected the same names"),
+        (lambda t, o: {"data": {"a": t, "b": t}}, "b to train on is the same dataset as a to train on"),
+        (lambda t, o: {"eval_data": t}, "cells to evaluate on is the same dataset as cells to train on"),
+        (lambda t, o: {"eval_data": t.select([])}, "no cells in it"),
+        (lambda t, o: {"data": [1, 2]}, "cells is a list; expected a datasets.Dataset"),
+        (lambda t, o: {"held_out": 1, "mask_probability": 0.01}, "too few to say anything"),
+        (lambda t, o: {"data": t.map(lambda row: {"input_ids": [*row["input_ids"][:-1], 0, 3]})}, "holds pads"),
+    ],
+)
+def test_data_that_would_mislead(run, tokens, other_tokens, data, message):
+    with pytest.raises(GeneformerError, match=message):
+        run(**data(tokens, other_tokens))
+
+
+def test_a_model_of_no_use_is_called_so(run):
+    found = run(max_steps=1)
+    assert "worse than the better baseline: it has not learnt how genes go together" in (found.folder / "README.md").read_text()

@@ -50,7 +50,7 @@ def test_it_works_at_all(folder, capsys):
     assert main(command(folder)) == 1
     assert "holds the model of a finished run" in capsys.readouterr().err
     assert main([*command(folder), "--overwrite"]) == 0
-    assert main(["pretrain", "--config", str(folder / "run" / "run.yaml"), "--output_dir", str(folder / "again")]) == 0
+    assert main(["pretrain", "--config", str(folder / "run" / "settings.yaml"), "--output_dir", str(folder / "again")]) == 0
     assert (folder / "again" / "model" / "model.safetensors").read_bytes() == (folder / "run" / "model" / "model.safetensors").read_bytes()
 
 
@@ -116,7 +116,7 @@ def test_a_folder_of_several_datasets(folder, capsys, tokens):
         ({"train_data": None}, "No data: give `train_data`"),
         ({"tokenizer": None}, "No tokenizer: give `tokenizer`"),
         ({"shape": None, "shape_overrides": None}, "No model: give `shape` for a new one, or `from_checkpoint`"),
-        ({"shape_overrides": '{"hiden_size": 3}'}, "shape_overrides: hiden_size is no field of the configuration"),
+        ({"shape_overrides": '{"hiden_size": 3}'}, r"shape_overrides: hiden_size \(did you mean 'hidden_size'\?\) is no field of the configuration"),
         ({"shape_overrides": '{"hidden_size": 15, "num_attention_heads": 2}'}, "shape_overrides .* cannot be used"),
         ({"shape_overrides": '{"max_position_embeddings": 8}'}, "the tokenizer keeps 64 tokens a cell and the model has 8 positions"),
         ({"freeze_layers": 9}, "freeze_layers is 9, and the model has 2 layers"),
@@ -173,4 +173,43 @@ def test_interrupted_it_says_how_to_go_on(folder, capsys, monkeypatch):
 
     monkeypatch.setattr("geneformer_hf.training.pretraining.pretrain", interrupt)
     assert main(command(folder)) == 130
-    assert "interrupted; the same command goes on from the last checkpoint" in capsys.readouterr().err
+    assert "interrupted; the same command begins anew, for there is no checkpoint yet (save_steps is 500)" in capsys.readouterr().err
+    (folder / "run" / "checkpoint-7").mkdir(parents=True)
+    (folder / "run" / "checkpoint-7" / "geneformer_run.json").write_text("{}")
+    assert main(command(folder)) == 130
+    assert "the same command goes on from " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "pattern"),
+    [
+        ({"tokenizer": "tokeniser"}, r"tokeniser does not exist \(looked for in "),
+        ({"from_checkpoint": "/nowhere/at/all", "shape": None, "shape_overrides": None, "tokenizer": None}, "/nowhere/at/all does not exist"),
+        ({"lr_scheduler_type": "cosine_with_min_lr"}, "Trainer refuses these settings"),
+        ({"report_to": "no_such_tracker"}, "refuses these settings|cannot be used"),
+        ({"optim": "galore_adamw"}, "refuses these settings|cannot be used"),
+        ({"shape_overrides": '{"hidden_act": "foo"}'}, "shape_overrides .* cannot be used"),
+        ({"shape_overrides": '{"hidden_size": "16"}'}, "shape_overrides .* cannot be used"),
+        ({"shape_overrides": "{hidden_sise: 16}"}, r"hidden_sise \(did you mean 'hidden_size'\?\) is no field"),
+    ],
+)
+def test_what_libraries_refuse(folder, capsys, change, pattern):
+    refused(folder, capsys, pattern, **change)
+
+
+def test_a_file_in_place_of_the_output(folder, capsys):
+    (folder / "file").write_text("mine")
+    refused(folder, capsys, "file is a file; name a folder", output_dir=folder / "file")
+
+
+def test_a_batch_that_does_not_fit_into_memory(folder, capsys, monkeypatch):
+    def allocate(*_, **__):
+        msg = "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."
+        raise RuntimeError(msg)
+
+    monkeypatch.setattr("transformers.Trainer.training_step", allocate)
+    refused(
+        folder,
+        capsys,
+        r"Out of memory with a batch of 8 cells, \d+ tokens: .* Lower per_device_train_batch_size and raise gradient_accumulation_steps by as much",
+    )

@@ -10,7 +10,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from geneformer_hf import GeneformerForMaskedLM, load_cells, stream_tokens
 from geneformer_hf.data.collators import DataCollatorForMaskedGenes
-from geneformer_hf.errors import CheckpointError, OutputError, OutputExistsError, TrainingDivergedError
+from geneformer_hf.errors import CheckpointError, OutputError, OutputExistsError, SettingError, TrainingDivergedError
 from geneformer_hf.training.checkpointing import UNFINISHED_CHECKPOINT, checkpoints_in
 from tests.conftest import tiny_config
 from tests.tolerances import TRAJECTORY
@@ -142,15 +142,21 @@ def test_figures_are_those_of_the_model_that_is_saved(run):
     ("change", "message"),
     [
         ({"learning_rate": 5e-4}, r"learning_rate is 0\.0005 and was 0\.001"),
-        ({"seed": 7}, r"seed is 7 and was not given.*data is"),
+        ({"seed": 7}, r"seed is 7 and was not given.*seed of order and masks is 7 and was 42"),
         ({"per_device_train_batch_size": 4}, r"cells per step is 4 and was 8"),
         ({"mask_probability": 0.3}, r"mask_probability is 0\.3 and was not given"),
+        ({"data_seed": 0}, r"seed of order and masks is 0 and was 42"),
+        ({"batch_layout": "padded"}, r"grouped by length is True and was False"),
+        ({"shape_overrides": SHAPE | {"hidden_act": "gelu"}}, r"hidden_act of the model is gelu and was relu"),
     ],
 )
-def test_a_checkpoint_of_other_settings_is_refused(run, change, message):
+def test_a_checkpoint_of_other_settings_is_refused(run, tmp_path, change, message):
     with pytest.raises(KeyboardInterrupt):
         run("broken", callbacks=[Stop(7)], **SAVING)
-    with pytest.raises(CheckpointError, match=rf"checkpoint-5 belongs to another run: .*{message}"):
+    # Written in other words, the same run.
+    assert run("broken", batch_layout="packed", train_names=["other name"], train_weights=[5.0], **SAVING)
+    shutil.rmtree(tmp_path / "broken" / "model")
+    with pytest.raises(CheckpointError, match=rf"checkpoint-\d+ belongs to another run: .*{message}"):
         run("broken", **(SAVING | change))
 
 
@@ -181,7 +187,7 @@ def test_a_finished_run_is_neither_overwritten_nor_lost(run):
     again = run(overwrite=True, seed=3)
     assert losses(again) != losses(first)
     assert (first.folder.parent / "notes.txt").read_text() == "mine"
-    assert "overwrite" not in (first.folder.parent / "run.yaml").read_text()
+    assert "overwrite" not in (first.folder.parent / "settings.yaml").read_text()
 
 
 def test_overwriting_goes_on_with_an_unfinished_run_and_replaces_another(run, tmp_path, caplog):
@@ -244,3 +250,27 @@ def test_trainer_on_a_stream_resumes_row_for_row(h5ad, tokenizer, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         train("broken", stop=5)
     assert weights_equal(whole, train("broken", resume=str(tmp_path / "broken" / "checkpoint-4")))
+
+
+def test_how_often_is_logged_and_saved_may_change(run, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        run("broken", callbacks=[Stop(7)], **SAVING)
+    resumed = run("broken", **(SAVING | {"save_steps": 8, "logging_steps": 4}))
+    assert [path.name for path in checkpoints_in(tmp_path / "broken")] == ["checkpoint-5", "checkpoint-8", "checkpoint-16", "checkpoint-24"]
+    assert [entry["step"] for entry in resumed.history if "loss" in entry] == [1, 2, 3, 4, 5, 8, 12, 16, 20, 24]
+
+
+def test_weights_that_are_not_finite_are_never_saved(run, tmp_path):
+    with pytest.raises(TrainingDivergedError, match=r"the weights are not finite .*so no checkpoint is written|The (loss|gradient norm) is"):
+        run(**(SAVING | {"learning_rate": 1e38, "save_steps": 1}))
+    assert not checkpoints_in(tmp_path / "run")
+
+
+def test_overwriting_keeps_what_is_not_of_a_run(run, tmp_path):
+    (tmp_path / "run" / "model").mkdir(parents=True)
+    (tmp_path / "run" / "model" / "mine.py").write_text("1")
+    with pytest.raises(OutputExistsError, match=r"was not written by `pretrain` \(it holds no settings\.yaml\), so it is not removed"):
+        run(overwrite=True)
+    assert (tmp_path / "run" / "model" / "mine.py").read_text() == "1"
+    with pytest.raises(SettingError, match="overwrite removes a run and resume_from_checkpoint goes on with one"):
+        run("other", overwrite=True, resume_from_checkpoint="True")

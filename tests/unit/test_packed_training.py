@@ -68,12 +68,17 @@ def test_loss_and_gradients_are_those_of_one_cell_at_a_time(tokenizer, cells, ba
     assert_same(loss_and_gradients(model, batches[layout]), expected)
 
 
-def test_stock_attention_mixes_packed_cells(tokenizer, batches):
+def test_stock_attention_would_mix_packed_cells_and_is_refused(tokenizer, batches):
     """What the packed attention function is there for: with another one, position ids do not keep cells apart."""
     model = new_model(tokenizer).eval()
-    mixed = model(**batches["packed"]).logits
+    without = {name: value for name, value in batches["packed"].items() if not name.startswith(("cu_seq", "max_length"))}
+    mixed = model(**without).logits
+    with pytest.raises(ValueError, match=r"packed cells, which the attention function 'sdpa' would mix. Call model.set_attn_implementation\('packed_cells'\)"):
+        model(**batches["packed"])
     model.set_attn_implementation(PACKED_ATTENTION)
     assert (model(**batches["packed"]).logits - mixed).abs().max() > 0.1
+    with pytest.raises(ValueError, match=r"cu_seq_lens_q ends at 112, and there are 113 tokens"):
+        model(**batches["packed"] | {"cu_seq_lens_q": torch.tensor([0, 112], dtype=torch.int32)})
 
 
 def test_hidden_states_of_packed_cells_are_their_own(tokenizer, cells, batches):

@@ -10,7 +10,7 @@ from geneformer_hf.device import resolve_device, run_with_backoff
 from geneformer_hf.errors import GeneIdError, OutputExistsError
 from geneformer_hf.outputs import new_file, new_folder
 from geneformer_hf.reports.baselines import GeneFrequencyBaseline, RankFrequencyBaseline, majority_accuracy, neighbour_accuracy
-from geneformer_hf.reports.plots import plot_heatmap, plot_loss, plot_umap, umap_coordinates
+from geneformer_hf.reports.plots import plot_heatmap, plot_training, plot_umap, umap_coordinates
 from tests.conftest import make_cells
 
 
@@ -87,7 +87,7 @@ def test_pictures_are_drawn(tmp_path):
     for name, values in kinds.items():
         plot_umap(coordinates, values, tmp_path / f"umap_{name}.png", title="t", name=name)
         plot_heatmap(embeddings, values, tmp_path / f"heat_{name}.png", title="t", name=name)
-    plot_loss([1, 2, 3], [3.0, 2.0, 1.0], tmp_path / "loss.png", title="t", references={"baseline": 2.5})
+    plot_training([1, 2, 3], [3.0, 2.0, 1.0], tmp_path / "loss.png", held_out={"a": [(3, 2.2)], "b": []}, references={"a": {"baseline": 2.5}})
     assert len([p for p in tmp_path.iterdir() if p.stat().st_size > 5000]) == 7
     assert np.isnan(umap_coordinates(embeddings[:2])).all()
 
