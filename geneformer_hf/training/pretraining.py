@@ -118,7 +118,7 @@ def pretrain(
         msg = f"Trainer refuses these settings: {error}"
         raise SettingError(msg) from error
     trainer.identity = identity_of(arguments, trainer, model, is_new=is_new)
-    with arguments.main_process_first(desc="look for checkpoints"):
+    with arguments.main_process_first(local=False, desc="look for checkpoints"):
         if arguments.overwrite and arguments.process_index == 0:
             _remove_other_runs(output, trainer.identity, asked_for=arguments.resume_from_checkpoint)
         resume = checkpoint_to_resume(output, asked_for=arguments.resume_from_checkpoint, identity=trainer.identity)
