@@ -41,11 +41,14 @@ def train(tmp_path_factory):
 
 
 def test_the_model_beats_both_baselines_by_a_tenth_of_a_nat(train):
-    found = train[1]("learning", 2.5)
+    found = train[1]("learning", 4)
     assert found["baselines"]["hidden_genes"] > 15_000
     # So that the bar is a fair one: frequency by rank knows more than frequency.
     assert found["baselines"]["rank_frequency"] < found["baselines"]["gene_frequency"] - 0.1
     assert found["after"]["loss"] < found["baselines"]["rank_frequency"] - 0.1
+    # Much of that is copying genes that were chosen and left standing; of those it cannot see it knows more than their frequency, and after four minutes hardly
+    # more than their frequency at that rank (8.32 against 8.34 nats when it was measured).
+    assert found["after"]["loss_at_mask"] < found["baselines"]["gene_frequency_at_mask"] - 0.1
 
 
 def test_with_shuffled_labels_it_learns_gene_frequency_and_no_more(train, monkeypatch):
