@@ -29,7 +29,7 @@ EVALUATION = (1 << 62) - 1
 """The showing of held-out cells: always the same, so that their hidden genes are."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Corpus:
     """Tokenized cells of one domain, some of them held out.
 
