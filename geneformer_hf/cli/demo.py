@@ -158,12 +158,12 @@ def quiet_start() -> Iterator[None]:
 
 
 def losses_of(run: Any, tokenizer: Any) -> dict[str, float]:
-    """Return the losses of the model and of the baselines at the same hidden genes of held-out cells, in nats."""
+    """Return the losses of the model and of the baselines at the same masked genes of held-out cells, in nats; not at those left to be copied."""
     found = run.figures["held_out"]["cells"]
     return {
-        "loss_gene_frequency": found["baselines"]["gene_frequency"],
-        "loss_rank_frequency": found["baselines"]["rank_frequency"],
-        "loss_model": found["after"]["loss"],
+        "loss_gene_frequency": found["baselines"]["gene_frequency_at_mask"],
+        "loss_rank_frequency": found["baselines"]["rank_frequency_at_mask"],
+        "loss_model": found["after"]["loss_at_mask"],
         "loss_uniform": math.log(len(tokenizer.gene_table)),
     }
 

@@ -287,16 +287,20 @@ def _remove_other_runs(output: Path, identity: dict[str, Any], *, asked_for: str
         if not (model / CONFIG_FILE).is_file():
             msg = f"{model} was not written by `pretrain` (it holds no {CONFIG_FILE}), so it is not removed. Choose another output_dir."
             raise OutputExistsError(msg)
-    else:
-        try:
-            checkpoint_to_resume(output, asked_for=None, identity=identity)
-        except CheckpointError:
-            pass
-        else:
-            return
+    elif _is_unfinished(output, identity):
+        return
     for path in checkpoints_in(output):
         shutil.rmtree(path)
     shutil.rmtree(model, ignore_errors=True)
+
+
+def _is_unfinished(output: Path, identity: dict[str, Any]) -> bool:
+    """Return whether a folder without a model holds this run, or nothing of another."""
+    try:
+        checkpoint_to_resume(output, asked_for=None, identity=identity)
+    except CheckpointError:
+        return False
+    return True
 
 
 def _announcement(arguments: GeneformerPretrainingArguments, trainer: GeneformerPretrainer, resume: Path | None) -> str:

@@ -32,7 +32,7 @@ def command(folder, **more):
     return ["pretrain", *(word for name, value in settings.items() if value is not None for word in (f"--{name}", str(value)))]
 
 
-def refused(folder, capsys, pattern, **more):
+def check_refused(folder, capsys, pattern, **more):
     before = {path for path in folder.rglob("*") if not path.is_relative_to(folder / "run")}
     assert main(command(folder, **more)) == 1
     message = capsys.readouterr().err
@@ -56,7 +56,7 @@ def test_it_works_at_all(folder, capsys):
 
 def test_a_dataset_of_another_vocabulary(folder, capsys, genes, v1_tokenizer, tmp_path):
     gf.load_cells(make_cells(genes), tokenizer=v1_tokenizer, cache_dir=folder / "cache").save_to_disk(folder / "other")
-    refused(folder, capsys, r"other was tokenized with gene table \w+, and the tokenizer has \w+", train_data=folder / "other")
+    check_refused(folder, capsys, r"other was tokenized with gene table \w+, and the tokenizer has \w+", train_data=folder / "other")
 
 
 @pytest.mark.parametrize(
@@ -73,7 +73,7 @@ def test_a_dataset_of_another_vocabulary(folder, capsys, genes, v1_tokenizer, tm
 )
 def test_datasets_that_do_not_fit(folder, capsys, cells, pattern):
     datasets.Dataset.from_dict({"input_ids": cells}).save_to_disk(folder / "bad")
-    refused(folder, capsys, pattern, train_data=folder / "bad")
+    check_refused(folder, capsys, pattern, train_data=folder / "bad")
 
 
 def test_a_bad_id_among_many_cells_is_found_while_reading(folder, capsys):
@@ -82,7 +82,7 @@ def test_a_bad_id_among_many_cells_is_found_while_reading(folder, capsys):
     good[1502][1] = 70
     datasets.Dataset.from_dict({"input_ids": good}).save_to_disk(folder / "bad")
     for workers in (0, 2):
-        refused(folder, capsys, r"pretrain: row 1,502 of corpus 0 holds the token id 70, and the vocabulary has 64 tokens", train_data=folder / "bad", max_steps=375,
+        check_refused(folder, capsys, r"pretrain: row 1,502 of corpus 0 holds the token id 70, and the vocabulary has 64 tokens", train_data=folder / "bad", max_steps=375,
                 dataloader_num_workers=workers, output_dir=folder / "run" / str(workers))  # fmt: skip
 
 
@@ -102,12 +102,12 @@ def test_a_bad_id_among_many_cells_is_found_while_reading(folder, capsys):
 def test_damaged_datasets(folder, capsys, damage, pattern):
     shutil.copytree(folder / "tokens", folder / "damaged")
     damage(folder / "damaged")
-    refused(folder, capsys, pattern, train_data=folder / "damaged")
+    check_refused(folder, capsys, pattern, train_data=folder / "damaged")
 
 
 def test_a_folder_of_several_datasets(folder, capsys, tokens):
     datasets.DatasetDict({"train": tokens, "test": tokens}).save_to_disk(str(folder / "both"))
-    refused(folder, capsys, r"both holds several datasets \(train, test\). Name one: .*train", train_data=folder / "both")
+    check_refused(folder, capsys, r"both holds several datasets \(train, test\). Name one: .*train", train_data=folder / "both")
 
 
 @pytest.mark.parametrize(
@@ -135,7 +135,7 @@ def test_settings_that_do_not_fit_the_data(folder, capsys, change, pattern):
         assert main([*words, "--train_names", *change["train_names"].split()]) == 1
         assert re.search(pattern, capsys.readouterr().err)
         return
-    refused(folder, capsys, pattern, **change)
+    check_refused(folder, capsys, pattern, **change)
 
 
 def test_processes_that_do_not_know_each_other(monkeypatch):
@@ -153,7 +153,7 @@ def test_several_gpus_in_one_process(monkeypatch):
 def test_a_classifier_is_not_gone_on_from(folder, capsys, tokenizer):
     gf.GeneformerForSequenceClassification(gf.GeneformerConfig(vocab_size=64, **NO_DROPOUT)).save_pretrained(folder / "classifier")
     tokenizer.save_pretrained(folder / "classifier")
-    refused(
+    check_refused(
         folder,
         capsys,
         "is a GeneformerForSequenceClassification; pretraining goes on from a masked-gene model",
@@ -164,7 +164,7 @@ def test_a_classifier_is_not_gone_on_from(folder, capsys, tokenizer):
 
 
 def test_the_output_may_not_hold_the_data(folder, capsys):
-    refused(folder, capsys, "holds the input", output_dir=folder)
+    check_refused(folder, capsys, "holds the input", output_dir=folder)
 
 
 def test_interrupted_it_says_how_to_go_on(folder, capsys, monkeypatch):
@@ -194,12 +194,12 @@ def test_interrupted_it_says_how_to_go_on(folder, capsys, monkeypatch):
     ],
 )
 def test_what_libraries_refuse(folder, capsys, change, pattern):
-    refused(folder, capsys, pattern, **change)
+    check_refused(folder, capsys, pattern, **change)
 
 
 def test_a_file_in_place_of_the_output(folder, capsys):
     (folder / "file").write_text("mine")
-    refused(folder, capsys, "file is a file; name a folder", output_dir=folder / "file")
+    check_refused(folder, capsys, "file is a file; name a folder", output_dir=folder / "file")
 
 
 def test_a_batch_that_does_not_fit_into_memory(folder, capsys, monkeypatch):
@@ -208,7 +208,7 @@ def test_a_batch_that_does_not_fit_into_memory(folder, capsys, monkeypatch):
         raise RuntimeError(msg)
 
     monkeypatch.setattr("transformers.Trainer.training_step", allocate)
-    refused(
+    check_refused(
         folder,
         capsys,
         r"Out of memory with a batch of 8 cells, \d+ tokens: .* Lower per_device_train_batch_size and raise gradient_accumulation_steps by as much",
