@@ -45,11 +45,6 @@ class MaskedGeneScores:
         self._sums = self._sums + other._sums
         return self
 
-    @property
-    def n_genes(self) -> int:
-        """Hidden genes counted."""
-        return int(self._sums[0, 3])
-
     def figures(self) -> dict[str, float]:
         """Return loss in nats, perplexity and accuracies, and loss and accuracies at `<mask>` alone; NaN where there was none."""
         (loss, first, ten, n), (loss_there, first_there, ten_there, n_there) = self._sums.tolist()

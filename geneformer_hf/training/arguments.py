@@ -8,7 +8,6 @@ import contextlib
 import dataclasses
 import difflib
 import json
-import logging
 import math
 import textwrap
 from argparse import ArgumentError
@@ -28,8 +27,6 @@ from ..data.masking import MaskingRates
 from ..device import resolve_device
 from ..errors import SettingError
 from ..models.configuration_geneformer import PRESETS
-
-logger = logging.getLogger(__name__)
 
 _OFF_BY_DEFAULT = ("activation_checkpointing", "gradient_checkpointing", "disable_tqdm")
 """None until Trainer says False."""
@@ -67,7 +64,7 @@ RANGES: dict[str, tuple[float, Any, str]] = {
     "eval_steps": (1e-9, (int, float), "a number above 0"),
 }
 """Lowest value, type, and what is expected, of settings that are numbers."""
-METRICS = ("loss", "perplexity", "accuracy_top1", "accuracy_top10")
+METRICS = ("loss", "loss_at_mask", "perplexity", "accuracy_top1", "accuracy_top10")
 
 
 def _about(text: str, default: Any = None, **more: Any) -> Any:

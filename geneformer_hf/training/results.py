@@ -96,7 +96,7 @@ def save_model(trainer: GeneformerPretrainer, tokenizer: GeneformerTokenizer, fi
     trainer.save_model(str(unfinished))
     trainer.accelerator.wait_for_everyone()
     if trainer.is_world_process_zero():
-        # Trainer's own record of the arguments is a pickle; run.yaml says the same.
+        # Trainer's own record of the arguments is a pickle; settings.yaml says the same.
         (unfinished / "training_args.bin").unlink(missing_ok=True)
         tokenizer.save_pretrained(unfinished)
         write_config(asked, unfinished / CONFIG_FILE)

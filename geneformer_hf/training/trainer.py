@@ -83,6 +83,7 @@ class GeneformerPretrainer(Trainer):
                 raise SettingError(msg)
             model.fused_loss = True
         self.keyed_collator = self._collator(args, tokenizer)
+        self._require_metric(args)
         super().__init__(
             model=model, args=args, train_dataset=KeyedCells(mixture.corpora), processing_class=tokenizer, callbacks=list(callbacks),
             eval_dataset=[corpus for corpus in mixture.corpora if corpus.n_held_out] or None,  # type: ignore[arg-type]
@@ -103,6 +104,16 @@ class GeneformerPretrainer(Trainer):
         self._bar = ProgressBar()
         if not args.disable_tqdm:
             self.add_callback(self._bar)
+
+    def _require_metric(self, args: GeneformerPretrainingArguments) -> None:
+        """Raise if the figure that tells the best checkpoint is not among those that will be measured."""
+        names = list(MaskedGeneScores().figures())
+        judged = [corpus.name for corpus in self.mixture.corpora if corpus.n_held_out]
+        known = [*names, *(f"{corpus}_{name}" for corpus in judged for name in names if len(judged) > 1)]
+        wanted = (args.metric_for_best_model or "loss").removeprefix("eval_")
+        if wanted not in known:
+            msg = f"metric_for_best_model {args.metric_for_best_model!r} is not one of {', '.join(known)}."
+            raise SettingError(msg)
 
     def _collator(self, args: GeneformerPretrainingArguments, tokenizer: GeneformerTokenizer) -> KeyedCollator:
         rates = args.rates

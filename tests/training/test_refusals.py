@@ -187,6 +187,7 @@ def test_interrupted_it_says_how_to_go_on(folder, capsys, monkeypatch):
         ({"from_checkpoint": "/nowhere/at/all", "shape": None, "shape_overrides": None, "tokenizer": None}, "/nowhere/at/all does not exist"),
         ({"lr_scheduler_type": "cosine_with_min_lr"}, "Trainer refuses these settings"),
         ({"report_to": "no_such_tracker"}, "refuses these settings|cannot be used"),
+        ({"metric_for_best_model": "tissue_loss"}, r"metric_for_best_model 'tissue_loss' is not one of loss, .*loss_at_mask"),
         ({"optim": "galore_adamw"}, "refuses these settings|cannot be used"),
         ({"shape_overrides": '{"hidden_act": "foo"}'}, "shape_overrides .* cannot be used"),
         ({"shape_overrides": '{"hidden_size": "16"}'}, "shape_overrides .* cannot be used"),
