@@ -12,7 +12,8 @@ import pytest
 
 from geneformer_hf import GeneformerTokenizer, load_cells
 from geneformer_hf.genes import human_genes
-from geneformer_hf.training.arguments import read_config
+from geneformer_hf import GeneformerPretrainingArguments
+from geneformer_hf.training.configs import read_config
 from tests.conftest import make_cells
 
 ROOT = Path(__file__).parents[1]
@@ -107,7 +108,7 @@ def test_the_yaml_of_the_how_to(folder):
     assert "5 held-out cells" in printed
     for number, block in enumerate(blocks[1:]):
         (folder / f"{number}.yaml").write_text(block)
-        assert read_config(folder / f"{number}.yaml")
+        assert read_config(folder / f"{number}.yaml", GeneformerPretrainingArguments)
 
 
 def test_the_stream_of_the_how_to(folder):

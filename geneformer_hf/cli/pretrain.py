@@ -30,17 +30,18 @@ class Pretrain(Command):
         self._parser = parser
 
     def run(self, args: Namespace) -> int:
-        from ..training.arguments import describe_settings, parse_arguments, read_config, recipe_names
+        from ..training.arguments import GeneformerPretrainingArguments as Arguments
+        from ..training.configs import describe_settings, parse_arguments, read_config, recipe_names
 
         if args.help or args.help_all:
             print(self._parser.format_help())
-            print(f"recipes: {', '.join(recipe_names())}\n")
-            print(describe_settings(inherited=args.help_all))
+            print(f"recipes: {', '.join(recipe_names(Arguments))}\n")
+            print(describe_settings(Arguments, inherited=args.help_all))
             return 0
         from ..training.checkpointing import checkpoints_in
         from ..training.pretraining import pretrain
 
-        arguments = parse_arguments(read_config(args.config) if args.config else {}, args.rest)
+        arguments = parse_arguments(Arguments, read_config(args.config, Arguments) if args.config else {}, args.rest)
         try:
             run = pretrain(arguments)
         except KeyboardInterrupt:

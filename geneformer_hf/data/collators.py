@@ -1,4 +1,4 @@
-"""Cells into batches with hidden genes."""
+"""Cells into batches: with hidden genes to pretrain, with labels of cells or genes to fine-tune."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
 import torch.utils.data
 
 from ..errors import SettingError
@@ -18,7 +19,26 @@ KEY = "cell_key"
 """Column with the key of a cell's masks: corpus, row and pass."""
 
 
-class DataCollatorForMaskedGenes:
+class _Layout:
+    """Cells laid out with what a tokenizer says of pads."""
+
+    def __init__(self, tokenizer: GeneformerTokenizer, layout: str, pad_to_multiple_of: int | None) -> None:
+        if layout not in LAYOUTS:
+            msg = f"layout {layout!r} is not one of {', '.join(map(repr, LAYOUTS))}."
+            raise SettingError(msg)
+        self.layout, self._pad, self._multiple_of = layout, int(tokenizer.pad_token_id), pad_to_multiple_of
+
+    def _laid_out(self, lengths: np.ndarray, ids: np.ndarray, labels: np.ndarray | None = None) -> dict[str, Any]:
+        if self.layout == "packed":
+            return pack_cells(lengths, ids, labels)
+        return pad_cells(lengths, ids, labels, pad=self._pad, multiple_of=self._multiple_of)
+
+
+def _end_to_end(cells: Sequence[dict[str, Any]]) -> tuple[np.ndarray, np.ndarray]:
+    return np.array([len(cell["input_ids"]) for cell in cells]), np.concatenate([np.asarray(cell["input_ids"]) for cell in cells])
+
+
+class DataCollatorForMaskedGenes(_Layout):
     """Lay out cells and hide genes for pretraining.
 
     Each gene is chosen with probability `mask_probability`; of those chosen, 80 % become `<mask>`, 10 % a random gene and
@@ -49,21 +69,15 @@ class DataCollatorForMaskedGenes:
         layout: str = "padded",
         pad_to_multiple_of: int | None = None,
     ) -> None:
-        if layout not in LAYOUTS:
-            msg = f"layout {layout!r} is not one of {', '.join(map(repr, LAYOUTS))}."
-            raise SettingError(msg)
+        super().__init__(tokenizer, layout, pad_to_multiple_of)
         self.masker = GeneMasker(tokenizer, MaskingRates(mask_probability, mask_share, random_share), seed=seed)
-        self.layout, self._pad, self._multiple_of = layout, int(tokenizer.pad_token_id), pad_to_multiple_of
         self._n_seen = 0
 
     def __call__(self, cells: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """Return `input_ids`, `labels` (-100 where nothing is asked) and what the layout needs: see `pad_cells`, `pack_cells`."""
-        lengths = np.array([len(cell["input_ids"]) for cell in cells])
-        packed = np.concatenate([np.asarray(cell["input_ids"]) for cell in cells])
+        lengths, packed = _end_to_end(cells)
         ids, labels = self.masker.hide(packed, lengths, [self._key_of(cell) for cell in cells])
-        if self.layout == "packed":
-            return pack_cells(lengths, ids, labels)
-        return pad_cells(lengths, ids, labels, pad=self._pad, multiple_of=self._multiple_of)
+        return self._laid_out(lengths, ids, labels)
 
     def _key_of(self, cell: dict[str, Any]) -> CellKey:
         if KEY in cell:
@@ -72,3 +86,55 @@ class DataCollatorForMaskedGenes:
         worker = torch.utils.data.get_worker_info()
         # A loader's workers each begin to count anew, in every epoch: the seed torch gives them tells them apart, and processes their rank.
         return CellKey(int(os.environ.get("RANK", "0")), self._n_seen - 1, 0 if worker is None else worker.seed % (1 << 62))
+
+
+class DataCollatorForCells(_Layout):
+    """Lay out cells with their labels (column `labels` or `label`): class ids, several ids for several heads, or numbers.
+
+    For `GeneformerForSequenceClassification` and `GeneformerForMultiTaskClassification`, in any Trainer with
+    `remove_unused_columns=False`. Other columns are left out.
+
+    Args:
+        tokenizer (`GeneformerTokenizer`)
+        layout (`"padded"` or `"packed"`, *optional*, defaults to `"padded"`):
+            packed batches are for models with `set_attn_implementation("packed_cells")`.
+        pad_to_multiple_of (`int`, *optional*): round padded lengths up.
+
+    Example:
+        >>> from geneformer_hf import GeneTable, GeneformerTokenizer
+        >>> tokenizer = GeneformerTokenizer(gene_table=GeneTable(["ENSG00000000003", "ENSG00000000005"], [2, 3], [1.0, 2.0]))
+        >>> batch = DataCollatorForCells(tokenizer)([{"input_ids": [3, 2], "label": 1}, {"input_ids": [2], "label": 0}])
+        >>> batch["input_ids"].tolist(), batch["labels"].tolist()
+        ([[3, 2], [2, 0]], [1, 0])
+    """
+
+    def __init__(self, tokenizer: GeneformerTokenizer, *, layout: str = "padded", pad_to_multiple_of: int | None = None) -> None:
+        super().__init__(tokenizer, layout, pad_to_multiple_of)
+
+    def __call__(self, cells: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """Return what the layout needs (see `pad_cells`, `pack_cells`) and, where cells have them, `labels` of shape `(b,)` or `(b, k)`."""
+        batch = self._laid_out(*_end_to_end(cells))
+        name = next((name for name in ("labels", "label") if name in cells[0]), None)
+        if name is not None:
+            labels = torch.as_tensor(np.asarray([cell[name] for cell in cells]))
+            batch["labels"] = labels.float() if labels.is_floating_point() else labels.long()
+        return batch
+
+
+class DataCollatorForGenes(_Layout):
+    """Lay out cells with the classes of their genes, for `GeneformerForTokenClassification`.
+
+    Args:
+        tokenizer (`GeneformerTokenizer`)
+        class_of_token (int array of shape `(vocabulary,)`): the class of each token id, -100 where it has none; see `GeneClasses.of_tokens`.
+        layout, pad_to_multiple_of: as in `DataCollatorForCells`.
+    """
+
+    def __init__(self, tokenizer: GeneformerTokenizer, class_of_token: np.ndarray, *, layout: str = "padded", pad_to_multiple_of: int | None = None) -> None:
+        super().__init__(tokenizer, layout, pad_to_multiple_of)
+        self.class_of_token = np.asarray(class_of_token, dtype=np.int64)
+
+    def __call__(self, cells: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """Return what the layout needs, with `labels` beside each token."""
+        lengths, ids = _end_to_end(cells)
+        return self._laid_out(lengths, ids, self.class_of_token[ids])

@@ -192,10 +192,10 @@ class Mixture:
 
 
 class KeyedCells(torch.utils.data.Dataset):
-    """The cells of some corpora by `CellKey`, which goes along as the key of their masks."""
+    """The cells of some corpora by `CellKey`, which goes along as the key of their masks; with labels by row, where there is one corpus."""
 
-    def __init__(self, corpora: Sequence[Corpus]) -> None:
-        self.corpora = list(corpora)
+    def __init__(self, corpora: Sequence[Corpus], labels: np.ndarray | None = None) -> None:
+        self.corpora, self.labels = list(corpora), labels
 
     def __len__(self) -> int:
         return sum(corpus.n_train for corpus in self.corpora)
@@ -211,4 +211,6 @@ class KeyedCells(torch.utils.data.Dataset):
             if places:
                 for i, tokens in zip(places, corpus.read([keys[i].row for i in places]), strict=True):
                     found[i]["input_ids"] = tokens
+                    if self.labels is not None:
+                        found[i]["labels"] = self.labels[keys[i].row]
         return found

@@ -9,6 +9,8 @@ from transformers import BertConfig
 # Special tokens of the published vocabularies by their size, which is how a published config.json tells them apart.
 CLS_EOS_OF_VOCABULARY = {20_275: (2, 3)}
 
+POOLINGS = ("first", "mean", "attention", "cls")
+
 
 def _shape(hidden: int, layers: int, heads: int, ffn: int, positions: int, vocabulary: int, dropout: float) -> dict[str, Any]:
     return {
@@ -44,14 +46,19 @@ class GeneformerConfig(BertConfig):
         cls_token_id (`int`, *optional*), eos_token_id (`int`, *optional*):
             Special tokens at either end of a cell. None where the vocabulary has none. If neither is given they follow
             from the size of the published vocabularies (20,275: 2 and 3; 25,426: none).
-        pooling (`"first"`, `"mean"` or `"cls"`, *optional*, defaults to `"first"`):
-            What the sequence heads read: the first position (published classifiers, whatever stands there), the mean over
-            genes, or `<cls>`.
+        pooling (`"first"`, `"mean"`, `"attention"` or `"cls"`, *optional*, defaults to `"first"`):
+            What the heads of cells read: the first position (published classifiers, whatever stands there), the mean over
+            genes, their sum by learnt weights, or `<cls>`.
         vocabulary_fingerprint (`str`, *optional*):
             `GeneTable.fingerprint` of the tokenizer this model belongs to; written by `convert`, checked before use.
         task_labels (`dict[str, list[str]]`, *optional*):
             Multi-task models: class names of each task, in the order of the heads.
         task_weights (`dict[str, float]`, *optional*): weight of each task in the loss; 1 where not given.
+        adversarial_tasks (`list[str]`, *optional*): tasks whose answer the encoder learns to hide.
+        class_weights (`list[float]`, *optional*), task_class_weights (`dict[str, list[float]]`, *optional*): weight of each class in the loss.
+        label_columns (`list[str]`, *optional*): columns of obs that a fine-tuned model predicts.
+        label_mean (`list[float]`, *optional*), label_scale (`list[float]`, *optional*):
+            Regression: mean and standard deviation of each number over the training cells; it is learnt in these units.
 
     Example:
         >>> config = GeneformerConfig.from_preset("gf-6L-30M-i2048")
@@ -71,13 +78,19 @@ class GeneformerConfig(BertConfig):
     vocabulary_fingerprint: str | None = None
     task_labels: dict[str, list[str]] | None = None
     task_weights: dict[str, float] | None = None
+    adversarial_tasks: list[str] | None = None
+    class_weights: list[float] | None = None
+    task_class_weights: dict[str, list[float]] | None = None
+    label_columns: list[str] | None = None
+    label_mean: list[float] | None = None
+    label_scale: list[float] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
         if self.cls_token_id is None and self.eos_token_id is None:
             self.cls_token_id, self.eos_token_id = CLS_EOS_OF_VOCABULARY.get(self.vocab_size, (None, None))
-        if self.pooling not in ("first", "mean", "cls"):
-            msg = f"pooling {self.pooling!r} is not one of 'first', 'mean', 'cls'."
+        if self.pooling not in POOLINGS:
+            msg = f"pooling {self.pooling!r} is not one of {', '.join(map(repr, POOLINGS))}."
             raise ValueError(msg)
         if self.pooling == "cls" and self.cls_token_id is None:
             msg = "pooling 'cls' needs a vocabulary with a <cls> token, and cls_token_id is None. Use 'mean', or 'first' as the published classifiers do."

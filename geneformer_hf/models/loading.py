@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
-from ..errors import CheckpointError, VocabularyMismatchError
+from ..errors import CheckpointError, GeneformerError, SettingError, VocabularyMismatchError
 from ..pickles import require_content
+from .adapters import ADAPTER_WEIGHTS, is_adapter, load_adapter, open_weights, quantization_config, unwrapped
 from .configuration_geneformer import GeneformerConfig
 from .modeling_geneformer import (
     GeneformerForMaskedLM,
@@ -46,27 +49,75 @@ def model_class_of(config: GeneformerConfig, where: str = "the checkpoint") -> t
     return cls
 
 
-def load_model(model: Any, **kwargs: Any) -> Any:
-    """Return a model as it is, or open the checkpoint in a folder or on the Hub, whatever its head.
+def load_model(model: Any, *, quantization: str | None = None, base: str | Path | None = None, device: Any = None, **kwargs: Any) -> Any:
+    """Return a model as it is, or open a checkpoint in a folder or on the Hub: plain, adapter, 8-bit or 4-bit, whatever its head.
 
     Args:
-        model (`PreTrainedModel`, `str` or `Path`).
+        model (`PreTrainedModel`, `PeftModel`, `str` or `Path`).
+        quantization (`"int8"`, `"nf4"` or `"none"`, *optional*):
+            load the encoder's linear layers in 8-bit or 4-bit. By default a checkpoint opens as it was saved, and an adapter on its base as it
+            was trained; "none" opens it on plain weights.
+        base (*optional*): for adapters whose base has moved.
+        device (*optional*): for quantised weights, which stay where they were loaded; the best there is otherwise.
         kwargs: passed on to `from_pretrained`: `subfolder`, `revision`, `dtype`.
+
+    Returns:
+        a Geneformer in evaluation mode. That of an adapter has it at work inside; `load_peft_model` gives the `PeftModel` around it.
 
     Raises:
         CheckpointError: if the folder holds no such checkpoint, or git-lfs pointers in place of weights.
     """
     if not isinstance(model, (str, Path)):
-        if not isinstance(getattr(model, "config", None), GeneformerConfig):
+        inner = unwrapped(model)
+        if not isinstance(getattr(inner, "config", None), GeneformerConfig):
             msg = f"{type(model).__name__} is not a Geneformer model. Open its checkpoint with GeneformerForMaskedLM.from_pretrained, or pass its folder."
             raise CheckpointError(msg)
-        return model
+        if quantization is not None:
+            msg = f"quantization={quantization!r} is for checkpoints that are opened, and this model is open already. Pass its folder."
+            raise SettingError(msg)
+        return inner
+    if is_adapter(model):
+        return unwrapped(load_peft_model(model, quantization=quantization, base=base, device=device, **kwargs))
     require_checkpoint(Path(model) / kwargs["subfolder"] if kwargs.get("subfolder") and Path(model).is_dir() else model)
-    try:
+    wanted = None if quantization in (None, "none") else quantization_config(str(quantization))
+    with refusals(model):
         config = GeneformerConfig.from_pretrained(str(model), **{k: v for k, v in kwargs.items() if k in ("subfolder", "revision")})
-        return model_class_of(config, str(model)).from_pretrained(str(model), config=config, **kwargs)
+        if wanted is not None and getattr(config, "quantization_config", None):
+            msg = f"{model} was saved quantised, so quantization={quantization!r} cannot be asked for. Leave it out."
+            raise SettingError(msg)
+        return open_weights(model_class_of(config, str(model)), model, config, quantization=wanted, device=device, **kwargs).eval()
+
+
+def load_peft_model(
+    folder: str | Path, *, quantization: str | None = None, base: str | Path | None = None, is_trainable: bool = False, device: Any = None, **kwargs: Any
+) -> Any:
+    """Open an adapter folder as a `peft.PeftModel` on its base; arguments as in `load_model`.
+
+    Raises:
+        CheckpointError: if base and adapter are not there, or do not belong together.
+    """
+    require_content(Path(folder) / ADAPTER_WEIGHTS)
+    with refusals(folder):
+        config = GeneformerConfig.from_pretrained(str(folder))
+        return load_adapter(
+            folder,
+            model_class=model_class_of(config, str(folder)),
+            config=config,
+            base=base,
+            quantization=quantization,
+            is_trainable=is_trainable,
+            device=device,
+            **kwargs,
+        )
+
+
+@contextmanager
+def refusals(model: Any) -> Iterator[None]:
+    """Turn what transformers says of a checkpoint it cannot open into our error."""
+    try:
+        yield
     except (OSError, ValueError, SafetensorError) as error:
-        if isinstance(error, CheckpointError):
+        if isinstance(error, GeneformerError):
             raise
         msg = f"{model} cannot be opened as a Geneformer checkpoint: {str(error).splitlines()[0]}"
         raise CheckpointError(msg) from error

@@ -20,8 +20,10 @@ from transformers.models.bert.modeling_bert import BertPreTrainedModel
 from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
 
+from .adapters import require_savable
 from .attention import PACKED_ATTENTION
 from .configuration_geneformer import GeneformerConfig
+from .pooling import GeneAttention, pool_cells
 
 IGNORED = -100
 """Label of a position or task that does not count, as everywhere in transformers."""
@@ -42,31 +44,44 @@ def _mean_of(total: torch.Tensor, count: torch.Tensor | int, num_items_in_batch:
     return total / max(num_items_in_batch, 1)
 
 
-def gene_positions(input_ids_bl: torch.Tensor, attention_mask_bl: torch.Tensor | None, config: GeneformerConfig) -> torch.Tensor:
-    """Return a bool tensor of shape `(b, l)`: True where a gene stands.
+def _require_unmixed(config: Any, borders: torch.Tensor | None) -> None:
+    """Raise if packed cells come to an attention function that would mix them.
 
-    Pads are left out always; the first and last token of a cell only where they are `<cls>` and `<eos>`.
+    Raises:
+        ValueError
     """
-    keep: torch.Tensor = attention_mask_bl.bool() if attention_mask_bl is not None else torch.ne(input_ids_bl, config.pad_token_id or 0)
-    for special in (config.cls_token_id, config.eos_token_id):
-        if special is not None:
-            keep = keep & (input_ids_bl != special)
-    return keep
+    attention = config._attn_implementation or ""
+    if borders is not None and attention != PACKED_ATTENTION and not attention.startswith("flash"):
+        msg = f"the batch holds packed cells, which the attention function {attention!r} would mix. Call model.set_attn_implementation({PACKED_ATTENTION!r}) first."
+        raise ValueError(msg)
 
 
-def mean_over_genes(hidden_ble: torch.Tensor, genes_bl: torch.Tensor) -> torch.Tensor:
-    """Return the mean hidden state over gene positions, of shape `(b, e)`; zero for a cell without genes."""
-    weights = genes_bl.to(hidden_ble.dtype).unsqueeze(-1)
-    return (hidden_ble * weights).sum(1) / weights.sum(1).clamp(min=1)
+def _cross_entropy(logits_bc: torch.Tensor, labels_b: torch.Tensor, class_weights: list[float] | None) -> torch.Tensor:
+    """Return the summed cross entropy, each item weighed by its class; items labelled -100 do not count."""
+    weights = None if class_weights is None else torch.tensor(class_weights, device=logits_bc.device, dtype=torch.float32)
+    return F.cross_entropy(logits_bc.float(), labels_b, weight=weights, reduction="sum", ignore_index=IGNORED)
 
 
-class GeneformerModel(BertModel):
+class _Savable:
+    """Refuses to write what would be read back as something else."""
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
+        """Save as transformers does; 4-bit weights that were repacked are refused.
+
+        Raises:
+            CheckpointError
+        """
+        require_savable(self)
+        return super().save_pretrained(*args, **kwargs)  # type: ignore[misc]
+
+
+class GeneformerModel(_Savable, BertModel):
     """The bare encoder. `last_hidden_state` has shape `(b, l, e)`."""
 
     config_class = GeneformerConfig
 
 
-class GeneformerForMaskedLM(BertForMaskedLM):
+class GeneformerForMaskedLM(_Savable, BertForMaskedLM):
     """Geneformer with the masked-gene head it was pretrained with."""
 
     config_class = GeneformerConfig
@@ -103,10 +118,7 @@ class GeneformerForMaskedLM(BertForMaskedLM):
                 labels the head runs at the labelled positions and logits are None.
             kwargs: with `cu_seq_lens_q` and `position_ids` cells come packed, see `models.attention.packed_attention`.
         """
-        attention = self.config._attn_implementation or ""
-        if kwargs.get("cu_seq_lens_q") is not None and attention != PACKED_ATTENTION and not attention.startswith("flash"):
-            msg = f"the batch holds packed cells, which the attention function {attention!r} would mix. Call model.set_attn_implementation({PACKED_ATTENTION!r}) first."
-            raise ValueError(msg)
+        _require_unmixed(self.config, kwargs.get("cu_seq_lens_q"))
         outputs = self.bert(
             input_ids,
             attention_mask=attention_mask,
@@ -148,10 +160,11 @@ class GeneformerForMaskedLM(BertForMaskedLM):
         return losses_m.float().sum()
 
 
-class GeneformerForSequenceClassification(BertForSequenceClassification):
+class GeneformerForSequenceClassification(_Savable, BertForSequenceClassification):
     """Geneformer with one head per cell: classes, several labels at once, or numbers (`config.problem_type`).
 
-    The head reads what `config.pooling` names, through BERT's pooler (a linear layer and tanh).
+    The head reads what `config.pooling` names, through BERT's pooler (a linear layer and tanh). Numbers are learnt in standard
+    deviations (`config.label_mean`, `config.label_scale`); `logits` and `labels` are in the units of the labels.
     """
 
     config_class = GeneformerConfig
@@ -159,6 +172,7 @@ class GeneformerForSequenceClassification(BertForSequenceClassification):
     def __init__(self, config: GeneformerConfig) -> None:
         super().__init__(config)
         self.bert = GeneformerModel(config)
+        self.attention_pool = GeneAttention(config.hidden_size) if config.pooling == "attention" else None
         self.post_init()
 
     @can_return_tuple
@@ -173,13 +187,27 @@ class GeneformerForSequenceClassification(BertForSequenceClassification):
         **kwargs: Any,
     ) -> SequenceClassifierOutput:
         """Classify cells. `logits` has shape `(b, num_labels)`; `labels` is `(b,)` of class ids, or `(b, num_labels)`."""
+        borders = kwargs.get("cu_seq_lens_q")
+        _require_unmixed(self.config, borders)
         outputs = self.bert(input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids, position_ids=position_ids, return_dict=True, **kwargs)
-        pooled_be = _pool(self, input_ids, attention_mask, outputs)
-        logits = self.classifier(self.dropout(pooled_be))
+        logits = self.head(outputs.last_hidden_state, input_ids, attention_mask, borders)
         loss = None
         if labels is not None:
             loss = self._loss(logits, labels, num_items_in_batch)
         return SequenceClassifierOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions)
+
+    def head(
+        self, hidden_ble: torch.Tensor, input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None = None, borders: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Return the logits of cells from the last hidden states, of shape `(cells, num_labels)`; packed cells come with their borders."""
+        logits = self.classifier(self.dropout(_read_cells(self, hidden_ble, input_ids, attention_mask, borders)))
+        scale, mean = self._units(logits)
+        return logits if scale is None else logits * scale + mean
+
+    def _units(self, logits: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        if self.config.label_scale is None:
+            return None, None
+        return logits.new_tensor(self.config.label_scale), logits.new_tensor(self.config.label_mean)
 
     def _loss(self, logits: torch.Tensor, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None) -> torch.Tensor:
         kind = self.config.problem_type
@@ -189,17 +217,18 @@ class GeneformerForSequenceClassification(BertForSequenceClassification):
             else:
                 kind = "multi_label_classification" if labels.is_floating_point() else "single_label_classification"
         if kind == "single_label_classification":
-            total = F.cross_entropy(logits.float(), labels.view(-1), reduction="sum", ignore_index=IGNORED)
+            total = _cross_entropy(logits, labels.view(-1), self.config.class_weights)
             return _mean_of(total, (labels != IGNORED).sum(), num_items_in_batch)
-        labels = labels.to(logits.dtype).view_as(logits)
+        logits, labels = logits.float(), labels.float().view_as(logits)
         if kind == "regression":
-            total = F.mse_loss(logits, labels, reduction="sum")
+            scale, _ = self._units(logits)
+            total = ((logits - labels) / (1.0 if scale is None else scale)).square().sum()
         else:
             total = F.binary_cross_entropy_with_logits(logits, labels, reduction="sum")
         return _mean_of(total, labels.numel(), num_items_in_batch)
 
 
-class GeneformerForTokenClassification(BertForTokenClassification):
+class GeneformerForTokenClassification(_Savable, BertForTokenClassification):
     """Geneformer with one head per gene. `logits` has shape `(b, l, num_labels)`."""
 
     config_class = GeneformerConfig
@@ -221,13 +250,18 @@ class GeneformerForTokenClassification(BertForTokenClassification):
         **kwargs: Any,
     ) -> TokenClassifierOutput:
         """Classify genes in their cells. `labels` has shape `(b, l)`; -100 where a gene has no label."""
+        _require_unmixed(self.config, kwargs.get("cu_seq_lens_q"))
         outputs = self.bert(input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids, position_ids=position_ids, return_dict=True, **kwargs)
-        logits = self.classifier(self.dropout(outputs.last_hidden_state))
+        logits = self.head(outputs.last_hidden_state)
         loss = None
         if labels is not None:
-            total = F.cross_entropy(logits.float().view(-1, self.num_labels), labels.view(-1), reduction="sum", ignore_index=IGNORED)
+            total = _cross_entropy(logits.flatten(0, 1), labels.flatten(), self.config.class_weights)
             loss = _mean_of(total, (labels != IGNORED).sum(), num_items_in_batch)
         return TokenClassifierOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions)
+
+    def head(self, hidden_ble: torch.Tensor) -> torch.Tensor:
+        """Return the logits of genes from the last hidden states: `(..., num_labels)` from `(..., e)`."""
+        return self.classifier(self.dropout(hidden_ble))
 
 
 @dataclass
@@ -241,8 +275,26 @@ class MultiTaskOutput(ModelOutput):
     attentions: tuple[torch.Tensor, ...] | None = None
 
 
-class GeneformerForMultiTaskClassification(BertPreTrainedModel):
-    """Geneformer with one classification head per task over a shared encoder; `config.task_labels` names them."""
+class _ReverseGradient(torch.autograd.Function):
+    """Passes values on and turns gradients round: what comes before learns to hide what the head after it looks for.
+
+    Source: Ganin et al. 2016, Domain-adversarial training of neural networks, JMLR 17.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        return -grad
+
+
+class GeneformerForMultiTaskClassification(_Savable, BertPreTrainedModel):
+    """Geneformer with one classification head per task over a shared encoder; `config.task_labels` names them.
+
+    The encoder learns to hide what the heads of `config.adversarial_tasks` look for, such as the batch a cell is from.
+    """
 
     config_class = GeneformerConfig
 
@@ -252,6 +304,7 @@ class GeneformerForMultiTaskClassification(BertPreTrainedModel):
             msg = "GeneformerForMultiTaskClassification needs config.task_labels, for instance {'cell_type': ['B', 'T'], 'disease': ['no', 'yes']}."
             raise ValueError(msg)
         self.bert = GeneformerModel(config)
+        self.attention_pool = GeneAttention(config.hidden_size) if config.pooling == "attention" else None
         dropout = config.classifier_dropout if config.classifier_dropout is not None else config.hidden_dropout_prob
         self.dropout = nn.Dropout(dropout)
         self.classifiers = nn.ModuleList(nn.Linear(config.hidden_size, len(names)) for names in config.task_labels.values())
@@ -270,30 +323,38 @@ class GeneformerForMultiTaskClassification(BertPreTrainedModel):
     ) -> MultiTaskOutput:
         """Classify cells for every task. `labels` has shape `(b, tasks)`; -100 where a cell has no label for a task.
 
-        The loss is the weighted sum over tasks of the mean cross entropy per cell.
+        The loss is the weighted sum over tasks of the cross entropies, divided by labels per task (cells, where all have all labels).
         """
+        borders = kwargs.get("cu_seq_lens_q")
+        _require_unmixed(self.config, borders)
         outputs = self.bert(input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids, position_ids=position_ids, return_dict=True, **kwargs)
-        pooled_be = self.dropout(_pool(self, input_ids, attention_mask, outputs))
-        logits = tuple(head(pooled_be) for head in self.classifiers)
+        logits = self.head(outputs.last_hidden_state, input_ids, attention_mask, borders)
         loss = None
         if labels is not None:
-            weights = self.config.task_weights or {}
+            weights, class_weights = self.config.task_weights or {}, self.config.task_class_weights or {}
             total = logits[0].new_zeros((), dtype=torch.float32)
             for task, name in enumerate(self.config.task_labels or {}):
-                summed = F.cross_entropy(logits[task].float(), labels[:, task], reduction="sum", ignore_index=IGNORED)
-                total = total + weights.get(name, 1.0) * summed
+                total = total + weights.get(name, 1.0) * _cross_entropy(logits[task], labels[:, task], class_weights.get(name))
             # The items are cells times tasks, the loss is a mean over cells of a sum over tasks.
             loss = _mean_of(total * len(logits), (labels != IGNORED).sum(), num_items_in_batch)
         return MultiTaskOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions)
 
+    def head(
+        self, hidden_ble: torch.Tensor, input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None = None, borders: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, ...]:
+        """Return the logits of each task from the last hidden states; packed cells come with their borders."""
+        read_be = self.dropout(_read_cells(self, hidden_ble, input_ids, attention_mask, borders))
+        hidden_from = set(self.config.adversarial_tasks or [])
+        return tuple(
+            classifier(_ReverseGradient.apply(read_be) if name in hidden_from else read_be)
+            for name, classifier in zip(self.config.task_labels or {}, self.classifiers, strict=True)
+        )
 
-def _pool(model: Any, input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None, outputs: Any) -> torch.Tensor:
-    """Return what a sequence head reads, of shape `(b, e)`."""
-    if model.config.pooling != "mean":
-        return outputs.pooler_output
-    if input_ids is None:
-        msg = "pooling 'mean' leaves out special tokens, so the model needs `input_ids`; it got only embeddings."
-        raise ValueError(msg)
-    genes_bl = gene_positions(input_ids, attention_mask, model.config)
-    pooler = model.bert.pooler
-    return pooler.activation(pooler.dense(mean_over_genes(outputs.last_hidden_state, genes_bl)))
+
+def _read_cells(
+    model: Any, hidden_ble: torch.Tensor, input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None, borders: torch.Tensor | None
+) -> torch.Tensor:
+    """Return what the heads of cells read, of shape `(cells, e)`: pooled, then through BERT's pooler."""
+    pooled_be = pool_cells(hidden_ble, input_ids, attention_mask, borders, config=model.config, attention=model.attention_pool)
+    # Called as a module, because adapters put a trainable copy in its place.
+    return model.bert.pooler(pooled_be.unsqueeze(1))

@@ -186,3 +186,95 @@ def _figure_lines(held_out: dict[str, Any]) -> list[str]:
             lines.append(f"| {corpus} | {where} | {' | '.join(numbers)} |")
     lines += ["", *(f"{corpus}: {verdict(found)}" for corpus, found in held_out.items())]
     return lines
+
+
+@dataclass(frozen=True)
+class FineTuningFacts:
+    """What a fine-tuning run has to say for itself."""
+
+    config: GeneformerConfig
+    what: str
+    heads: Sequence[tuple[str, list[str], str]]
+    """Name, classes and problem_type of each head."""
+    of_genes: bool
+    figures: dict[str, Any]
+    compared: dict[str, tuple[str, ...]]
+    """Figures that are shown, by problem_type."""
+    settings: dict[str, Any]
+    started_from: str | None
+    is_adapter: bool
+    version: str
+
+
+def finetuning_card(facts: FineTuningFacts, *, name: str) -> str:
+    """Return the card of a fine-tuned model or adapter: labels, figures beside baselines, recipe, with the metadata the Hub reads."""
+    task = "token-classification" if facts.of_genes else "text-classification"
+    metadata: dict[str, Any] = {
+        "library_name": "peft" if facts.is_adapter else "transformers",
+        "tags": ["geneformer", "single-cell", "transcriptomics", "biology", *(["lora"] if facts.is_adapter else [])],
+        "pipeline_tag": task,
+    }
+    if facts.started_from:
+        metadata["base_model"] = facts.started_from
+    results = []
+    for head, found in facts.figures["heads"].items():
+        kind = next(k for n, _, k in facts.heads if n == head)
+        shown = [
+            {"type": key, "value": round(float(found["this model"][key]), 4)}
+            for key in facts.compared[kind]
+            if found["this model"][key] == found["this model"][key]
+        ]
+        results.append({"task": {"type": task, "name": head}, "dataset": {"name": "held-out test set", "type": "cells"}, "metrics": shown})
+    if results:
+        metadata["model-index"] = [{"name": name, "results": results}]
+    lines = [
+        "---",
+        yaml.safe_dump(metadata, sort_keys=False).strip(),
+        "---",
+        "",
+        f"# {name}",
+        "",
+        f"A {'LoRA adapter of a ' if facts.is_adapter else ''}Geneformer model that predicts {'classes of genes' if facts.of_genes else facts.what}, fine-tuned with geneformer-hf {facts.version}"
+        + (f" from `{facts.started_from}`." if facts.started_from else "."),
+        "",
+        "## Labels",
+        "",
+        *(f"- {head}: {', '.join(names[:60])}{' …' if len(names) > 60 else ''}" for head, names, _ in facts.heads),
+        "",
+        "## Figures",
+        "",
+        f"{facts.figures['n_train']:,} {'genes' if facts.of_genes else 'cells'} to train on, {facts.figures['n_test']:,} to test"
+        + (f", in {facts.figures['folds']} folds; the model here was then trained on all of them." if facts.figures["folds"] else "."),
+        *_comparison_lines(facts),
+        "",
+        *([f"Remarks:\n\n{chr(10).join(f'- {note}' for note in facts.figures['notes'])}\n"] if facts.figures["notes"] else []),
+        "`report.html` has pictures and figures of each class; `predictions.csv` each prediction; `splits.csv` who was on which side.",
+        "",
+        "## Recipe",
+        "",
+        "```yaml",
+        yaml.safe_dump(facts.settings, sort_keys=True, allow_unicode=True).strip(),
+        "```",
+        "",
+        "## Use",
+        "",
+        "```python",
+        "import geneformer_hf",
+        "",
+        'predictions = geneformer_hf.predict("FOLDER", "cells.h5ad")',
+        "```",
+        "",
+        "Research use. Labels are as good as those it was trained on, and cells unlike those it has seen get a label all the same: look at the entropy.",
+        "",
+        f"Please cite: {PAPERS['V1']}.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _comparison_lines(facts: FineTuningFacts) -> list[str]:
+    lines = []
+    for head, found in facts.figures["heads"].items():
+        keys = facts.compared[next(kind for name, _, kind in facts.heads if name == head)]
+        lines += ["", f"| {head} | {' | '.join(key.replace('_', ' ') for key in keys)} |", f"|---|{'---|' * len(keys)}"]
+        lines += [f"| {name} | {' | '.join(f'{float(one[key]):.3f}' for key in keys)} |" for name, one in found.items()]
+    return lines

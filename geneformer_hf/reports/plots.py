@@ -15,7 +15,12 @@ MAX_CLASSES = 40
 """More categories than that get no legend that could be read."""
 
 
-def _pyplot() -> Any:
+def pyplot() -> Any:
+    """Return matplotlib.pyplot drawing into files, or say how to get it.
+
+    Raises:
+        MissingExtraError
+    """
     try:
         import matplotlib as mpl
     except ModuleNotFoundError as error:
@@ -51,7 +56,7 @@ def umap_coordinates(embeddings: np.ndarray, *, seed: int = 0, n_neighbors: int 
 
 def plot_umap(coordinates: np.ndarray, values: Sequence[Any], path: Path, *, title: str, name: str) -> None:
     """Draw UMAP coordinates of shape `(n, 2)`, coloured by a column of classes or numbers."""
-    plt = _pyplot()
+    plt = pyplot()
     figure, axes = plt.subplots(figsize=(8, 5.5), layout="constrained")
     drawn = ~np.isnan(coordinates).any(axis=1)
     coordinates, series = coordinates[drawn], pd.Series(list(values))[drawn]
@@ -71,7 +76,7 @@ def plot_umap(coordinates: np.ndarray, values: Sequence[Any], path: Path, *, tit
             )
     axes.set(title=title, xlabel="UMAP 1", ylabel="UMAP 2", xticks=[], yticks=[])
     axes.spines[["top", "right"]].set_visible(False)
-    _save(plt, figure, path)
+    save_figure(plt, figure, path)
 
 
 def plot_heatmap(embeddings: np.ndarray, values: Sequence[Any], path: Path, *, title: str, name: str) -> None:
@@ -81,7 +86,7 @@ def plot_heatmap(embeddings: np.ndarray, values: Sequence[Any], path: Path, *, t
     """
     from scipy.cluster.hierarchy import leaves_list, linkage
 
-    plt = _pyplot()
+    plt = pyplot()
     keep = ~np.isnan(embeddings).any(axis=1)
     series = pd.Series(list(values))[keep]
     if _is_continuous(series):
@@ -99,7 +104,7 @@ def plot_heatmap(embeddings: np.ndarray, values: Sequence[Any], path: Path, *, t
         axes.set_yticks(range(len(means)), [str(names[r]) for r in rows.tolist()], fontsize=8)
     axes.set(title=title, xlabel=f"{embeddings.shape[1]} dimensions, ordered by similarity", ylabel=name, xticks=[])
     figure.colorbar(image, ax=axes, label="mean (SD)")
-    _save(plt, figure, path)
+    save_figure(plt, figure, path)
 
 
 def _is_continuous(series: pd.Series) -> bool:
@@ -126,7 +131,7 @@ def plot_training(
         held_out: steps and losses by dataset.
         references: other losses on the held-out cells of each dataset, by their names; drawn as lines in the colour of the dataset.
     """
-    plt = _pyplot()
+    plt = pyplot()
     from matplotlib.ticker import MaxNLocator
 
     figure, axes = plt.subplots(figsize=(9, 4.5), layout="constrained")
@@ -142,10 +147,11 @@ def plot_training(
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend(frameon=False, fontsize="small", loc="center left", bbox_to_anchor=(1.0, 0.5))
     axes.spines[["top", "right"]].set_visible(False)
-    _save(plt, figure, path)
+    save_figure(plt, figure, path)
 
 
-def _save(plt: Any, figure: Any, path: Path) -> None:
+def save_figure(plt: Any, figure: Any, path: Path) -> None:
+    """Write a picture and forget it."""
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
@@ -167,7 +173,7 @@ def plot_quality(frames: Iterable[pd.DataFrame], path: Path, *, title: str, boun
         frames: the verdicts on the cells of some files, as `Quality.cells` returns them; held one at a time.
         bounds (`DataFrame`): a row a dataset with `total_counts_low`, `…_high` and `mitochondrial_share_low`, `…_high`.
     """
-    plt = _pyplot()
+    plt = pyplot()
     from matplotlib import ticker
 
     edges = {c: np.logspace(0, 6, 121) if scale == "log" else np.linspace(0, 1, 201) for c, (_, scale) in QUALITY_PANELS.items()}

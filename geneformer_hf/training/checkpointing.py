@@ -11,13 +11,15 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from ..errors import CheckpointError, OutputExistsError
+from ..errors import CheckpointError, OutputExistsError, SettingError
+from ..models.adapters import ADAPTER_FILE, complete_adapter
 
 IDENTITY_FILE = "geneformer_run.json"
 MODEL_FOLDER = "model"
 UNFINISHED_CHECKPOINT = ".checkpoint.unfinished"
 UNFINISHED_MODEL = ".model.unfinished"
 CONFIG_FILE = "settings.yaml"
+FOLD = "fold-"
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
@@ -50,7 +52,7 @@ def checkpoint_to_resume(output: Path, *, asked_for: str | None, identity: dict[
         if not (checkpoint / IDENTITY_FILE).is_file():
             inside = checkpoints_in(checkpoint) if checkpoint.is_dir() else []
             if not inside:
-                msg = f"{asked_for} is no checkpoint of `pretrain`: it has no {IDENTITY_FILE}. Give a folder checkpoint-N of this run, or go on from its weights with from_checkpoint."
+                msg = f"{asked_for} is no checkpoint of ours: it has no {IDENTITY_FILE}. Give a folder checkpoint-N of this run, or go on from its weights with from_checkpoint."
                 raise CheckpointError(msg)
             checkpoint = inside[-1]
     _require_same_run(checkpoint, identity)
@@ -102,3 +104,45 @@ def put_in_place(unfinished: Path, final: Path) -> None:
         shutil.rmtree(old, ignore_errors=True)
     else:
         unfinished.rename(final)
+
+
+def remove_other_runs(output: Path, identity: dict[str, Any], *, asked_for: str | None) -> None:
+    """Remove model, checkpoints and settings of a run that is finished or another one, and nothing else; an unfinished one goes on.
+
+    Raises:
+        SettingError: if a checkpoint to go on from was named as well.
+        OutputExistsError: if the folder `model` there is not the work of a run.
+    """
+    if asked_for is not None:
+        msg = "overwrite removes a run and resume_from_checkpoint goes on with one; give one of them."
+        raise SettingError(msg)
+    model = output / MODEL_FOLDER
+    if model.exists():
+        if not (model / CONFIG_FILE).is_file():
+            msg = f"{model} was not written by this command (it holds no {CONFIG_FILE}), so it is not removed. Choose another output_dir."
+            raise OutputExistsError(msg)
+    elif _is_unfinished(output, identity):
+        return
+    for path in (*checkpoints_in(output), *output.glob(f"{FOLD}*")):
+        shutil.rmtree(path)
+    shutil.rmtree(model, ignore_errors=True)
+
+
+def _is_unfinished(output: Path, identity: dict[str, Any]) -> bool:
+    """Return whether a folder without a model holds this run, or nothing of another."""
+    try:
+        checkpoint_to_resume(output, asked_for=None, identity=identity)
+    except CheckpointError:
+        return False
+    return True
+
+
+def save_weights(trainer: Any, folder: Path) -> None:
+    """Write a model, or its adapter, as Trainer does on all processes; whole enough to be opened again by itself."""
+    trainer.save_model(str(folder))
+    trainer.accelerator.wait_for_everyone()
+    if trainer.is_world_process_zero():
+        # Trainer's own record of the arguments is a pickle; settings.yaml says the same.
+        (folder / "training_args.bin").unlink(missing_ok=True)
+        if (folder / ADAPTER_FILE).is_file():
+            complete_adapter(trainer.accelerator.unwrap_model(trainer.model), folder)

@@ -14,14 +14,16 @@ from .._version import __version__
 from ..data.masking import CellKey, GeneMasker
 from ..data.mixtures import EVALUATION, Mixture
 from ..genes import species_of
+from ..models.adapters import unwrapped
 from ..models.modeling_geneformer import IGNORED
 from ..models.tokenization_geneformer import GeneformerTokenizer
 from ..reports.baselines import GeneFrequencyBaseline, RankFrequencyBaseline
 from ..reports.cards import PretrainingFacts, pretraining_card
 from ..reports.metrics import MaskedGeneScores
 from ..reports.plots import plot_training
-from .arguments import GeneformerPretrainingArguments, resolved, write_config
-from .checkpointing import CONFIG_FILE, MODEL_FOLDER, UNFINISHED_MODEL, put_in_place
+from .arguments import GeneformerPretrainingArguments
+from .checkpointing import CONFIG_FILE, MODEL_FOLDER, UNFINISHED_MODEL, put_in_place, save_weights
+from .configs import resolved, write_config
 from .trainer import GeneformerPretrainer
 
 logger = logging.getLogger(__name__)
@@ -93,18 +95,16 @@ def save_model(trainer: GeneformerPretrainer, tokenizer: GeneformerTokenizer, fi
     """Write the final folder: model, tokenizer, card, figures, loss curve, settings; whole or not there."""
     output = Path(str(asked.output_dir))
     unfinished = output / UNFINISHED_MODEL
-    trainer.save_model(str(unfinished))
+    save_weights(trainer, unfinished)
     trainer.accelerator.wait_for_everyone()
     if trainer.is_world_process_zero():
-        # Trainer's own record of the arguments is a pickle; settings.yaml says the same.
-        (unfinished / "training_args.bin").unlink(missing_ok=True)
         tokenizer.save_pretrained(unfinished)
         write_config(asked, unfinished / CONFIG_FILE)
         (unfinished / "figures.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
         (unfinished / "history.json").write_text(json.dumps(trainer.state.log_history, indent=1) + "\n", encoding="utf-8")
         draw_losses(trainer.state.log_history, figures, unfinished / "loss.png")
         facts = PretrainingFacts(
-            config=trainer.accelerator.unwrap_model(trainer.model).config,
+            config=unwrapped(trainer.accelerator.unwrap_model(trainer.model)).config,
             corpora=[
                 (c.name, c.n_train, c.n_held_out, float(share), c.held_out_from)
                 for c, share in zip(trainer.mixture.corpora, trainer.mixture.shares, strict=True)

@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from geneformer_hf import GeneformerConfig, GeneformerForMaskedLM
 from geneformer_hf.data.packing import pack_cells
 from geneformer_hf.models.attention import PACKED_ATTENTION
-from geneformer_hf.training.trainer import is_sharded
+from geneformer_hf.training.planned import is_sharded
 from tests.training.conftest import NO_DROPOUT
 
 WORLD = 2

@@ -1,5 +1,6 @@
 """Settings from Python, YAML and the command line; recipes; what contradicts itself."""
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,13 @@ import pytest
 from geneformer_hf import GeneformerConfig, GeneformerPretrainingArguments
 from geneformer_hf.errors import SettingError
 from geneformer_hf.training import arguments as arguments_module
-from geneformer_hf.training.arguments import describe_settings, parse_arguments, read_config, recipe_names, resolved, write_config
+from geneformer_hf.training import configs
+from geneformer_hf.training.configs import resolved, write_config
+
+parse_arguments = partial(configs.parse_arguments, GeneformerPretrainingArguments)
+read_config = partial(configs.read_config, kind=GeneformerPretrainingArguments)
+recipe_names = partial(configs.recipe_names, GeneformerPretrainingArguments)
+describe_settings = partial(configs.describe_settings, GeneformerPretrainingArguments)
 
 BASE = {"output_dir": "out", "shape": "gf-6L-30M-i2048", "tokenizer": "t", "train_data": ["tokens"]}
 
@@ -67,7 +74,7 @@ def test_recipes_parse_and_name_their_sources(name):
     data = ["new", "old"] if "train_weights" in settings else ["tokens"]
     arguments = parse_arguments(settings | start | {"output_dir": "out", "train_data": data})
     assert arguments.seed == 42
-    assert (Path(arguments_module.__file__).parent / "recipes" / f"{name}.yaml").read_text().startswith("# ")
+    assert (Path(arguments_module.__file__).parent / "recipes" / "pretrain" / f"{name}.yaml").read_text().startswith("# ")
 
 
 def test_the_recipes_have_the_published_hyperparameters():
@@ -133,7 +140,7 @@ def test_a_config_that_is_not_there_lists_the_recipes():
         ({"metric_for_best_model": "foo"}, "metric_for_best_model 'foo' is not one of loss"),
         ({"dataloader_persistent_workers": True}, "dataloader_persistent_workers needs"),
         ({"auto_find_batch_size": True}, "auto_find_batch_size would change the batch size of the recipe"),
-        ({"remove_unused_columns": True}, "remove_unused_columns would remove the keys of the masks"),
+        ({"remove_unused_columns": True}, "remove_unused_columns would remove the keys of cells"),
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor needs all logits"),
         ({"average_tokens_across_devices": False}, "average_tokens_across_devices must be on"),
         ({"train_sampling_strategy": "group_by_length"}, "use batch_layout and group_by_length"),

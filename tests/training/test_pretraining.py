@@ -14,7 +14,7 @@ from geneformer_hf.data.masking import CellKey, GeneMasker
 from geneformer_hf.data.mixtures import EVALUATION, Corpus, Mixture
 from geneformer_hf.errors import GeneformerError
 from geneformer_hf.reports.metrics import MaskedGeneScores
-from geneformer_hf.training.pretraining import freeze
+from geneformer_hf.training.starting import freeze
 from geneformer_hf.training.trainer import GeneformerPretrainer
 from tests import reference
 from tests.tolerances import BF16_TRAJECTORY, LOSS, TRAJECTORY

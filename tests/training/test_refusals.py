@@ -12,7 +12,7 @@ import pytest
 import geneformer_hf as gf
 from geneformer_hf.cli.main import main
 from geneformer_hf.errors import SettingError
-from geneformer_hf.training.pretraining import require_processes
+from geneformer_hf.training.processes import require_processes
 from tests.conftest import make_cells
 from tests.training.conftest import NO_DROPOUT, make_tokens
 
@@ -141,13 +141,13 @@ def test_settings_that_do_not_fit_the_data(folder, capsys, change, pattern):
 def test_processes_that_do_not_know_each_other(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(SettingError, match=r"2 processes were started \(WORLD_SIZE\), and this one works alone"):
-        require_processes(SimpleNamespace(world_size=1, num_processes=None, fsdp=None, n_gpu=0))
+        require_processes(SimpleNamespace(world_size=1, num_processes=None, fsdp=None, n_gpu=0, command="pretrain"))
 
 
 def test_several_gpus_in_one_process(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     with pytest.raises(SettingError, match=r"8 GPUs are visible to one process. Use them with `torchrun --nproc_per_node 8 "):
-        require_processes(SimpleNamespace(world_size=1, num_processes=None, fsdp=None, n_gpu=8))
+        require_processes(SimpleNamespace(world_size=1, num_processes=None, fsdp=None, n_gpu=8, command="pretrain"))
 
 
 def test_a_classifier_is_not_gone_on_from(folder, capsys, tokenizer):

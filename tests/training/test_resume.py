@@ -173,7 +173,7 @@ def test_a_checkpoint_of_other_data_or_weights_is_refused(run, other_tokens, tmp
 
 
 def test_resuming_from_what_is_no_checkpoint(run, tmp_path):
-    with pytest.raises(CheckpointError, match=r"is no checkpoint of `pretrain`: it has no geneformer_run\.json"):
+    with pytest.raises(CheckpointError, match=r"is no checkpoint of ours: it has no geneformer_run\.json"):
         run(resume_from_checkpoint=str(tmp_path))
     with pytest.raises(CheckpointError, match="holds no whole checkpoint to resume from"):
         run(resume_from_checkpoint="True")
@@ -269,7 +269,7 @@ def test_weights_that_are_not_finite_are_never_saved(run, tmp_path):
 def test_overwriting_keeps_what_is_not_of_a_run(run, tmp_path):
     (tmp_path / "run" / "model").mkdir(parents=True)
     (tmp_path / "run" / "model" / "mine.py").write_text("1")
-    with pytest.raises(OutputExistsError, match=r"was not written by `pretrain` \(it holds no settings\.yaml\), so it is not removed"):
+    with pytest.raises(OutputExistsError, match=r"was not written by this command \(it holds no settings\.yaml\), so it is not removed"):
         run(overwrite=True)
     assert (tmp_path / "run" / "model" / "mine.py").read_text() == "1"
     with pytest.raises(SettingError, match="overwrite removes a run and resume_from_checkpoint goes on with one"):

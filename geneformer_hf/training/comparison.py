@@ -1,0 +1,139 @@
+"""Baselines on the very split of a model: what the same cells and labels give without it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..data.labelled import LabelledCells
+from ..data.mixtures import Corpus
+from ..data.splits import Split
+from ..device import resolve_device
+from ..models.configuration_geneformer import GeneformerConfig
+from ..models.encoding import PackedEncoder
+from ..models.modeling_geneformer import IGNORED, GeneformerModel
+from ..models.pooling import gene_positions
+from ..reports.cell_baselines import Standardised, expression_matrix, most_variable, predicted_by, principal_components, sklearn_or_refuse
+from .arguments import GeneformerFineTuningArguments
+from .tasks import CellTask, GeneTask
+
+logger = logging.getLogger(__name__)
+
+READ_CELLS = 512
+MAJORITY = "majority class"
+FROZEN, UNTRAINED = "logistic regression on the checkpoint, not fine-tuned", "logistic regression on the untrained encoder"
+EXPRESSION_LEVEL = "logistic regression on expression level"
+
+
+def cell_baselines(
+    cells: LabelledCells, task: CellTask, split: Split, arguments: GeneformerFineTuningArguments, vectors: dict[str, np.ndarray], config: GeneformerConfig
+) -> dict[str, dict[str, np.ndarray]]:
+    """Fit every baseline to the training cells of a split and apply it to the test cells, head by head.
+
+    Args:
+        vectors: names to embeddings of all cells, float32 of shape `(n, e)`, for linear models on them.
+
+    Returns:
+        head to baseline to probabilities (or numbers) of shape `(test, outputs)`.
+    """
+    sklearn_or_refuse()
+    train = split.train
+    if len(train) > arguments.baseline_cells:
+        drawn = np.random.default_rng([arguments.order_seed, 5]).choice(len(train), arguments.baseline_cells, replace=False)
+        train = train[np.sort(drawn)]
+    special = [int(t) for t in (config.pad_token_id, config.cls_token_id, config.eos_token_id) if t is not None]  # type: ignore[arg-type]
+    of_train = expression_matrix(cells.tokens, train, config.vocab_size, special)
+    columns = most_variable(of_train)
+    dense_train = of_train[:, columns].toarray()
+    units = Standardised(dense_train)
+    # Expression of all test cells, and nothing else of the file, is held at once.
+    dense_test = expression_matrix(cells.tokens, split.test, config.vocab_size, special)[:, columns].toarray()
+    pca_train, pca_test = principal_components(dense_train, dense_test, arguments.order_seed)
+    what = "expression" if cells.has_counts else "gene ranks"
+    number = task.kind == "regression"
+    spaces: dict[str, tuple[str, np.ndarray, np.ndarray]] = {
+        "mean" if number else MAJORITY: ("majority", dense_train[:, :1], dense_test[:, :1]),
+        f"{'ridge' if number else 'logistic'} regression on {what} of {len(columns):,} variable genes": ("linear", units(dense_train), units(dense_test)),
+        f"nearest neighbours on PCA of {what}": ("neighbours", pca_train, pca_test),
+    }
+    for name, space in vectors.items():
+        scaled = Standardised(space[train])
+        spaces[name.replace("logistic", "ridge") if number else name] = ("linear", scaled(space[train]), scaled(space[split.test]))
+    found: dict[str, dict[str, np.ndarray]] = {}
+    for head in task.heads:
+        labels = task.labels_of(head)[train]
+        if head.kind == "single_label_classification" and not (labels != IGNORED).any():
+            continue
+        found[head.name] = {name: predicted_by(kind, head.kind, x, labels, y, len(head.names)) for name, (kind, x, y) in spaces.items()}
+    return found
+
+
+def frozen_vectors(model: Any, corpus: Corpus, rows: np.ndarray, *, pooling: str, desc: str) -> np.ndarray:
+    """Return pooled last hidden states of some cells under a model as it is, float32 of shape `(n, e)`; zeros for other rows."""
+    config = model.config
+    encoder = PackedEncoder(model, n_layers=config.num_hidden_layers, device=resolve_device())
+    out = np.zeros((len(corpus.lengths), config.hidden_size), dtype=np.float32)
+    with encoder.ready():
+        for start in range(0, len(rows), READ_CELLS):
+            some = rows[start : start + READ_CELLS]
+            tokens = corpus.read(some.tolist())
+            offsets = np.concatenate([[0], np.cumsum([len(cell) for cell in tokens])]).astype(np.int64)
+            for done in encoder.encode(np.concatenate(tokens), offsets, np.arange(len(some))):
+                keep = gene_positions(done.input_ids, torch.ones_like(done.input_ids), config)
+                first = 0
+                for cell, length in zip(done.cells.tolist(), done.lengths, strict=True):
+                    span = slice(first, first + length)
+                    first += length
+                    hidden = done.hidden[span].float().cpu()
+                    out[some[cell]] = (hidden[0] if pooling in ("first", "cls") else hidden[keep[span]].mean(0)).numpy()
+    return out
+
+
+def untrained(config: GeneformerConfig, seed: int) -> GeneformerModel:
+    """Return the encoder with random weights."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return GeneformerModel(GeneformerConfig.from_dict({**config.to_dict(), "quantization_config": None}))
+
+
+def gene_baselines(cells: LabelledCells, task: GeneTask, splits: Sequence[Split], rows: np.ndarray) -> dict[str, list[np.ndarray]]:
+    """Predict the classes of test genes from how they are expressed: how often, how high, at which rank.
+
+    Returns:
+        baseline to probabilities of the test genes of each split.
+    """
+    sklearn_or_refuse()
+    features = expression_features(cells, rows, task.vocab_size)[task.classes.token_ids]
+    labels, n_classes = task.classes.class_ids, len(task.classes.names)
+    found: dict[str, list[np.ndarray]] = {MAJORITY: [], EXPRESSION_LEVEL: []}
+    for split in splits:
+        units = Standardised(features[split.train])
+        train, test = units(features[split.train]), units(features[split.test])
+        found[MAJORITY].append(predicted_by("majority", "single_label_classification", train, labels[split.train], test, n_classes))
+        found[EXPRESSION_LEVEL].append(predicted_by("linear", "single_label_classification", train, labels[split.train], test, n_classes))
+    return found
+
+
+def expression_features(cells: LabelledCells, rows: np.ndarray, vocab_size: int) -> np.ndarray:
+    """Return of each token id: share of cells it is in, mean rank there (0 is the highest, 1 the lowest), and mean log expression where it is known.
+
+    float64 of shape `(vocabulary, 2 or 3)`.
+    """
+    n_cells, ranks, levels = np.zeros(vocab_size), np.zeros(vocab_size), np.zeros(vocab_size)
+    arrow = cells.tokens.with_format("arrow")
+    for start in range(0, len(rows), READ_CELLS):
+        table = arrow[rows[start : start + READ_CELLS].tolist()]
+        column = table.column("input_ids").combine_chunks()
+        flat, sizes = np.asarray(column.flatten()), np.asarray(column.value_lengths())
+        starts = np.repeat(np.cumsum(sizes) - sizes, sizes)
+        np.add.at(n_cells, flat, 1)
+        np.add.at(ranks, flat, (np.arange(len(flat)) - starts) / np.repeat(np.maximum(sizes, 1), sizes))
+        if cells.has_counts:
+            np.add.at(levels, flat, np.log1p(np.asarray(table.column("counts").combine_chunks().flatten(), dtype=np.float64)))
+    present = np.maximum(n_cells, 1)
+    columns = [n_cells / max(len(rows), 1), np.where(n_cells > 0, ranks / present, 1.0)]
+    return np.stack([*columns, levels / present] if cells.has_counts else columns, axis=1)

@@ -1,0 +1,212 @@
+"""Cells, labels and splits of a fine-tuning run, opened and checked before any work is done."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import xxhash
+
+from ..data.labelled import TEST, TRAIN, VALIDATION, LabelledCells, open_labelled
+from ..data.labels import class_counts, describe_counts, match_gene_classes, read_gene_classes
+from ..data.mixtures import Corpus
+from ..data.splits import Split, balance_table, folds, groups_of, most_balanced, one_split, require_enough, require_no_leak
+from ..errors import SettingError
+from ..models.heads import CLASSES
+from ..models.tokenization_geneformer import GeneformerTokenizer
+from .arguments import GeneformerFineTuningArguments
+from .tasks import CellTask, GeneTask, cell_task
+
+logger = logging.getLogger(__name__)
+
+VALIDATION_SHARE = 0.1
+
+
+@dataclass
+class Prepared:
+    """All that a run needs but its model."""
+
+    tokenizer: GeneformerTokenizer
+    cells: LabelledCells
+    task: CellTask | GeneTask
+    splits: list[Split]
+    """One, or as many as folds; of rows of cells, or of genes (rows of `task.classes`)."""
+    rows: np.ndarray
+    """Cells that are used, int64, sorted."""
+    notes: list[str]
+    balance: list[pd.DataFrame] = field(default_factory=list)
+    """For each split whether columns differ between its sides."""
+
+    def corpus(self, split: Split) -> Corpus:
+        """Return the cells as a corpus whose training cells are those of a split; of all cells that are used, for genes."""
+        train = split.train if isinstance(self.task, CellTask) else self.rows
+        held_out = np.setdiff1d(np.arange(len(self.cells.part)), train)
+        return Corpus("cells", self.cells.tokens, held_out)
+
+    @property
+    def fingerprint(self) -> dict[str, str]:
+        """Hashes of labels and splits, for the identity of a run."""
+        labels, sides = xxhash.xxh3_64(), xxhash.xxh3_64()
+        if isinstance(self.task, CellTask):
+            labels.update(np.ascontiguousarray(self.task.labels).tobytes())
+        else:
+            labels.update(self.task.classes.token_ids.tobytes() + self.task.classes.class_ids.tobytes())
+        for split in self.splits:
+            for rows in (split.train, split.validation, split.test):
+                sides.update(np.ascontiguousarray(rows).tobytes() + b"|")
+        return {"labels": labels.hexdigest(), "splits": sides.hexdigest()}
+
+    def everything(self) -> Split:
+        """Return a split that trains on all that was split."""
+        every = np.sort(np.concatenate([self.splits[0].train, self.splits[0].validation, self.splits[0].test]))
+        nothing = np.empty(0, dtype=np.int64)
+        return Split(every, nothing, nothing)
+
+
+def prepare(
+    arguments: GeneformerFineTuningArguments,
+    tokenizer: GeneformerTokenizer,
+    given: Mapping[int, Any] | None = None,
+    *,
+    gene_classes: Mapping[str, Sequence[str]] | None = None,
+) -> Prepared:
+    """Open the cells of a run, read labels, and split.
+
+    Args:
+        given: part (train, validation, test) to cells, in place of the paths in the arguments.
+
+    Raises:
+        SettingError, CellFileError, ColumnNotFoundError, UnknownGeneError
+    """
+    paths: dict[int, Any] = {TRAIN: arguments.train_data, VALIDATION: arguments.validation_data, TEST: arguments.test_data}
+    sources = {part: cells for part, cells in (paths | {p: c for p, c in (given or {}).items() if c is not None}).items() if cells is not None}
+    if TRAIN not in sources:
+        msg = "No data: give `train_data`, files of cells or tokenized datasets."
+        raise SettingError(msg)
+    wanted = [*(arguments.label or []), *(arguments.leave_out or {}), *(arguments.keep_only or {}), *(arguments.balance_columns or [])]
+    columns = list(dict.fromkeys([*wanted, *([arguments.group_column] if arguments.group_column else [])]))
+    with arguments.main_process_first(local=False, desc="open the cells"):
+        cells = open_labelled(sources, columns=columns, tokenizer=tokenizer, gene_ids=arguments.gene_ids, counts_layer=arguments.counts_layer)
+    if arguments.gene_classes or gene_classes:
+        return _prepare_genes(arguments, tokenizer, cells, gene_classes)
+    task = cell_task(cells, arguments)
+    splits = _split_cells(arguments, cells, task)
+    balance = []
+    if arguments.balance_columns:
+        balance = [balance_table(split, {name: cells.columns[name] for name in arguments.balance_columns}) for split in splits if len(split.test)]
+    notes = [*cells.notes, *task.notes, *_remarks(arguments, task, splits)]
+    return Prepared(tokenizer, cells, task, splits, np.flatnonzero(cells.usable), notes, balance)
+
+
+def _prepare_genes(
+    arguments: GeneformerFineTuningArguments, tokenizer: GeneformerTokenizer, cells: LabelledCells, given: Mapping[str, Sequence[str]] | None
+) -> Prepared:
+    cells.filter(leave_out=arguments.leave_out, keep_only=arguments.keep_only)  # type: ignore[arg-type]
+    where = str(arguments.gene_classes or "gene_classes")
+    classes = match_gene_classes(given if given is not None else read_gene_classes(Path(where)), tokenizer.gene_table, where=where)
+    notes = []
+    if classes.unknown:
+        notes.append(f"{len(classes.unknown):,} genes of {Path(where).name} are not in the vocabulary: {', '.join(classes.unknown[:10])}")
+    size = max(tokenizer.get_vocab().values()) + 1
+    cells.draw(None, seed=arguments.order_seed, most=arguments.max_cells)
+    n_cells = _cells_with(cells, classes.of_tokens(size) >= 0)
+    unseen = n_cells[classes.token_ids] == 0
+    if unseen.any():
+        names = tokenizer.gene_table.ensembl_of_tokens(classes.token_ids[unseen].tolist())
+        notes.append(f"{int(unseen.sum()):,} genes are expressed in no cell, so that nothing can be said of them: {', '.join(str(n) for n in names[:10])}")
+        classes = type(classes)(classes.names, classes.token_ids[~unseen], classes.class_ids[~unseen], classes.unknown)
+    task = GeneTask(classes, size)
+    rows, ids = np.arange(len(classes.token_ids)), classes.class_ids
+    share = arguments.validation_share or 0.0
+    least = arguments.n_folds or 1 + (arguments.test_share > 0) + (share > 0)
+    require_enough(ids, classes.names, least=max(least, 1), why="one for each side of the split", what="genes")
+    if arguments.n_folds:
+        splits = folds(rows, n_folds=arguments.n_folds, classes=ids, groups=None, validation_share=share, seed=arguments.order_seed)
+    else:
+        splits = [one_split(rows, classes=ids, groups=None, validation_share=share, test_share=arguments.test_share, seed=arguments.order_seed)]
+    return Prepared(tokenizer, cells, task, splits, np.flatnonzero(cells.usable), [*cells.notes, *notes])
+
+
+def _cells_with(cells: LabelledCells, is_asked: np.ndarray) -> np.ndarray:
+    """Count in how many cells each gene is, and leave out cells with none of those that are asked for."""
+    counts, without = np.zeros(len(is_asked), dtype=np.int64), np.zeros(len(cells.part), dtype=bool)
+    start = 0
+    for table in cells.tokens.select_columns(["input_ids"]).with_format("arrow").iter(4096):
+        column = table.column("input_ids").combine_chunks()
+        flat, sizes = np.asarray(column.flatten()), np.asarray(column.value_lengths())
+        cell = np.repeat(np.arange(len(sizes)), sizes)
+        used = cells.usable[start : start + len(sizes)]
+        without[start : start + len(sizes)] = np.bincount(cell, weights=is_asked[flat], minlength=len(sizes)) == 0
+        counts += np.bincount(flat[used[cell]], minlength=len(counts))
+        start += len(sizes)
+    cells.leave_out(without, "they express none of the genes that have a class")
+    if not cells.usable.any():
+        msg = "no cell expresses any of the genes that have a class."
+        raise SettingError(msg)
+    return counts
+
+
+def _split_cells(arguments: GeneformerFineTuningArguments, cells: LabelledCells, task: CellTask) -> list[Split]:
+    rows = np.flatnonzero(cells.usable & (cells.part == TRAIN))
+    classes = task.classes_to_stratify()
+    # Missing ones are a class by themselves: they need not be spread.
+    strata = classes if arguments.stratify else None
+    column = arguments.group_column
+    groups = groups_of(cells.columns[column], column, np.flatnonzero(cells.usable)) if column else None
+    validation_share = VALIDATION_SHARE if arguments.validation_share is None else arguments.validation_share
+    validation_share = 0.0 if arguments.validation_data is not None or (cells.part == VALIDATION).any() else validation_share
+    test_share = 0.0 if (cells.part == TEST).any() else arguments.test_share
+    seed = arguments.order_seed
+    if arguments.n_folds:
+        if classes is not None and groups is None:
+            for head in task.heads:
+                require_enough(task.labels_of(head)[rows], head.names, least=arguments.n_folds, why="one for each fold")
+        splits = folds(rows, n_folds=arguments.n_folds, classes=strata, groups=groups, validation_share=validation_share, seed=seed)
+    else:
+        if classes is not None:
+            least = 1 + (validation_share > 0) + (test_share > 0)
+            for head in task.heads:
+                require_enough(task.labels_of(head)[rows], head.names, least=least, why="one for each side of the split")
+
+        def drawn(number: int) -> Split:
+            return one_split(rows, classes=strata, groups=groups, validation_share=validation_share, test_share=test_share, seed=seed + 1000 * number)
+
+        several = arguments.split_trials if arguments.balance_columns and test_share else 1
+        candidates = [drawn(number) for number in range(several)]
+        split = candidates[0] if several == 1 else most_balanced(candidates, {name: cells.columns[name] for name in arguments.balance_columns or []})
+        given = [np.flatnonzero(cells.usable & (cells.part == part)) for part in (VALIDATION, TEST)]
+        splits = [Split(split.train, *(mine if len(mine) else theirs for mine, theirs in zip(given, (split.validation, split.test), strict=True)))]
+    if column:
+        for split in splits:
+            require_no_leak(split, cells.columns[column], column)
+    return splits
+
+
+def _remarks(arguments: GeneformerFineTuningArguments, task: CellTask, splits: Sequence[Split]) -> list[str]:
+    """Return what a reader of the figures should know of the splits."""
+    found = []
+    for number, split in enumerate(splits):
+        if not len(split.train):
+            msg = "no cell is left to train on after the split. Lower validation_share and test_share, or give more cells."
+            raise SettingError(msg)
+        for head in task.heads:
+            if head.kind != CLASSES:
+                continue
+            labels = task.labels_of(head)
+            train, test = class_counts(labels[split.train], head.names), class_counts(labels[split.test], head.names)
+            where = f"{head.name}{f', fold {number + 1}' if len(splits) > 1 else ''}"
+            untaught = {name: n for name, n in test.items() if n and not train[name]}
+            if untaught:
+                found.append(f"{where}: classes in test cells that no training cell has, which cannot be right: {describe_counts(untaught)}")
+            if len(split.test) and arguments.group_column and not all(test.values()):
+                found.append(f"{where}: classes without a test cell: {', '.join(name for name, n in test.items() if not n)}")
+    if arguments.group_column is None and arguments.test_data is None:
+        found.append(
+            "cells were split one by one: cells of one donor or batch may be on both sides, and figures are higher than for a new donor. Name it with group_column, if there is one."
+        )
+    return found
