@@ -66,6 +66,7 @@ def embed_cells(
     batch_size: int | None = None,
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
+    quantization: str | None = None,
     gene_ids: str | None = None,
     counts_layer: str | None = None,
     progress: bool = True,
@@ -73,7 +74,8 @@ def embed_cells(
     """Embed cells.
 
     Args:
-        model (`PreTrainedModel`, `str` or `Path`): any Geneformer, base or fine-tuned, or its folder or Hub id.
+        model (`PreTrainedModel`, `PeftModel`, `str` or `Path`):
+            any Geneformer, base or fine-tuned, or its folder or Hub id; adapters and quantised checkpoints as well.
         cells (`AnnData`, `str`, `Path` or `datasets.Dataset`):
             Raw counts in memory or in a file of cells, a tokenized dataset, or the folder of one. All cells are embedded;
             `filter_pass` decides about datasets, not about embeddings.
@@ -86,6 +88,7 @@ def embed_cells(
         batch_size (`int`, *optional*): most cells in one pass; passes are bounded by tokens anyway.
         device (`str`, *optional*): CUDA, MPS or CPU, whatever is there, otherwise.
         dtype (`"bf16"`, `"fp16"` or `"fp32"`, *optional*): compute in that type (autocast); results are float32 always.
+        quantization (`"int8"`, `"nf4"` or `"none"`, *optional*): as in `load_model`, for a folder or Hub id.
         gene_ids, counts_layer (`str`, *optional*): as in `load_cells`.
         progress (`bool`, *optional*, defaults to `True`): show a progress bar.
 
@@ -97,7 +100,17 @@ def embed_cells(
         VocabularyMismatchError: if the tokens were made for another model.
         CellFileError, NotRawCountsError, GeneIdError: as `load_cells`.
     """
-    runner = Embedder(model, tokenizer=tokenizer, layer=layer, pooling=pooling, batch_size=batch_size, device=device, dtype=dtype, progress=progress)
+    runner = Embedder(
+        model,
+        tokenizer=tokenizer,
+        layer=layer,
+        pooling=pooling,
+        batch_size=batch_size,
+        device=device,
+        dtype=dtype,
+        quantization=quantization,
+        progress=progress,
+    )
     tokens = runner.open(cells, gene_ids=gene_ids, counts_layer=counts_layer)
     out = np.full((tokens.n_cells, runner.config.hidden_size), np.nan, dtype=np.float32)
     for chunk, vectors in runner.iter_cells(tokens):
@@ -114,6 +127,7 @@ def embed_genes(
     batch_size: int | None = None,
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
+    quantization: str | None = None,
     gene_ids: str | None = None,
     counts_layer: str | None = None,
     progress: bool = True,
@@ -123,7 +137,9 @@ def embed_genes(
     Special tokens are left out. Sums are float64, so the result does not depend on the order of cells. Arguments and errors
     as in `embed_cells`.
     """
-    runner = Embedder(model, tokenizer=tokenizer, layer=layer, pooling="mean", batch_size=batch_size, device=device, dtype=dtype, progress=progress)
+    runner = Embedder(
+        model, tokenizer=tokenizer, layer=layer, pooling="mean", batch_size=batch_size, device=device, dtype=dtype, quantization=quantization, progress=progress
+    )
     tokens = runner.open(cells, gene_ids=gene_ids, counts_layer=counts_layer)
     table = runner.gene_table(tokens)
     sums = torch.zeros(runner.config.vocab_size, runner.config.hidden_size, dtype=torch.float64)
@@ -236,6 +252,8 @@ class HiddenPart:
 class Embedder:
     """A model made ready to embed: checked, on its device, and what to read from it."""
 
+    doing = "Embedding"
+
     def __init__(
         self,
         model: Any,
@@ -246,9 +264,10 @@ class Embedder:
         batch_size: int | None = None,
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
+        quantization: str | None = None,
         progress: bool = True,
     ) -> None:
-        self.model = load_model(model)
+        self.model = load_model(model, quantization=quantization, device=device)
         self.config: GeneformerConfig = self.model.config
         n_layers = resolve_layer(layer, self.config.num_hidden_layers)
         self.pooling = pooling or ("cls" if self.config.cls_token_id is not None else "mean")
@@ -300,7 +319,7 @@ class Embedder:
             yield from parts
 
     def _iter_chunks(self, tokens: Cells) -> Iterator[tuple[TokenChunk, Iterator[HiddenPart]]]:
-        with self.encoder.ready(), tqdm(total=tokens.n_cells, unit=" cells", desc="Embedding", disable=not self.progress) as bar:
+        with self.encoder.ready(), tqdm(total=tokens.n_cells, unit=" cells", desc=self.doing, disable=not self.progress) as bar:
             for given in tokens.chunks():
                 chunk = given.without(self.config.pad_token_id)
                 chunk.require_fits(self.config)

@@ -61,6 +61,18 @@ def add_skipping(parser: ArgumentParser) -> None:
     parser.add_argument("--skip-bad-files", action="store_true", help="leave out files that cannot be used, and count them (default: stop at the first)")
 
 
+def add_computing(parser: ArgumentParser) -> None:
+    """Declare where and how a model computes."""
+    parser.add_argument("--batch-size", type=positive, metavar="N", help="most cells in one pass (default: by tokens)")
+    parser.add_argument("--device", help="where to compute (default: the accelerator if there is one)")
+    parser.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], help="compute in this type (default: fp32)")
+    parser.add_argument(
+        "--quantization",
+        choices=["int8", "nf4", "none"],
+        help="load the weights in 8-bit or 4-bit; none: an adapter on plain weights (default: as it was saved)",
+    )
+
+
 def add_overwrite(parser: ArgumentParser) -> None:
     """Declare --overwrite."""
     parser.add_argument("--overwrite", action="store_true", help="replace the output if it exists (default: refuse)")

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 from argparse import ArgumentParser, Namespace
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from .._version import __version__
 from ..errors import CellFileError, ColumnNotFoundError
-from .command import KINDS, Command, add_overwrite, add_reading, describe_size, positive
+from .command import KINDS, Command, add_computing, add_overwrite, add_reading, describe_size
 
 
 class Embed(Command):
@@ -41,15 +40,14 @@ class Embed(Command):
             "--plot", nargs="+", metavar="COL", default=[], help="draw a UMAP and a heat map coloured by these columns of obs, beside the output"
         )
         add_reading(parser)
-        parser.add_argument("--batch-size", type=positive, metavar="N", help="most cells in one pass (default: by tokens)")
-        parser.add_argument("--device", help="where to compute (default: the accelerator if there is one)")
-        parser.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], help="compute in this type (default: fp32)")
+        add_computing(parser)
         parser.add_argument("--seed", type=int, default=0, help="of the UMAP (default: 0)")
         add_overwrite(parser)
 
     def run(self, args: Namespace) -> int:
         from ..analysis.cells import SourceCells
         from ..analysis.embeddings import Embedder
+        from ..data.writing import note_in_file
         from ..outputs import new_file, require_apart, require_free
 
         self._check(args)
@@ -65,6 +63,7 @@ class Embed(Command):
             batch_size=args.batch_size,
             device=args.device,
             dtype=args.dtype,
+            quantization=args.quantization,
         )
         cells = runner.open(args.input, gene_ids=args.gene_ids, counts_layer=args.counts_layer)
         columns = {column: cells.column(column) for column in args.plot}
@@ -80,7 +79,7 @@ class Embed(Command):
             else:
                 embeddings = self._cells(args, runner, cells, partial)
                 written = self._plot(args, embeddings, columns, partial) if columns else []
-            note_in_file(partial, record_of(args, runner))
+            note_in_file(partial, "X_geneformer", record_of(args, runner))
             for path in written:
                 path.replace(args.output.with_name(path.name))
         what = "genes" if args.genes else "cells"
@@ -111,7 +110,7 @@ class Embed(Command):
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        from ..data.writing import copy_as_h5ad
+        from ..data.writing import copy_as_h5ad, new_array
 
         size = runner.config.hidden_size
         metadata = {"geneformer": json.dumps(record_of(args, runner))}
@@ -122,7 +121,7 @@ class Embed(Command):
                 writer = stack.enter_context(pq.ParquetWriter(partial, schema))
             else:
                 copy_as_h5ad(cells.source, partial)
-                obsm = stack.enter_context(_new_array(partial, "obsm", "X_geneformer", (cells.n_cells, size)))
+                obsm = stack.enter_context(new_array(partial, "obsm", "X_geneformer", (cells.n_cells, size)))
             n_embedded = 0
             for chunk, vectors in runner.iter_cells(cells):
                 n_embedded += int((~np.isnan(vectors[:, 0])).sum())
@@ -145,7 +144,7 @@ class Embed(Command):
         import pyarrow.parquet as pq
 
         from ..analysis.embeddings import embed_genes, iter_gene_embeddings
-        from ..data.writing import can_be_copied, copy_as_h5ad
+        from ..data.writing import can_be_copied, copy_as_h5ad, new_array
 
         options = {
             "layer": args.layer,
@@ -184,10 +183,11 @@ class Embed(Command):
                 # Antibodies and the like have rows in varm as well.
                 vectors, of_genes = np.full((source.n_columns, vectors.shape[1]), np.nan, dtype=np.float32), vectors
                 vectors[source.gene_columns] = of_genes
-        with _new_array(partial, place, "X_geneformer", vectors.shape) as varm:
+        with new_array(partial, place, "X_geneformer", vectors.shape) as varm:
             varm[:] = vectors
 
     def _plot(self, args: Namespace, embeddings: Any, columns: dict[str, list[Any]], partial: Path) -> list[Path]:
+        from ..data.writing import new_array
         from ..reports.plots import plot_heatmap, plot_umap, umap_coordinates
 
         coordinates = umap_coordinates(embeddings, seed=args.seed)
@@ -199,7 +199,7 @@ class Embed(Command):
                 draw(data, values, path, title=f"Geneformer embeddings of {len(values):,} cells by {column}", name=column)
                 written.append(path)
         if partial.suffix == ".h5ad":
-            with _new_array(partial, "obsm", "X_geneformer_umap", coordinates.shape) as obsm:
+            with new_array(partial, "obsm", "X_geneformer_umap", coordinates.shape) as obsm:
                 obsm[:] = coordinates
         return written
 
@@ -231,34 +231,6 @@ def record_of(args: Namespace, runner: Any) -> dict[str, Any]:
         "gene_table": runner.config.vocabulary_fingerprint or "unknown",
         "geneformer_hf": __version__,
     }
-
-
-def note_in_file(path: Path, record: dict[str, Any]) -> None:
-    """Keep how the embeddings were made in uns["X_geneformer"] of an .h5ad; a Parquet file has it in its metadata."""
-    if path.suffix == ".h5ad":
-        import anndata
-        import h5py
-
-        with h5py.File(path, "r+") as file:
-            if "uns" not in file:
-                anndata.io.write_elem(file, "uns", {})
-            anndata.io.write_elem(file["uns"], "X_geneformer", record)
-
-
-@contextmanager
-def _new_array(path: Path, group: str, name: str, shape: tuple[int, ...]) -> Iterator[Any]:
-    """Yield a float32 array to fill inside an .h5ad file; nothing else in the file is read or rewritten."""
-    import anndata
-    import h5py
-
-    with h5py.File(path, "r+") as file:
-        if group not in file:
-            anndata.io.write_elem(file, group, {})
-        if name in file[group]:
-            del file[group][name]
-        array = file[group].create_dataset(name, shape, "float32")
-        array.attrs.update({"encoding-type": "array", "encoding-version": "0.2.0"})
-        yield array
 
 
 def _file_name(column: str) -> str:

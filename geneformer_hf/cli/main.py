@@ -18,13 +18,15 @@ from .convert import Convert
 from .demo import Demo
 from .embed import Embed
 from .export import Export
+from .finetune import Finetune
 from .info import Info
 from .medians import Medians
+from .predict import Predict
 from .pretrain import Pretrain
 from .qc import Qc
 from .tokenize import Tokenize
 
-COMMANDS: tuple[type[Command], ...] = (Demo, Info, Convert, Export, Tokenize, Embed, Qc, Medians, Pretrain)
+COMMANDS: tuple[type[Command], ...] = (Demo, Info, Convert, Export, Tokenize, Embed, Qc, Medians, Pretrain, Finetune, Predict)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -75,6 +77,8 @@ def _quieten() -> None:
     """Leave our own messages and progress bars on the terminal, and not those of the libraries below."""
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    # It tells of parts for machines that this is not.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()

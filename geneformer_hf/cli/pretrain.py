@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import os
-import sys
-from argparse import ArgumentParser, Namespace
-from pathlib import Path
+from argparse import Namespace
 from typing import Any
 
-from .command import Command
+from .configured import ConfiguredCommand
 
 
-class Pretrain(Command):
+class Pretrain(ConfiguredCommand):
     """Train a masked-gene model from scratch, or go on from a checkpoint on new domains.
 
     Stopped or killed, the same command goes on from the last checkpoint. Settings come from a YAML file and from the command line,
@@ -21,36 +19,18 @@ class Pretrain(Command):
 
     name = "pretrain"
     help = "masked-gene training from scratch or from a checkpoint; one process or many, resumable"
-    takes_rest = True
 
-    def add_arguments(self, parser: ArgumentParser) -> None:
-        parser.add_argument("--config", metavar="FILE|RECIPE", help="settings in YAML, or the name of a recipe that comes with the package")
-        parser.add_argument("-h", "--help", action="store_true", help="this, and the settings that are ours")
-        parser.add_argument("--help-all", action="store_true", help="the settings of transformers' Trainer as well")
-        self._parser = parser
+    def settings_class(self) -> Any:
+        """Return the class of arguments."""
+        from ..training.arguments import GeneformerPretrainingArguments
 
-    def run(self, args: Namespace) -> int:
-        from ..training.arguments import GeneformerPretrainingArguments as Arguments
-        from ..training.configs import describe_settings, parse_arguments, read_config, recipe_names
+        return GeneformerPretrainingArguments
 
-        if args.help or args.help_all:
-            print(self._parser.format_help())
-            print(f"recipes: {', '.join(recipe_names(Arguments))}\n")
-            print(describe_settings(Arguments, inherited=args.help_all))
-            return 0
-        from ..training.checkpointing import checkpoints_in
+    def work(self, arguments: Any, args: Namespace) -> int:
+        """Pretrain, and print what held-out cells say."""
         from ..training.pretraining import pretrain
 
-        arguments = parse_arguments(Arguments, read_config(args.config, Arguments) if args.config else {}, args.rest)
-        try:
-            run = pretrain(arguments)
-        except KeyboardInterrupt:
-            checkpoints = checkpoints_in(Path(str(arguments.output_dir)))
-            where = (
-                f"goes on from {checkpoints[-1]}" if checkpoints else f"begins anew, for there is no checkpoint yet (save_steps is {arguments.save_steps:g})"
-            )
-            sys.stderr.write(f"geneformer-hf pretrain: interrupted; the same command {where}.\n")
-            return 130
+        run = pretrain(arguments)
         if arguments.process_index == 0:
             print_run(run)
         return 0

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -72,9 +73,29 @@ def write_obs(file: h5py.File, source: CellSource) -> None:
 
 def add_obs(file: h5py.File, columns: Mapping[str, Any]) -> None:
     """Add columns to obs of an open .h5ad, or replace them; text becomes categories."""
+    _add_columns(file["obs"], columns)
+
+
+def add_var(path: Path, columns: Mapping[str, np.ndarray], source: CellSource) -> None:
+    """Add columns to the genes of a copy of a source: to raw.var where the counts are there; other features get missing values."""
+    with h5py.File(path, "r+") as file:
+        place = file["raw/var"] if can_be_copied(source) and source.counts == "raw.X" else file["var"]
+        if can_be_copied(source) and source.gene_columns is not None:
+            # Antibodies and the like have rows in var as well.
+            columns = {name: _spread(values, source.gene_columns, source.n_columns) for name, values in columns.items()}
+        _add_columns(place, columns)
+
+
+def _spread(values: np.ndarray, places: np.ndarray, n: int) -> np.ndarray:
+    missing: Any = None if values.dtype == object else np.nan if values.dtype.kind == "f" else 0
+    out = np.full(n, missing, dtype=values.dtype)
+    out[places] = values
+    return out
+
+
+def _add_columns(obs: h5py.Group, columns: Mapping[str, Any]) -> None:
     import anndata
 
-    obs = file["obs"]
     order = [str(name) for name in obs.attrs["column-order"]]
     for name, values in columns.items():
         series = pd.Series(values)
@@ -87,3 +108,38 @@ def add_obs(file: h5py.File, columns: Mapping[str, Any]) -> None:
         if name not in order:
             order.append(name)
     obs.attrs["column-order"] = np.array(order, dtype=h5py.string_dtype())
+
+
+def note_in_file(path: Path, key: str, record: dict[str, Any]) -> None:
+    """Keep how something was made in uns of an .h5ad; of other files it does nothing."""
+    if path.suffix == ".h5ad":
+        import anndata
+
+        with h5py.File(path, "r+") as file:
+            if "uns" not in file:
+                anndata.io.write_elem(file, "uns", {})
+            anndata.io.write_elem(file["uns"], key, record)
+
+
+@contextmanager
+def new_array(path: Path, group: str, name: str, shape: tuple[int, ...]) -> Iterator[Any]:
+    """Yield a float32 array to fill inside an .h5ad file; nothing else in the file is read or rewritten."""
+    with new_arrays(path, group, {name: shape}) as arrays:
+        yield arrays[name]
+
+
+@contextmanager
+def new_arrays(path: Path, group: str, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[dict[str, Any]]:
+    """Yield several float32 arrays to fill, as `new_array`."""
+    import anndata
+
+    with h5py.File(path, "r+") as file:
+        if group not in file:
+            anndata.io.write_elem(file, group, {})
+        arrays = {}
+        for name, shape in shapes.items():
+            if name in file[group]:
+                del file[group][name]
+            arrays[name] = file[group].create_dataset(name, shape, "float32")
+            arrays[name].attrs.update({"encoding-type": "array", "encoding-version": "0.2.0"})
+        yield arrays

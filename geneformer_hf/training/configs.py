@@ -34,7 +34,7 @@ def recipe_names(kind: type[TrainingSettings]) -> list[str]:
     return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
 
 
-def read_config(config: str | Path, kind: type[TrainingSettings]) -> dict[str, Any]:
+def read_config(config: str | Path, kind: type[TrainingSettings], *, also: Sequence[str] = ()) -> dict[str, Any]:
     """Return the settings in a YAML file, or in a recipe of the package by its name.
 
     Datasets may be given as `train_data: [{path: …, name: …, weight: …}, …]`.
@@ -62,7 +62,7 @@ def read_config(config: str | Path, kind: type[TrainingSettings]) -> dict[str, A
     if not isinstance(settings, dict):
         msg = f"{config} holds a {type(settings).__name__}; expected lines of `name: value`."
         raise SettingError(msg)
-    require_known(settings, kind, where=str(config))
+    require_known([name for name in settings if name not in also], kind, where=str(config))
     return _with_datasets_spelt_out(settings, where=str(config))
 
 

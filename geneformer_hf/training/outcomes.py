@@ -301,6 +301,12 @@ def _curves(outcome: Outcome, result: HeadResult) -> tuple[dict[str, RocCurve], 
     return curves, {}
 
 
+def kind_of(found: dict[str, Any]) -> str:
+    """Return the problem_type that figures are of."""
+    one = found[MODEL]
+    return CLASSES if "confusion" in one else NUMBERS if "r2" in one else "multi_label_classification"
+
+
 def comparison_rows(found: dict[str, Any], kind: str) -> list[dict[str, Any]]:
     """Return a line for the model and each baseline; with folds the spread of the main figure as well."""
     rows = []

@@ -189,7 +189,7 @@ def _handle_missing(cells: LabelledCells, columns: Mapping[str, Sequence[Any]], 
     """Refuse cells to train on that have no label, or leave them out; those to be tested are left out."""
     missing = np.stack([np.array([is_missing(value) for value in values]) for values in columns.values()])
     several_heads = arguments.problem_type == CLASSES and len(columns) > 1
-    unlabelled = missing.all(axis=0) if several_heads else missing.any(axis=0)
+    unlabelled = np.asarray(missing.all(axis=0) if several_heads else missing.any(axis=0))
     to_train = unlabelled & cells.usable & (cells.part == TRAIN)
     if to_train.any() and arguments.missing_labels == "refuse" and not several_heads:
         rows = np.flatnonzero(to_train)
