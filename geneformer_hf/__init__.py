@@ -23,31 +23,49 @@ from .ranking import rank_genes
 
 if TYPE_CHECKING:
     from .analysis.embeddings import embed_cells, embed_genes, iter_gene_embeddings, state_embeddings
+    from .analysis.predictions import CellPredictions, GenePredictions, predict
     from .data.builder import CellDatasetBuilder, load_cells
     from .data.corpus import tokenize_corpus
     from .data.medians import fit_gene_table
     from .data.quality import QualityRules, assess_quality
     from .data.streaming import stream_cells, stream_tokens
     from .hub.checkpoints import CHECKPOINTS, convert_checkpoint
-    from .hub.export import export_checkpoint
-    from .training.arguments import GeneformerPretrainingArguments
+    from .hub.export import export_checkpoint, merge_adapter
+    from .models.adapters import add_adapter
+    from .models.loading import load_model, load_peft_model
+    from .training.arguments import GeneformerFineTuningArguments, GeneformerPretrainingArguments
+    from .training.finetuning import FineTuningRun, finetune
     from .training.pretraining import PretrainingRun, pretrain
+    from .training.search import SearchRun, SearchSettings, search
 
 _LAZY = {
     "CHECKPOINTS": "hub.checkpoints",
     "CellDatasetBuilder": "data.builder",
+    "CellPredictions": "analysis.predictions",
+    "FineTuningRun": "training.finetuning",
+    "GenePredictions": "analysis.predictions",
+    "GeneformerFineTuningArguments": "training.arguments",
     "GeneformerPretrainingArguments": "training.arguments",
     "PretrainingRun": "training.pretraining",
     "QualityRules": "data.quality",
+    "SearchRun": "training.search",
+    "SearchSettings": "training.search",
+    "add_adapter": "models.adapters",
     "assess_quality": "data.quality",
     "convert_checkpoint": "hub.checkpoints",
     "embed_cells": "analysis.embeddings",
     "embed_genes": "analysis.embeddings",
     "export_checkpoint": "hub.export",
+    "finetune": "training.finetuning",
     "fit_gene_table": "data.medians",
     "iter_gene_embeddings": "analysis.embeddings",
     "load_cells": "data.builder",
+    "load_model": "models.loading",
+    "load_peft_model": "models.loading",
+    "merge_adapter": "hub.export",
+    "predict": "analysis.predictions",
     "pretrain": "training.pretraining",
+    "search": "training.search",
     "state_embeddings": "analysis.embeddings",
     "stream_cells": "data.streaming",
     "stream_tokens": "data.streaming",
@@ -57,8 +75,12 @@ _LAZY = {
 __all__ = [
     "CHECKPOINTS",
     "CellDatasetBuilder",
+    "CellPredictions",
+    "FineTuningRun",
+    "GenePredictions",
     "GeneTable",
     "GeneformerConfig",
+    "GeneformerFineTuningArguments",
     "GeneformerForMaskedLM",
     "GeneformerForMultiTaskClassification",
     "GeneformerForSequenceClassification",
@@ -68,17 +90,26 @@ __all__ = [
     "GeneformerTokenizer",
     "PretrainingRun",
     "QualityRules",
+    "SearchRun",
+    "SearchSettings",
     "__version__",
+    "add_adapter",
     "assess_quality",
     "convert_checkpoint",
     "embed_cells",
     "embed_genes",
     "export_checkpoint",
+    "finetune",
     "fit_gene_table",
     "iter_gene_embeddings",
     "load_cells",
+    "load_model",
+    "load_peft_model",
+    "merge_adapter",
+    "predict",
     "pretrain",
     "rank_genes",
+    "search",
     "state_embeddings",
     "stream_cells",
     "stream_tokens",

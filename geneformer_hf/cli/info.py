@@ -121,13 +121,29 @@ class Info(Command):
         print(f"Get it: geneformer-hf convert {name} FOLDER")
 
     def _model(self, model: str) -> None:
+        from ..models.adapters import describe_adapter, is_adapter
+        from ..models.heads import heads_of
         from ..models.loading import load_model, load_tokenizer, require_checkpoint, require_same_vocabulary
+        from ..models.modeling_geneformer import GeneformerForMaskedLM, GeneformerForTokenClassification, GeneformerModel
 
-        require_checkpoint(model)
+        if is_adapter(model):
+            about = describe_adapter(model)
+            print(
+                f"LoRA adapter of {about.base}: rank {about.rank} on {about.targets}; saved whole: {', '.join(about.heads) or 'nothing'}; {about.n_bytes / 1e6:,.1f} MB"
+            )
+            print(f"Trained on {f'{about.quantization} weights' if about.quantization else 'plain weights'}")
+        else:
+            require_checkpoint(model)
         loaded = load_model(model)
         n = sum(p.numel() for p in loaded.parameters())
-        print(f"{type(loaded).__name__}, {n:,} parameters")
+        print(f"{type(loaded).__name__}, {n:,} parameters, {loaded.get_memory_footprint() / 1e6:,.1f} MB in memory")
         self._config(loaded.config)
+        if not isinstance(loaded, (GeneformerForMaskedLM, GeneformerModel)):
+            for head in heads_of(loaded.config):
+                shown = ", ".join(head.names[:30]) + (f", … ({len(head.names)})" if len(head.names) > 30 else "")
+                print(
+                    f"Predicts {'a class of each gene' if isinstance(loaded, GeneformerForTokenClassification) else head.name}{' (adversarial)' if head.adversarial else ''}: {shown}"
+                )
         try:
             tokenizer = load_tokenizer(model)
         except CheckpointError as error:

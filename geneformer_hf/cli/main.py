@@ -24,9 +24,10 @@ from .medians import Medians
 from .predict import Predict
 from .pretrain import Pretrain
 from .qc import Qc
+from .search import Search
 from .tokenize import Tokenize
 
-COMMANDS: tuple[type[Command], ...] = (Demo, Info, Convert, Export, Tokenize, Embed, Qc, Medians, Pretrain, Finetune, Predict)
+COMMANDS: tuple[type[Command], ...] = (Demo, Info, Convert, Export, Tokenize, Embed, Qc, Medians, Pretrain, Finetune, Search, Predict)
 
 
 def build_parser() -> argparse.ArgumentParser:

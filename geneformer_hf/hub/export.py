@@ -1,19 +1,33 @@
-"""Our checkpoints as plain BERT folders, for users of upstream tools."""
+"""Our checkpoints in other forms: plain BERT folders for users of upstream tools, adapters merged into their base."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
 
 from ..errors import CheckpointError
-from ..models.loading import load_model
-from ..outputs import new_folder
+from ..models.adapters import is_adapter, is_quantized
+from ..models.loading import load_model, load_peft_model, load_tokenizer
+from ..outputs import new_folder, require_apart
 
 # What BERT's configuration does not know.
-_OURS = ("cls_token_id", "pooling", "vocabulary_fingerprint", "task_labels", "task_weights")
+_OURS = (
+    "cls_token_id",
+    "pooling",
+    "vocabulary_fingerprint",
+    "task_labels",
+    "task_weights",
+    "adversarial_tasks",
+    "class_weights",
+    "task_class_weights",
+    "label_columns",
+    "label_mean",
+    "label_scale",
+)
 
 
 def export_checkpoint(model: str | Path, output: str | Path, *, overwrite: bool = False) -> Path:
@@ -30,11 +44,18 @@ def export_checkpoint(model: str | Path, output: str | Path, *, overwrite: bool 
         CheckpointError: if the model has no BERT counterpart (multi-task models, or pooling by mean).
         OutputExistsError
     """
-    loaded = load_model(model)
+    # An adapter is merged on the way; BERT knows none.
+    loaded = merged_model(model) if is_adapter(model) else load_model(model)
     name = type(loaded).__name__.replace("Geneformer", "Bert", 1)
     plain_class = getattr(transformers, name, None)
-    if plain_class is None or (name == "BertForSequenceClassification" and loaded.config.pooling == "mean"):
+    if plain_class is None or (name == "BertForSequenceClassification" and loaded.config.pooling in ("mean", "attention")):
         msg = f"{model}: {type(loaded).__name__} with pooling {loaded.config.pooling!r} has no counterpart among BERT's models, so no plain export."
+        raise CheckpointError(msg)
+    if loaded.config.label_scale is not None:
+        msg = f"{model} predicts numbers in units of their own (label_mean, label_scale), which BERT's models do not know, so no plain export."
+        raise CheckpointError(msg)
+    if is_quantized(loaded):
+        msg = f"{model} was saved quantised. Export the checkpoint it was made from."
         raise CheckpointError(msg)
     with new_folder(output, overwrite=overwrite) as partial:
         loaded.save_pretrained(partial)
@@ -51,4 +72,40 @@ def export_checkpoint(model: str | Path, output: str | Path, *, overwrite: bool 
                 f"{output}: {len(different)} tensors differ after the export, for instance {', '.join(different[:3])}. Nothing was written; please report this."
             )
             raise CheckpointError(msg)
+    return Path(output)
+
+
+def merged_model(adapter: str | Path, *, base: str | Path | None = None) -> Any:
+    """Return the model that an adapter makes of its base, as a plain model without an adapter.
+
+    The update is added to the base's own weights, also where it was trained on quantised ones; logits then differ by the error of the
+    quantisation.
+    """
+    merged = load_peft_model(adapter, base=base, quantization="none").merge_and_unload()
+    merged.config._name_or_path = str(adapter)
+    return merged
+
+
+def merge_adapter(adapter: str | Path, output: str | Path, *, base: str | Path | None = None, overwrite: bool = False) -> Path:
+    """Write the model that an adapter makes of its base as a checkpoint of its own, with the tokenizer.
+
+    Args:
+        adapter (`str` or `Path`): folder of an adapter.
+        output (`str` or `Path`): a new folder.
+        base (*optional*): where the base is now, if it has moved.
+
+    Raises:
+        CheckpointError: if this is no adapter, or its base is not there.
+        OutputExistsError
+    """
+    if not is_adapter(adapter):
+        msg = f"{adapter} is no adapter (it holds no adapter_config.json), so there is nothing to merge."
+        raise CheckpointError(msg)
+    require_apart(output, [adapter])
+    with new_folder(output, overwrite=overwrite) as partial:
+        merged_model(adapter, base=base).save_pretrained(partial)
+        load_tokenizer(adapter).save_pretrained(partial)
+        card = Path(adapter) / "README.md"
+        if card.is_file():
+            (partial / "README.md").write_text(card.read_text(encoding="utf-8").replace("library_name: peft", "library_name: transformers"), encoding="utf-8")
     return Path(output)

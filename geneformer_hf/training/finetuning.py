@@ -200,12 +200,11 @@ def make_trainer(
     """
     task = prepared.task
     settle(arguments, task, split)
-    fields = task.config_fields(arguments, split.train)
 
     def init(trial: Any = None) -> Any:
         # Weights of new heads and adapters, and dropout, follow from the seed.
         set_seed(arguments.seed)
-        return start_model(arguments, task.model_class, fields, prepared.tokenizer)
+        return start_model(arguments, task.model_class, task.config_fields(arguments, split.train), prepared.tokenizer)
 
     model = None if by_trial else init()
     mixture = Mixture([prepared.corpus(split)], seed=arguments.order_seed)
