@@ -24,3 +24,5 @@ EQUALS_FREQUENCY = 0.05
 """Nats between a model that can learn nothing but gene frequency and that baseline, as the project asks."""
 WEIGHTS_OF_TWO_PROCESSES = 1e-4
 """Two processes against one: gradients are summed in another order, and Adam divides by their size."""
+QUANTISED_PROBABILITY = 2e-3
+"""Probabilities of quantised models in other batches: 4-bit weights compute in bfloat16, whose sums depend on the shape of a batch; measured 3e-4."""

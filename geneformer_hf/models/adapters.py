@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 import xxhash
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from transformers.utils import logging as transformers_logging
 
 from ..device import resolve_device, resolve_dtype
@@ -270,10 +270,17 @@ def describe_adapter(folder: str | Path) -> AdapterInfo:
         base=str(settings.get("base_model_name_or_path")),
         rank=int(settings.get("r") or 0),
         targets=", ".join(sorted(targets)) if isinstance(targets, list) else str(targets),
-        heads=sorted(set(settings.get("modules_to_save") or []) - {"score"}),
+        heads=_saved_whole(folder / ADAPTER_WEIGHTS),
         n_bytes=n_bytes,
         quantization="nf4" if trained_on.get("load_in_4bit") else "int8" if trained_on.get("load_in_8bit") else None,
     )
+
+
+def _saved_whole(path: Path) -> list[str]:
+    """Return the modules whose weights lie in an adapter; peft's own list names some that no model of ours has."""
+    with safe_open(path, framework="pt") as file:
+        names = {key.removeprefix("base_model.model.").removeprefix("bert.") for key in file.keys() if ".lora_" not in key}
+    return sorted({".".join(name.split(".")[: 2 if name.startswith("classifiers.") else 1]) for name in names})
 
 
 def load_adapter(
@@ -311,7 +318,14 @@ def load_adapter(
     if kind not in (None, "none"):
         options = {"double": saved["bnb_4bit_use_double_quant"], "compute_dtype": str(saved["bnb_4bit_compute_dtype"])} if saved.get("load_in_4bit") else {}
         wanted = quantization_config(kind, **options)
-    model = open_weights(model_class, place, config, quantization=wanted, device=device, quiet=True, **kwargs)
+    try:
+        model = open_weights(model_class, place, config, quantization=wanted, device=device, quiet=True, **kwargs)
+    except RuntimeError as error:
+        # Weights of another shape, which transformers has told of.
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        msg = f"{place} cannot be the base of {folder}: its weights have other shapes. Pass `base=`, the checkpoint it was trained on."
+        raise CheckpointError(msg) from error
     found = base_fingerprint(model)
     if expected is not None and found != expected:
         msg = f"{folder} was trained on another base: its embeddings have the fingerprint {expected}, and those of {place} {found}. Pass `base=`, the checkpoint it was trained on."

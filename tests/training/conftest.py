@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import anndata
 import datasets
 import numpy as np
+import pandas as pd
 import pytest
+import scipy.sparse as sp
+import torch
 
-from geneformer_hf import GeneformerPretrainingArguments, pretrain
+from geneformer_hf import GeneformerFineTuningArguments, GeneformerForMaskedLM, GeneformerPretrainingArguments, finetune, pretrain
+from tests.conftest import tiny_config
 
 SHAPE = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32, "max_position_embeddings": 64, "initializer_range": 0.2}
 NO_DROPOUT = SHAPE | {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
@@ -68,3 +75,59 @@ def losses(found) -> list[float]:
 
 def norms(found) -> list[float]:
     return [float(entry["grad_norm"]) for entry in found.history if "grad_norm" in entry]
+
+
+def make_labelled(genes: list[str], n: int = 120, seed: int = 0) -> anndata.AnnData:
+    """Cells of three types, each with twenty genes of its own that it expresses most; six donors, an age that one gene follows, two markers."""
+    rng = np.random.default_rng(seed)
+    kinds = rng.integers(0, 3, n)
+    rates = np.full((n, len(genes)), 0.4)
+    for i, kind in enumerate(kinds.tolist()):
+        rates[i, kind * 20 : kind * 20 + 20] = 6.0
+    age = rng.uniform(20, 80, n)
+    counts = sp.csr_matrix(rng.poisson(rates).astype(np.float32))
+    names = np.array(["B", "NK", "T"])[kinds]
+    obs = pd.DataFrame(
+        {
+            "cell_type": pd.Categorical(names),
+            "donor": pd.Categorical([f"d{i}" for i in rng.integers(0, 6, n)]),
+            "age": kinds * 20.0 + 30 + rng.normal(0, 1, n),
+            "sex": pd.Categorical(rng.choice(["f", "m"], n)),
+            "is_lymphoid": (kinds > 0).astype(int),
+            "is_t": (kinds == 2).astype(int),
+            "years": age,
+        },
+        index=[f"cell{i}" for i in range(n)],
+    )
+    return anndata.AnnData(counts, obs, pd.DataFrame(index=genes))
+
+
+@pytest.fixture(scope="session")
+def labelled(genes) -> anndata.AnnData:
+    return make_labelled(genes)
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory, tokenizer) -> Path:
+    """A pretrained model, as far as anybody here can tell."""
+    folder = tmp_path_factory.mktemp("base") / "model"
+    torch.manual_seed(3)
+    GeneformerForMaskedLM(tiny_config(tokenizer, num_hidden_layers=2, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def tune(tmp_path, base, labelled):
+    """Fine-tune on the labelled cells; keyword arguments are settings."""
+
+    def go(name="run", *, cells=None, callbacks=(), validation_data=None, test_data=None, gene_classes=None, **more):
+        usual = {
+            "output_dir": str(tmp_path / name), "from_checkpoint": str(base), "label": None if gene_classes is not None or "gene_classes" in more else ["cell_type"], "num_train_epochs": 3,
+            "per_device_train_batch_size": 8, "learning_rate": 1e-2, "disable_tqdm": True, "logging_steps": 1, "baselines": False,
+        }  # fmt: skip
+        arguments = GeneformerFineTuningArguments(**(usual | ({"gene_classes": "given"} if gene_classes is not None else {}) | more))
+        found = labelled if cells is None else cells or None
+        return finetune(arguments, found, validation_data=validation_data, test_data=test_data, gene_classes=gene_classes, callbacks=callbacks)
+
+    return go
