@@ -130,12 +130,12 @@ def run_demo(cells: Any, folder: Path, *, epochs: int, seed: int) -> dict[str, f
     figures |= neighbour_accuracies(cells, untrained, embeddings, train, held_out, seed=seed)
 
     print("6. Fine-tuning the model for cell types, on the training cells; and what other methods make of the same cells.")
-    arguments = GeneformerFineTuningArguments(
+    settings = GeneformerFineTuningArguments(
         output_dir=str(folder / "finetuning"), from_checkpoint=str(folder / "model"), label=[LABEL], num_train_epochs=12, learning_rate=1e-3, lr_scheduler_type="cosine",
         warmup_steps=0.1, pooling="mean", save_strategy="no", load_best_model_at_end=False, logging_steps=10, seed=seed,
     )  # fmt: skip
     with quiet_start():
-        classifier = finetune(arguments, dataset.select(train), test_data=dataset.select(held_out))
+        classifier = finetune(settings, dataset.select(train), test_data=dataset.select(held_out))
     shutil.move(classifier.folder, folder / "classifier")
     shutil.rmtree(folder / "finetuning")
     figures |= classifier_figures(classifier)

@@ -100,15 +100,17 @@ def open_weights(
         if quiet:
             transformers_logging.set_verbosity_error()
         try:
-            model = model_class.from_pretrained(str(place), config=config, **kwargs)
+            found = model_class.from_pretrained(str(place), config=config, **kwargs)
         finally:
             transformers_logging.set_verbosity(verbosity)
+    # With `output_loading_info` there are two.
+    model = found[0] if isinstance(found, tuple) else found
     for module in model.modules() if getattr(model, "is_loaded_in_4bit", False) else ():
         # Else bitsandbytes repacks weights at their first use in evaluation on some CPUs, into a form that has no gradient (training
         # after an evaluation would go on with wrong ones, without a word), cannot be saved, and was measured to be slower.
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
-    return model
+    return found
 
 
 def is_quantized(model: Any) -> bool:

@@ -52,7 +52,7 @@ class GeneformerConfig(BertConfig):
         vocabulary_fingerprint (`str`, *optional*):
             `GeneTable.fingerprint` of the tokenizer this model belongs to; written by `convert`, checked before use.
         task_labels (`dict[str, list[str]]`, *optional*):
-            Multi-task models: class names of each task, in the order of the heads.
+            Multi-task models: class names of each task. Heads are in the sorted order of their names, as a config.json is.
         task_weights (`dict[str, float]`, *optional*): weight of each task in the loss; 1 where not given.
         adversarial_tasks (`list[str]`, *optional*): tasks whose answer the encoder learns to hide.
         class_weights (`list[float]`, *optional*), task_class_weights (`dict[str, list[float]]`, *optional*): weight of each class in the loss.
@@ -89,6 +89,8 @@ class GeneformerConfig(BertConfig):
         super().__post_init__(**kwargs)
         if self.cls_token_id is None and self.eos_token_id is None:
             self.cls_token_id, self.eos_token_id = CLS_EOS_OF_VOCABULARY.get(self.vocab_size, (None, None))
+        if self.task_labels is not None:
+            self.task_labels = dict(sorted(self.task_labels.items()))
         if self.pooling not in POOLINGS:
             msg = f"pooling {self.pooling!r} is not one of {', '.join(map(repr, POOLINGS))}."
             raise ValueError(msg)

@@ -191,6 +191,9 @@ class GeneformerFineTuningArguments(TrainingSettings):
                 for column, values in (getattr(self, name) or {}).items()
                 if not isinstance(values, list)
             ]
+        saved, evaluated = (str(getattr(value, "value", value)) for value in (self.save_strategy, self.eval_strategy))
+        if self.load_best_model_at_end and saved not in (evaluated, "best"):
+            wrong.append(f"load_best_model_at_end needs the same save_strategy and eval_strategy, which are {saved} and {evaluated}")
         weights = (self.task_weights or {}).values()  # type: ignore[union-attr]
         if not all(isinstance(w, (int, float)) and not isinstance(w, bool) and math.isfinite(w) and w > 0 for w in weights):
             wrong.append(f"task_weights is {self.task_weights!r}; expected a number above 0 for each column")
@@ -217,6 +220,5 @@ class GeneformerFineTuningArguments(TrainingSettings):
             (self.n_folds is not None and (self.validation_data is not None or self.test_data is not None), "n_folds makes the test cells itself; leave out validation_data and test_data"),
             (self.test_data is not None and self.balance_columns is not None, "balance_columns chooses among splits, and test_data is given"),
             (self.label_smoothing_factor > 0, "label_smoothing_factor is not applied by our heads"),
-            (self.save_strategy != self.eval_strategy and self.load_best_model_at_end, "load_best_model_at_end needs the same save_strategy and eval_strategy"),
             *super().contradictions(),
         ]  # fmt: skip

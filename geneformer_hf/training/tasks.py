@@ -30,6 +30,8 @@ class CellTask:
     labels: np.ndarray
     """By row: int64 of shape `(n,)`; of shape `(n, heads)` for several; float32 of shape `(n, k)` for labels that hold together and numbers."""
     notes: list[str] = field(default_factory=list)
+    stratify_by: str | None = None
+    """The head whose classes shall have equal shares on all sides of a split."""
 
     @property
     def kind(self) -> str:
@@ -57,10 +59,10 @@ class CellTask:
         return np.asarray(np.isnan(self.labels).any(axis=1))
 
     def classes_to_stratify(self) -> np.ndarray | None:
-        """Return class ids by row for splits with equal shares: those of the first head that is to be predicted."""
+        """Return class ids by row for splits with equal shares: those of the first column that is to be predicted."""
         if self.kind != CLASSES:
             return None
-        return self.labels_of(next(head for head in self.heads if not head.adversarial))
+        return self.labels_of(next(head for head in self.heads if head.name == self.stratify_by) if self.stratify_by else self.heads[0])
 
     def config_fields(self, arguments: GeneformerFineTuningArguments, train_rows: np.ndarray) -> dict[str, Any]:
         """Return what the configuration of a model has to say of this task."""
@@ -144,11 +146,13 @@ def _class_task(cells: LabelledCells, columns: Mapping[str, Sequence[Any]], argu
     adversarial = set(arguments.adversarial or [])
     heads: list[Head] = []
     labels = []
-    for column, values in columns.items():
+    # Sorted, as a config.json keeps them.
+    for column, values in sorted(columns.items()):
         names, ids = _classes_of(cells, column, values, arguments)
         heads.append(Head(column, names, CLASSES, heads[-1].stop if heads else 0, column in adversarial))
         labels.append(ids)
-    task = CellTask(heads, labels[0] if len(labels) == 1 else np.stack(labels, axis=1))
+    first = next(column for column in columns if column not in adversarial)
+    task = CellTask(heads, labels[0] if len(labels) == 1 else np.stack(labels, axis=1), stratify_by=first)
     # What is left without a label now is of a rare class, or of one that no training cell has.
     cells.leave_out(task.unlabelled(), f"no {' or '.join(columns)} that is learnt")
     return task

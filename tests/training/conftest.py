@@ -127,7 +127,7 @@ def tune(tmp_path, base, labelled):
             "per_device_train_batch_size": 8, "learning_rate": 1e-2, "disable_tqdm": True, "logging_steps": 1, "baselines": False,
         }  # fmt: skip
         arguments = GeneformerFineTuningArguments(**(usual | ({"gene_classes": "given"} if gene_classes is not None else {}) | more))
-        found = labelled if cells is None else cells or None
+        found = labelled if cells is None else None if cells is False else cells
         return finetune(arguments, found, validation_data=validation_data, test_data=test_data, gene_classes=gene_classes, callbacks=callbacks)
 
     return go

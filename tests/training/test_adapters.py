@@ -119,7 +119,15 @@ def test_an_adapter_of_every_head_learns_and_comes_back_from_its_folder(name, qu
     assert torch.equal(logits_of(load_peft_model(tmp_path / "adapter"), batch), expected)
     about = describe_adapter(tmp_path / "adapter")
     assert (about.base, about.rank, about.quantization) == (str(large_base), 4, quantization)
-    assert set(about.heads) == {"cells": {"attention_pool", "classifier", "pooler"}, "heads": {"classifiers.0", "classifiers.1", "pooler"}, "genes": {"classifier"}, "masked": set()}[name]
+    assert (
+        set(about.heads)
+        == {
+            "cells": {"attention_pool", "classifier", "pooler"},
+            "heads": {"classifiers.0", "classifiers.1", "pooler"},
+            "genes": {"classifier"},
+            "masked": set(),
+        }[name]
+    )
 
 
 @pytest.mark.parametrize("name", list(HEADED))
@@ -188,6 +196,8 @@ def test_embeddings_poolers_and_heads_are_never_quantised(large_base):
                          ids=["lora", "qlora", "8_bit_heads"])  # fmt: skip
 def test_every_analysis_opens_an_adapter_folder(tune, large_base, labelled, settings):
     found = tune(from_checkpoint=str(large_base), num_train_epochs=2, lora_rank=4, **settings)
+    # Trained on after evaluations: see the test of gradients above.
+    assert not any(getattr(getattr(p, "quant_state", None), "packing_format_for_cpu", False) for p in found.model.parameters())
     assert describe_adapter(found.folder).n_bytes < (large_base / "model.safetensors").stat().st_size
     predicted = predict(found.folder, labelled, progress=False)
     probability = predicted["cell_type"].probabilities

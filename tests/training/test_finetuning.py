@@ -85,7 +85,15 @@ def test_several_heads(tune, labelled):
     kinds, sexes = cells.obs["cell_type"].astype(object), cells.obs["sex"].astype(object)
     kinds.iloc[::7], sexes.iloc[3::7] = None, None
     cells.obs["cell_type"], cells.obs["sex"] = pd.Categorical(kinds), pd.Categorical(sexes)
-    found = tune(cells=cells, label=["cell_type", "sex"], pooling="attention", task_weights={"cell_type": 2.0}, class_weights="balanced", test_share=0.2, num_train_epochs=10)
+    found = tune(
+        cells=cells,
+        label=["cell_type", "sex"],
+        pooling="attention",
+        task_weights={"cell_type": 2.0},
+        class_weights="balanced",
+        test_share=0.2,
+        num_train_epochs=10,
+    )
     again = load_model(found.folder)
     config = again.config
     assert config.task_labels == {"cell_type": ["B", "NK", "T"], "sex": ["f", "m"]}
@@ -170,7 +178,9 @@ def test_training_genes_alone_have_labels(tune, labelled):
 
 @pytest.mark.parametrize("settings", [{"batch_layout": "padded"}, {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 4}, {"per_device_eval_batch_size": 1}],
                          ids=["padded", "accumulated", "evaluated_one_by_one"])  # fmt: skip
-@pytest.mark.parametrize("kind", [{}, {"label": ["cell_type", "sex"], "pooling": "mean"}, {"label": ["age"], "problem_type": "regression"}], ids=["classes", "heads", "numbers"])
+@pytest.mark.parametrize(
+    "kind", [{}, {"label": ["cell_type", "sex"], "pooling": "mean"}, {"label": ["age"], "problem_type": "regression"}], ids=["classes", "heads", "numbers"]
+)
 def test_losses_do_not_depend_on_how_the_work_is_divided(tune, settings, kind):
     first = tune("first", num_train_epochs=1, learning_rate=1e-3, **kind)
     other = tune("other", num_train_epochs=1, learning_rate=1e-3, **kind, **(settings | ({"group_by_length": False} if "batch_layout" in settings else {})))
@@ -278,7 +288,9 @@ def test_an_adversarial_head_turns_the_gradient_round(tokenizer, labelled, base)
     tasks = {"cell_type": ["B", "T"], "batch": ["x", "y"]}
     torch.manual_seed(0)
     plain = GeneformerForMultiTaskClassification.from_pretrained(base, config=GeneformerConfig.from_pretrained(base, task_labels=tasks))
-    turned = GeneformerForMultiTaskClassification.from_pretrained(base, config=GeneformerConfig.from_pretrained(base, task_labels=tasks, adversarial_tasks=["batch"]))
+    turned = GeneformerForMultiTaskClassification.from_pretrained(
+        base, config=GeneformerConfig.from_pretrained(base, task_labels=tasks, adversarial_tasks=["batch"])
+    )
     turned.load_state_dict(plain.state_dict())
     cells = load_cells(labelled[:4], tokenizer=tokenizer, obs="none")
     batch = DataCollatorForCells(tokenizer)([cells[i] for i in range(4)])

@@ -19,7 +19,7 @@ def laid_out(seed=0):
     mask = (torch.arange(longest) < torch.tensor([[len(cell)] for cell in CELLS])).long()
     packed = torch.cat([hidden[i, : len(cell)] for i, cell in enumerate(CELLS)])[None]
     borders = torch.tensor([0, *torch.tensor([len(cell) for cell in CELLS]).cumsum(0).tolist()])
-    return ids, hidden, mask, packed, torch.tensor([sum(CELLS, [])]), borders
+    return ids, hidden, mask, packed, torch.tensor([[token for cell in CELLS for token in cell]]), borders
 
 
 @pytest.mark.parametrize("pooling", ["first", "cls", "mean", "attention"])
@@ -49,14 +49,22 @@ def test_padded_and_packed_are_the_naive_loop(pooling):
 def test_loss_and_gradients_are_the_same_padded_and_packed(tokenizer, pooling, several):
     from geneformer_hf.data.collators import DataCollatorForCells
 
-    heads = {"task_labels": {"a": ["x", "y"], "b": ["1", "2", "3"]}, "task_class_weights": {"a": [0.5, 2.0]}} if several else {"num_labels": 3, "class_weights": [1.0, 2.0, 0.5]}
+    heads = (
+        {"task_labels": {"a": ["x", "y"], "b": ["1", "2", "3"]}, "task_class_weights": {"a": [0.5, 2.0]}}
+        if several
+        else {"num_labels": 3, "class_weights": [1.0, 2.0, 0.5]}
+    )
     cls = GeneformerForMultiTaskClassification if several else GeneformerForSequenceClassification
     labels = [[0, 1], [1, 2], [-100, 0], [1, -100]] if several else [0, 1, 2, 1]
     cells = [{"input_ids": cell, "labels": label} for cell, label in zip(CELLS, labels, strict=True)]
     found = []
     for layout in ("padded", "packed"):
         torch.manual_seed(1)
-        model = cls(tiny_config(tokenizer, pooling=pooling, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, problem_type="single_label_classification", **heads))
+        model = cls(
+            tiny_config(
+                tokenizer, pooling=pooling, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, problem_type="single_label_classification", **heads
+            )
+        )
         model.set_attn_implementation("packed_cells" if layout == "packed" else "sdpa")
         output = model(**DataCollatorForCells(tokenizer, layout=layout)(cells))
         output.loss.backward()
@@ -77,7 +85,9 @@ def test_packed_cells_are_refused_by_attention_that_would_mix_them(tokenizer):
 
 def test_class_weights_against_the_loop(tokenizer):
     torch.manual_seed(0)
-    model = GeneformerForSequenceClassification(tiny_config(tokenizer, num_labels=3, problem_type="single_label_classification", class_weights=[1.0, 3.0, 0.5])).eval()
+    model = GeneformerForSequenceClassification(
+        tiny_config(tokenizer, num_labels=3, problem_type="single_label_classification", class_weights=[1.0, 3.0, 0.5])
+    ).eval()
     ids, labels = torch.tensor([[2, 9, 8, 3], [2, 9, 7, 3]]), torch.tensor([1, 2])
     output = model(input_ids=ids, labels=labels)
     each = torch.nn.functional.cross_entropy(output.logits, labels, reduction="none")
