@@ -26,6 +26,12 @@ ARGUMENTS = {
     "tokenize_corpus.py": ["*.h5ad", "geneformer-v2", "tokens"],
     "pretrain.py": ["tokens", "geneformer-v2", "run"],
     "continue_pretraining.py": ["geneformer-v2", "new", "old", "tuned"],
+    "finetune_cell_types.py": ["cells.h5ad", "geneformer-v2", "run"],
+    "classify_genes.py": ["cells.h5ad", "geneformer-v2", "genes.csv", "run"],
+    "multitask.py": ["cells.h5ad", "geneformer-v2", "run", "cell_type", "sex"],
+    "lora.py": ["cells.h5ad", "geneformer-v2", "run"],
+    "qlora.py": ["cells.h5ad", "geneformer-v2", "run"],
+    "search_hyperparameters.py": ["cells.h5ad", "geneformer-v2", "run"],
 }
 
 
@@ -95,6 +101,72 @@ def test_continue_pretraining(folder, tokenizer):
         )
     printed = run([ROOT / "examples" / "continue_pretraining.py"], folder, *ARGUMENTS["continue_pretraining.py"])
     assert re.fullmatch(r"(?:(?:new|old): held-out loss \d\.\d{3} before, \d\.\d{3} after\n){2}", printed)
+
+
+@pytest.fixture
+def labelled(folder, tokenizer):
+    """Cells with labels, and genes with classes."""
+    genes = list(tokenizer.gene_table.ensembl_ids)
+    cells = make_cells(genes, 60)
+    cells.obs["sex"], cells.obs["donor_id"] = ["f", "m"] * 30, [f"d{i // 10}" for i in range(60)]
+    cells.write_h5ad(folder / "cells.h5ad")
+    (folder / "genes.csv").write_text("gene,class\n" + "".join(f"{gene},{'a' if i % 2 else 'b'}\n" for i, gene in enumerate(genes)))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("finetune_cell_types.py", r"macro F1 [01]\.\d\d  this model\n(?:.*\n)*.*cell_type_predicted"),
+        ("classify_genes.py", r"ROC AUC [01]\.\d\d over 60 genes  this model\n"),
+        ("multitask.py", r"cell_type: accuracy [01]\.\d\d\nsex: accuracy [01]\.\d\d\nGeneformerForMultiTaskClassification \{'cell_type'"),
+        ("lora.py", r"[\d,]+ of [\d,]+ parameters were trained\nembeddings \(60, 16\); a PeftModel\w*\nmerged with its base: run-merged"),
+        ("qlora.py", r"nf4 .* MB .*\nint8 .*\nnone .*"),
+        ("search_hyperparameters.py", r"(?:.*complete.*\n)(?:.*\n)+best \{.*\}, refitted in run.model"),
+    ],
+)
+def test_fine_tuning(labelled, name, expected):
+    printed = run([ROOT / "examples" / name], labelled, *ARGUMENTS[name])
+    assert re.search(expected, printed), printed
+
+
+def test_the_how_to_of_fine_tuning(labelled):
+    """Commands, YAML and Python of docs/finetuning.md, in their order."""
+    text = (ROOT / "docs" / "finetuning.md").read_text()
+    cells = anndata.read_h5ad(labelled / "cells.h5ad")
+    cells.obs["cell_type"] = cells.obs["cell_type"].cat.add_categories("unassigned")
+    cells.obs.loc[cells.obs_names[:3], "cell_type"] = "unassigned"
+    cells.write_h5ad(labelled / "cells.h5ad")
+    (settings,) = re.findall(r"```yaml\n(.*?)```", text, re.S)
+    (labelled / "run.yaml").write_text(settings)
+    assert "macro f1" in run(["-m", "geneformer_hf", "finetune"], labelled, "--config", "run.yaml")
+    run(["-m", "geneformer_hf", "predict"], labelled, "cells.h5ad", "--model", "run/model", "--output", "predicted.h5ad")
+    assert "cell_type_predicted" in anndata.read_h5ad(labelled / "predicted.h5ad").obs
+    tuned, plain = re.findall(r"```python\n(.*?)```", text, re.S)
+    make_cells(list(cells.var_names), 60).write_h5ad(labelled / "cells.h5ad")
+    assert "cell_type_entropy" in run(["-c", tuned + "\nprint(table.columns)"], labelled)
+    run(["-c", plain], labelled)
+
+
+def test_the_how_tos_of_adapters_and_searching(labelled):
+    text = (ROOT / "docs" / "adapters.md").read_text()
+    commands = [line.split("  #")[0].split() for line in re.findall(r"```bash\n(.*?)```", text, re.S)[0].splitlines()]
+    printed = [run(["-m", "geneformer_hf"], labelled, *words[1:]) for words in commands]
+    assert re.search(r"LoRA adapter of geneformer-v2: rank 16 on .*; saved whole: classifier, pooler; 0\.\d MB\nTrained on plain weights", printed[1])
+    assert (labelled / "adapted.csv").is_file()
+    assert (labelled / "merged" / "model.safetensors").is_file()
+    (block,) = re.findall(r"```python\n(.*?)```", text, re.S)
+    assert "trainable params" in run(["-c", block], labelled)
+    (settings,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / "searching.md").read_text(), re.S)
+    (labelled / "search.yaml").write_text(settings)
+    assert "Best: " in run(["-m", "geneformer_hf", "search"], labelled, "--config", "search.yaml")
+
+
+def test_the_how_to_of_genes(labelled):
+    commands = re.findall(r"```bash\n(.*?)```", (ROOT / "docs" / "classifying_genes.md").read_text(), re.S)[0].splitlines()
+    for line in commands:
+        run(["-m", "geneformer_hf"], labelled, *line.split("  #")[0].split()[1:])
+    assert "gene_class_predicted" in anndata.read_h5ad(labelled / "genes.h5ad").var
 
 
 def test_the_yaml_of_the_how_to(folder):

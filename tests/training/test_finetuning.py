@@ -164,13 +164,12 @@ def test_training_genes_alone_have_labels(tune, labelled):
 
     class Look(TrainerCallback):
         def on_train_begin(self, args, state, control, train_dataloader=None, **kwargs):
-            for batch in train_dataloader:
-                seen.append((batch["input_ids"][batch["labels"] >= 0], batch["labels"][batch["labels"] >= 0]))
+            seen.extend(batch["input_ids"][batch["labels"] >= 0] for batch in train_dataloader)
 
     classes = {"a": list(labelled.var_names[:20]), "b": list(labelled.var_names[20:])}
     found = tune(gene_classes=classes, num_train_epochs=1, test_share=0.25, callbacks=[Look()])
     sides = pd.read_csv(found.folder / "splits.csv").set_index("ensembl_id")
-    tokens = torch.cat([ids for ids, _ in seen]).unique().tolist()
+    tokens = torch.cat(seen).unique().tolist()
     trained = {labelled.var_names[token - 4] for token in tokens}
     assert trained == set(sides.index[sides["split"] == "train"])
     assert len(found.predictions) == 15

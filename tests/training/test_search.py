@@ -1,0 +1,148 @@
+"""Search: Trainer's own, by Optuna; pruned, gone on with, shared by processes; the best settings refitted."""
+
+import builtins
+
+import pandas as pd
+import pytest
+import yaml
+
+from geneformer_hf import GeneformerFineTuningArguments, SearchSettings, search
+from geneformer_hf.cli.main import main
+from geneformer_hf.errors import CheckpointError, MissingExtraError, SettingError
+from geneformer_hf.training.search import read_search
+
+SPACE = {
+    "learning_rate": {"low": 1e-4, "high": 3e-2, "log": True},
+    "freeze_layers": {"low": 0, "high": 2},
+    "class_weights": ["none", "balanced"],
+    "per_device_train_batch_size": {"low": 4, "high": 12, "step": 4},
+}
+
+
+@pytest.fixture
+def arguments(base, tmp_path):
+    def make(name="run", **more):
+        usual = {
+            "output_dir": str(tmp_path / name),
+            "from_checkpoint": str(base),
+            "label": ["cell_type"],
+            "num_train_epochs": 2,
+            "disable_tqdm": True,
+            "baselines": False,
+        }
+        return GeneformerFineTuningArguments(**(usual | more))
+
+    return make
+
+
+def test_trials_are_run_the_best_is_refitted_and_all_is_written(arguments, labelled):
+    found = search(arguments(), SearchSettings(space=SPACE, n_trials=5, pruner="none"), labelled)
+    assert len(found.trials) == 5
+    assert set(found.trials["state"]) == {"complete"}
+    assert set(SPACE) <= set(found.trials.columns)
+    assert found.trials["learning_rate"].between(1e-4, 3e-2).all()
+    assert found.trials["per_device_train_batch_size"].isin([4, 8, 12]).all()
+    assert found.value == found.trials["value"].max()
+    best = found.trials.loc[found.trials["value"].idxmax()]
+    assert found.best["learning_rate"] == pytest.approx(best["learning_rate"])
+    assert {path.name for path in found.folder.iterdir()} >= {"trials.csv", "trials.png", "importances.png", "best.yaml", "study.journal", "search.json"}
+    settings = yaml.safe_load((found.refitted.folder / "settings.yaml").read_text())
+    assert settings["learning_rate"] == pytest.approx(found.best["learning_rate"])
+    # What a trial saw is what the refit sees: the figure on the same validation cells is the one of the trial.
+    figures = [e["eval_macro_f1"] for e in found.refitted.history["final"] if "eval_macro_f1" in e]
+    assert found.value == pytest.approx(figures[-1], abs=1e-6)
+
+
+def test_what_a_trial_tries_reaches_the_model(arguments, labelled, monkeypatch):
+    from geneformer_hf.training import finetuning
+
+    seen = []
+    start = finetuning.start_model
+
+    def look(settings, *rest):
+        seen.append((settings.freeze_layers, settings.class_weights, rest[1]["class_weights"] is not None))
+        return start(settings, *rest)
+
+    monkeypatch.setattr(finetuning, "start_model", look)
+    space = {"freeze_layers": [1], "class_weights": ["balanced"]}
+    search(arguments(), SearchSettings(space=space, n_trials=2, refit=False), labelled)
+    assert seen[-1] == (1, "balanced", True)
+
+
+def test_a_search_goes_on_with_the_trials_that_are_missing(arguments, labelled):
+    first = search(arguments(), SearchSettings(space=SPACE, n_trials=2, refit=False), labelled)
+    more = search(arguments(), SearchSettings(space=SPACE, n_trials=4, refit=False), labelled)
+    assert len(more.trials) == 4
+    pd.testing.assert_frame_equal(more.trials.head(2), first.trials, check_dtype=False)
+    again = search(arguments(), SearchSettings(space=SPACE, n_trials=4, refit=False), labelled)
+    pd.testing.assert_frame_equal(again.trials, more.trials)
+    with pytest.raises(CheckpointError, match=r"holds trials of another search: num_train_epochs is 3 and was 2"):
+        search(arguments(num_train_epochs=3), SearchSettings(space=SPACE, n_trials=4, refit=False), labelled)
+
+
+def test_bad_trials_are_pruned(arguments, labelled):
+    space = {"learning_rate": [1e-2, 1e-9]}
+    found = search(arguments(num_train_epochs=6), SearchSettings(space=space, n_trials=14, refit=False), labelled)
+    pruned = found.trials[found.trials["state"] == "pruned"]
+    assert len(pruned)
+    assert (pruned["learning_rate"] == 1e-9).all()
+    assert (pruned["epochs"] < 6).all()
+
+
+@pytest.mark.parametrize(
+    ("search_settings", "message"),
+    [
+        ({}, "space is empty"),
+        ({"space": {"lerning_rate": [1]}}, r"space: lerning_rate \(did you mean 'learning_rate'\?\) is no argument of finetune"),
+        ({"space": {"learning_rate": {"low": 1}}}, r"learning_rate is .*; expected a list of values, or \{low, high\}"),
+        ({"space": {"learning_rate": {"low": 2, "high": 1}}}, "learning_rate goes from 2 to 1; expected two numbers, the lower one first"),
+        ({"space": {"learning_rate": {"low": "1e-5", "high": 1}}}, "learning_rate goes from '1e-5' to 1"),
+        ({"space": {"learning_rate": {"low": 0.0, "high": 1, "log": True}}}, "in steps of a factor; expected a number above 0"),
+        ({"space": {"learning_rate": []}}, "learning_rate has no values"),
+        ({"space": {"test_share": [0.1, 0.2]}}, "test_share would change what is compared"),
+        ({"space": {"learning_rate": [1e-3]}, "n_trials": 0}, "n_trials is 0; expected a whole number above 0"),
+        ({"space": {"learning_rate": [1e-3]}, "pruner": "x"}, "pruner is 'x'; expected median or hyperband or none"),
+        ({"space": {"learning_rate": [1e-3]}, "trials": 3}, r"unknown setting trials \(did you mean 'n_trials'\?\)"),
+    ],
+)
+def test_searches_that_cannot_be_made(search_settings, message):
+    with pytest.raises(SettingError, match=message):
+        read_search(search_settings, where="run.yaml")
+
+
+def test_runs_that_cannot_be_searched(arguments, labelled):
+    settings = SearchSettings(space={"learning_rate": [1e-3]}, n_trials=1)
+    with pytest.raises(SettingError, match="n_folds: a search has one split"):
+        search(arguments(n_folds=3), settings, labelled)
+    with pytest.raises(SettingError, match="there are no validation cells to compare trials on"):
+        search(arguments(validation_share=0.0), settings, labelled)
+    with pytest.raises(SettingError, match="n_jobs is 2, and cells were given in memory"):
+        search(arguments(), SearchSettings(space={"learning_rate": [1e-3]}, n_jobs=2), labelled)
+    with pytest.raises(SettingError, match=r"run\.yaml: `search` is missing"):
+        read_search(None, where="run.yaml")
+
+
+@pytest.mark.parametrize(("package", "backend", "message"), [("ray", "ray", "backend ray needs Ray Tune"), ("optuna", "optuna", "Searching needs Optuna")])
+def test_what_is_not_installed_is_named(arguments, labelled, monkeypatch, package, backend, message):
+    real = builtins.__import__
+
+    def without(name, *rest, **more):
+        if name.split(".")[0] == package:
+            raise ModuleNotFoundError(name)
+        return real(name, *rest, **more)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(MissingExtraError, match=message):
+        search(arguments(), SearchSettings(space={"learning_rate": [1e-3]}, n_trials=1, backend=backend), labelled)
+
+
+def test_the_command_prints_the_trials(base, labelled, tmp_path, capsys):
+    labelled.write_h5ad(tmp_path / "cells.h5ad")
+    settings = {"output_dir": str(tmp_path / "run"), "from_checkpoint": str(base), "train_data": str(tmp_path / "cells.h5ad"), "label": "cell_type", "num_train_epochs": 1, "disable_tqdm": True,
+                "baselines": False, "search": {"n_trials": 2, "space": {"learning_rate": {"low": 1.0e-3, "high": 1.0e-2}}}}  # fmt: skip
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings))
+    assert main(["search", "--config", str(tmp_path / "run.yaml")]) == 0
+    printed = capsys.readouterr().out
+    assert "complete" in printed
+    assert "Best: " in printed
+    assert "report.html" in printed
