@@ -281,7 +281,7 @@ def describe_adapter(folder: str | Path) -> AdapterInfo:
 def _saved_whole(path: Path) -> list[str]:
     """Return the modules whose weights lie in an adapter; peft's own list names some that no model of ours has."""
     with safe_open(path, framework="pt") as file:
-        names = {key.removeprefix("base_model.model.").removeprefix("bert.") for key in file.keys() if ".lora_" not in key}
+        names = {key.removeprefix("base_model.model.").removeprefix("bert.") for key in [*file.keys()] if ".lora_" not in key}
     return sorted({".".join(name.split(".")[: 2 if name.startswith("classifiers.") else 1]) for name in names})
 
 
