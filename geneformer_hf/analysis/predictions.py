@@ -41,9 +41,9 @@ class HeadPredictions:
 
     def columns(self) -> dict[str, np.ndarray]:
         """Return columns for obs: label, its probability and the entropy in nats; labels that hold together parted by ";"; numbers as they are."""
-        p, name = self.probabilities, self.head.name
+        p, name = self.probabilities, self.head.column
         if self.head.kind == NUMBERS:
-            return {f"{column}_predicted": p[:, i] for i, column in enumerate(self.head.names)}
+            return {f"{column.replace('/', '_')}_predicted": p[:, i] for i, column in enumerate(self.head.names)}
         known = ~np.isnan(p).any(axis=1)
         labels = np.full(len(p), None, dtype=object)
         if self.head.kind == LABELS:
@@ -74,7 +74,7 @@ class CellPredictions:
     def labels(self) -> np.ndarray:
         """Labels of the only head, None where a cell holds no gene."""
         (only,) = self.heads
-        return only.columns()[f"{only.head.name}_predicted"]
+        return only.columns()[f"{only.head.column}_predicted"]
 
     def to_frame(self) -> pd.DataFrame:
         """Return a table: cell id as index; label, probability and entropy of each head, then the probability of each class."""
@@ -84,7 +84,7 @@ class CellPredictions:
         for one in self.heads:
             if one.head.kind != NUMBERS:
                 p = one.probabilities
-                columns |= {f"{one.head.name}_probability_{name}": p[:, i] for i, name in enumerate(one.head.names)}
+                columns |= {f"{one.head.column}_probability_{name}": p[:, i] for i, name in enumerate(one.head.names)}
         return pd.DataFrame(columns, index=pd.Index(self.cell_ids, name="cell_id"))
 
     def add_to(self, adata: Any) -> None:
@@ -99,8 +99,8 @@ class CellPredictions:
         for one in self.heads:
             for name, values in one.columns().items():
                 adata.obs[name] = pd.Categorical(values) if values.dtype == object else values
-            adata.obsm[f"{one.head.name}_probabilities"], adata.obsm[f"{one.head.name}_logits"] = one.probabilities, one.logits
-        adata.uns["geneformer_predictions"] = {one.head.name: np.array(one.head.names, dtype=object) for one in self.heads}
+            adata.obsm[f"{one.head.column}_probabilities"], adata.obsm[f"{one.head.column}_logits"] = one.probabilities, one.logits
+        adata.uns["geneformer_predictions"] = {one.head.column: np.array(one.head.names, dtype=object) for one in self.heads}
 
 
 @dataclass(frozen=True)
@@ -182,8 +182,8 @@ def predict(
 
 
 def predictions_of(heads: Sequence[Head], logits: np.ndarray) -> list[HeadPredictions]:
-    """Part the logits of all heads."""
-    return [HeadPredictions(replace(head, start=0), logits[:, head.start : head.stop]) for head in heads]
+    """Part the logits of all heads; those that are adversarial predict what the model was taught not to know, so they are left out."""
+    return [HeadPredictions(replace(head, start=0), logits[:, head.start : head.stop]) for head in heads if not head.adversarial]
 
 
 class Predictor(Embedder):

@@ -76,9 +76,9 @@ def write_cells(runner: Any, cells: Any, partial: Path, *, model: str) -> str:
 
         with h5py.File(partial, "r+") as file:
             add_obs(file, joined)
-        classes = {head.name: np.array(head.names, dtype=object) for head in runner.heads}
+        classes = {head.column: np.array(head.names, dtype=object) for head in runner.heads if not head.adversarial}
         note_in_file(partial, "geneformer_predictions", {**classes, "model": model, "geneformer_hf": __version__})
-    return "\n".join(_said(head, joined, cells) for head in runner.heads)
+    return "\n".join(_said(head, joined, cells) for head in runner.heads if not head.adversarial)
 
 
 def _into_copy(runner: Any, cells: Any, partial: Path, remember: Callable[[Any], None]) -> None:
@@ -86,13 +86,14 @@ def _into_copy(runner: Any, cells: Any, partial: Path, remember: Callable[[Any],
     from ..data.writing import copy_as_h5ad, new_arrays
 
     copy_as_h5ad(cells.source, partial)
-    shapes = {f"{head.name}_{what}": (cells.n_cells, len(head.names)) for head in runner.heads for what in ("probabilities", "logits")}
+    heads = [head for head in runner.heads if not head.adversarial]
+    shapes = {f"{head.column}_{what}": (cells.n_cells, len(head.names)) for head in heads for what in ("probabilities", "logits")}
     with new_arrays(partial, "obsm", shapes) as obsm:
         for chunk, found in _predicted(runner, cells):
             remember(found)
             for one in found.heads:
-                obsm[f"{one.head.name}_probabilities"][chunk.start : chunk.start + chunk.n_cells] = one.probabilities
-                obsm[f"{one.head.name}_logits"][chunk.start : chunk.start + chunk.n_cells] = one.logits
+                obsm[f"{one.head.column}_probabilities"][chunk.start : chunk.start + chunk.n_cells] = one.probabilities
+                obsm[f"{one.head.column}_logits"][chunk.start : chunk.start + chunk.n_cells] = one.logits
 
 
 def _into_table(runner: Any, cells: Any, partial: Path, remember: Callable[[Any], None]) -> None:
@@ -131,11 +132,11 @@ def _said(head: Any, columns: dict[str, Any], cells: Any) -> str:
     from ..errors import ColumnNotFoundError
     from ..models.heads import NUMBERS
 
-    name = f"{head.names[0] if head.kind == NUMBERS else head.name}_predicted"
-    predicted = pd.Series(columns[name])
     if head.kind == NUMBERS:
-        means = [f"{column} {np.nanmean(columns[f'{column}_predicted']):.4g}" for column in head.names]
+        values = {column: columns[column.replace("/", "_") + "_predicted"] for column in head.names}
+        means = [f"{column} {np.nanmean(found):.4g}" for column, found in values.items()]
         return f"Mean of the predicted {', '.join(means)}."
+    predicted = pd.Series(columns[f"{head.column}_predicted"])
     text = f"{head.name}: {describe_counts(predicted.value_counts().to_dict())}."
     try:
         given = cells.column(head.name)

@@ -28,6 +28,11 @@ class Head:
     adversarial: bool = False
 
     @property
+    def column(self) -> str:
+        """Its name as part of the names of columns: a slash would make a group of them in an .h5ad."""
+        return self.name.replace("/", "_")
+
+    @property
     def stop(self) -> int:
         """One past its last column of logits."""
         return self.start + len(self.names)

@@ -134,7 +134,7 @@ class GeneformerFineTuningArguments(TrainingSettings):
     task_weights: dict | str | None = about("weight of each head in the loss, as column: weight (default: 1 each)")
     adversarial: list[str] | None = about("columns of label whose answer the cell embedding shall not hold, such as the batch")
     group_column: str | None = about("column whose values, such as donors, are each wholly on one side of every split")
-    validation_share: float | None = about("cells to choose the best epoch on (default: 0.1; with gene_classes, 0 of the genes)")
+    validation_share: float | None = about("cells to choose the best epoch on (default: 0.1; with n_folds or gene_classes, 0)")
     test_share: float = about("cells for the final figures", 0.1)
     n_folds: int | None = about("cross-validation: every cell, or gene, is tested once; the final model is then trained on all of them")
     stratify: bool = about("the same shares of classes on all sides, as far as groups allow", True)

@@ -158,7 +158,9 @@ def _split_cells(arguments: GeneformerFineTuningArguments, cells: LabelledCells,
     strata = classes if arguments.stratify else None
     column = arguments.group_column
     groups = groups_of(cells.columns[column], column, np.flatnonzero(cells.usable)) if column else None
-    validation_share = VALIDATION_SHARE if arguments.validation_share is None else arguments.validation_share
+    # With folds all trainings take equally long, as that of the final model does.
+    usual = 0.0 if arguments.n_folds else VALIDATION_SHARE
+    validation_share = usual if arguments.validation_share is None else arguments.validation_share
     validation_share = 0.0 if arguments.validation_data is not None or (cells.part == VALIDATION).any() else validation_share
     test_share = 0.0 if (cells.part == TEST).any() else arguments.test_share
     seed = arguments.order_seed
@@ -205,6 +207,8 @@ def _remarks(arguments: GeneformerFineTuningArguments, task: CellTask, splits: S
                 found.append(f"{where}: classes in test cells that no training cell has, which cannot be right: {describe_counts(untaught)}")
             if len(split.test) and arguments.group_column and not all(test.values()):
                 found.append(f"{where}: classes without a test cell: {', '.join(name for name, n in test.items() if not n)}")
+    if arguments.n_folds and arguments.validation_share and arguments.load_best_model_at_end:
+        found.append("folds were tested at the epoch that did best on their validation cells; the final model was trained for all epochs")
     if arguments.group_column is None and arguments.test_data is None:
         found.append(
             "cells were split one by one: cells of one donor or batch may be on both sides, and figures are higher than for a new donor. Name it with group_column, if there is one."

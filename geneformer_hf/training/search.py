@@ -19,10 +19,11 @@ from transformers import IntervalStrategy
 from transformers.trainer_utils import SaveStrategy
 
 from ..data.labelled import TEST, TRAIN, VALIDATION
-from ..errors import CheckpointError, MissingExtraError, SettingError, TrainingDivergedError, WorkerDiedError
+from ..errors import CheckpointError, MissingExtraError, OutputExistsError, SettingError, TrainingDivergedError, WorkerDiedError
 from ..models.tokenization_geneformer import GeneformerTokenizer
 from ..reports.search_plots import plot_importances, plot_trials
 from .arguments import GeneformerFineTuningArguments
+from .checkpointing import MODEL_FOLDER
 from .configs import resolved
 from .finetuning import FineTuningRun, finetune, make_trainer, settle
 from .preparing import prepare
@@ -161,8 +162,7 @@ def search(
     if settings.backend == "ray":
         _require_ray()
     optuna = _optuna()
-    if arguments.overwrite:
-        shutil.rmtree(folder, ignore_errors=True)
+    _require_free(arguments, settings)
     folder.mkdir(parents=True, exist_ok=True)
     given = {TRAIN: train_data, VALIDATION: validation_data, TEST: test_data}
     in_memory = [cells for cells in given.values() if cells is not None and not isinstance(cells, (str, Path, list))]
@@ -170,7 +170,7 @@ def search(
         msg = f"n_jobs is {settings.n_jobs}, and cells were given in memory, which other processes do not see. Give files (train_data=[path])."
         raise SettingError(msg)
     metric, direction = _objective_of(arguments, settings, given, tokenizer)
-    _require_same_search(folder, arguments, settings, metric)
+    _require_same_search(folder, arguments, settings, metric, overwrite=arguments.overwrite)
     study = _study(optuna, folder, direction, settings)
     missing = settings.n_trials - _n_done(study)
     logger.warning("%s trials are wanted, %s are missing. Figure: %s of validation cells.", settings.n_trials, max(missing, 0), metric)
@@ -247,8 +247,20 @@ def _objective_of(
     return str(mine.metric_for_best_model), "maximize" if mine.greater_is_better else "minimize"
 
 
-def _require_same_search(folder: Path, arguments: GeneformerFineTuningArguments, settings: SearchSettings, metric: str) -> None:
-    """Raise if the folder holds trials of another search; note down what this one is.
+def _require_free(arguments: GeneformerFineTuningArguments, settings: SearchSettings) -> None:
+    """Raise, before any trial, if the refitted model would find its place taken.
+
+    Raises:
+        OutputExistsError
+    """
+    model = Path(str(arguments.output_dir)) / MODEL_FOLDER
+    if settings.refit and model.exists() and not arguments.overwrite:
+        msg = f"{model} holds a model already. Pass `overwrite: true` (--overwrite) to replace it when the search is done (trials are kept), or refit: false."
+        raise OutputExistsError(msg)
+
+
+def _require_same_search(folder: Path, arguments: GeneformerFineTuningArguments, settings: SearchSettings, metric: str, *, overwrite: bool) -> None:
+    """Raise if the folder holds trials of another search, or begin anew where these may be overwritten; note down what this one is.
 
     Raises:
         CheckpointError
@@ -265,11 +277,13 @@ def _require_same_search(folder: Path, arguments: GeneformerFineTuningArguments,
             for name in dict.fromkeys([*ours[part], *theirs.get(part, {})])
             if ours[part].get(name) != theirs.get(part, {}).get(name)
         ]
-        if different:
+        if different and overwrite:
+            shutil.rmtree(folder)
+            folder.mkdir()
+        elif different:
             msg = f"{folder} holds trials of another search: {'; '.join(different[:6])}. Choose another output_dir, or pass overwrite to begin anew."
             raise CheckpointError(msg)
-    else:
-        path.write_text(json.dumps(ours, indent=1) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(ours, indent=1) + "\n", encoding="utf-8")
 
 
 def _run_trials(

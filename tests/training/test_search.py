@@ -8,7 +8,7 @@ import yaml
 
 from geneformer_hf import GeneformerFineTuningArguments, SearchSettings, search
 from geneformer_hf.cli.main import main
-from geneformer_hf.errors import CheckpointError, MissingExtraError, SettingError
+from geneformer_hf.errors import CheckpointError, MissingExtraError, OutputExistsError, SettingError
 from geneformer_hf.training.search import read_search
 
 SPACE = {
@@ -76,6 +76,12 @@ def test_a_search_goes_on_with_the_trials_that_are_missing(arguments, labelled):
     pd.testing.assert_frame_equal(more.trials.head(2), first.trials, check_dtype=False)
     again = search(arguments(), SearchSettings(space=SPACE, n_trials=4, refit=False), labelled)
     pd.testing.assert_frame_equal(again.trials, more.trials)
+    refitted = search(arguments(), SearchSettings(space=SPACE, n_trials=4), labelled)
+    with pytest.raises(OutputExistsError, match=r"holds a model already\. Pass `overwrite: true`"):
+        search(arguments(), SearchSettings(space=SPACE, n_trials=5), labelled)
+    five = search(arguments(overwrite=True), SearchSettings(space=SPACE, n_trials=5), labelled)
+    assert len(five.trials) == 5
+    assert five.refitted.folder == refitted.refitted.folder
     with pytest.raises(CheckpointError, match=r"holds trials of another search: num_train_epochs is 3 and was 2"):
         search(arguments(num_train_epochs=3), SearchSettings(space=SPACE, n_trials=4, refit=False), labelled)
 
