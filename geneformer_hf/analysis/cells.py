@@ -15,7 +15,7 @@ import pyarrow as pa
 from ..data.readers import CellSource, open_cells, read_ahead
 from ..data.stores import is_zarr
 from ..data.tenx import is_tenx_folder
-from ..data.tokenized import gene_table_of, report_of
+from ..data.tokenized import gene_table_of, open_tokenized, report_of
 from ..errors import CellFileError, ColumnNotFoundError, VocabularyMismatchError
 from ..models.configuration_geneformer import GeneformerConfig
 from ..models.tokenization_geneformer import GeneformerTokenizer
@@ -173,6 +173,8 @@ def open_tokens(cells: Any, tokenizer: Callable[[], GeneformerTokenizer], *, gen
             msg = f"{cells} is not the folder of a tokenized dataset (it holds no dataset_info.json), nor a zarr store or 10x folder. Make one with `geneformer-hf tokenize`."
             raise CellFileError(msg)
         cells = datasets.load_from_disk(str(cells))
+    if isinstance(cells, (str, Path)) and Path(cells).suffix == ".parquet" and Path(cells).is_file():
+        cells = open_tokenized(cells)
     if hasattr(cells, "column_names"):
         return DatasetCells(cells)
     return SourceCells(open_cells(cells, gene_ids=gene_ids, counts_layer=counts_layer), tokenizer())

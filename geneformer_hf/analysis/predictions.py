@@ -100,7 +100,7 @@ class CellPredictions:
             for name, values in one.columns().items():
                 adata.obs[name] = pd.Categorical(values) if values.dtype == object else values
             adata.obsm[f"{one.head.column}_probabilities"], adata.obsm[f"{one.head.column}_logits"] = one.probabilities, one.logits
-        adata.uns["geneformer_predictions"] = {one.head.column: np.array(one.head.names, dtype=object) for one in self.heads}
+        adata.uns["geneformer_predictions"] = {"classes": {one.head.column: np.array(one.head.names, dtype=object) for one in self.heads}}
 
 
 @dataclass(frozen=True)

@@ -58,6 +58,9 @@ class ConfiguredCommand(Command):
         from ..training.checkpointing import checkpoints_in
 
         checkpoints = checkpoints_in(Path(str(arguments.output_dir)))
+        folds = sorted(Path(str(arguments.output_dir)).glob("fold-*"))
+        if folds:
+            return f"the same command goes on from {folds[-1]}."
         if checkpoints:
             return f"the same command goes on from {checkpoints[-1]}."
         when = f"save_steps is {arguments.save_steps:g}" if arguments.save_strategy.value == "steps" else f"save_strategy is {arguments.save_strategy.value}"

@@ -77,7 +77,7 @@ def write_cells(runner: Any, cells: Any, partial: Path, *, model: str) -> str:
         with h5py.File(partial, "r+") as file:
             add_obs(file, joined)
         classes = {head.column: np.array(head.names, dtype=object) for head in runner.heads if not head.adversarial}
-        note_in_file(partial, "geneformer_predictions", {**classes, "model": model, "geneformer_hf": __version__})
+        note_in_file(partial, "geneformer_predictions", {"classes": classes, "model": model, "geneformer_hf": __version__})
     return "\n".join(_said(head, joined, cells) for head in runner.heads if not head.adversarial)
 
 
@@ -137,13 +137,13 @@ def _said(head: Any, columns: dict[str, Any], cells: Any) -> str:
         means = [f"{column} {np.nanmean(found):.4g}" for column, found in values.items()]
         return f"Mean of the predicted {', '.join(means)}."
     predicted = pd.Series(columns[f"{head.column}_predicted"])
-    text = f"{head.name}: {describe_counts(predicted.value_counts().to_dict())}."
+    text = f"{head.name}: {describe_counts(predicted.value_counts().to_dict()) or 'nothing, for no cell holds a gene of the vocabulary'}."
     try:
         given = cells.column(head.name)
     except ColumnNotFoundError:
         return text
     truth = [None if is_missing(v) else class_name(v) for v in given]
-    known = [(t, p) for t, p in zip(truth, predicted, strict=True) if t in head.names]
+    known = [(t, p) for t, p in zip(truth, predicted, strict=True) if t in head.names and not is_missing(p)]
     strange = sorted({t for t in truth if t is not None and t not in head.names})
     if known:
         text += f" The input has a column {head.name}: {np.mean([t == p for t, p in known]):.1%} of {len(known):,} cells agree."

@@ -17,7 +17,7 @@ from .builder import load_cells
 from .labels import class_counts, class_name, describe_counts, is_missing
 from .stores import is_zarr
 from .tenx import is_tenx_folder
-from .tokenized import open_tokenized, require_lists_of_ids, require_made_with
+from .tokenized import open_tokenized, report_of, require_lists_of_ids, require_made_with
 
 TRAIN, VALIDATION, TEST = 0, 1, 2
 PART_NAMES = ("train", "validation", "test")
@@ -118,7 +118,7 @@ def open_labelled(
     Raises:
         CellFileError, ColumnNotFoundError, NotRawCountsError, GeneIdError, VocabularyMismatchError
     """
-    opened, parts = [], []
+    opened, parts, notes = [], [], []
     for part, cells in given.items():
         for one in cells if isinstance(cells, (list, tuple)) else [cells]:
             name = str(one) if isinstance(one, (str, Path)) else f"{PART_NAMES[part]}_data"
@@ -127,9 +127,10 @@ def open_labelled(
                 msg = f"{name}: no cells in it that hold a gene of the vocabulary."
                 raise CellFileError(msg)
             opened.append((name, dataset))
+            notes += left_out_of(dataset)
             parts.append(np.full(len(dataset), part, dtype=np.int8))
     _require_different(opened)
-    kept = ["input_ids", "counts"] if all("counts" in dataset.column_names for _, dataset in opened) else ["input_ids"]
+    kept = ["input_ids", "counts"] if all(_has_counts(dataset) for _, dataset in opened) else ["input_ids"]
     tokens = [dataset.select_columns(kept) for _, dataset in opened]
     tokens = [dataset if dataset.features == tokens[0].features else dataset.cast(tokens[0].features) for dataset in tokens]
     values: dict[str, list[Any]] = {column: [] for column in columns}
@@ -138,11 +139,20 @@ def open_labelled(
         for column in columns:
             values[column] += _decoded(dataset, column)
         cell_ids += list(dataset["cell_id"][:]) if "cell_id" in dataset.column_names else [str(i) for i in range(len(dataset))]
-    return LabelledCells(datasets.concatenate_datasets(tokens) if len(tokens) > 1 else tokens[0], values, np.concatenate(parts), cell_ids)
+    return LabelledCells(datasets.concatenate_datasets(tokens) if len(tokens) > 1 else tokens[0], values, np.concatenate(parts), cell_ids, notes=notes)
+
+
+def left_out_of(dataset: datasets.Dataset) -> list[str]:
+    """Return, for people, which cells of its files are not in a dataset."""
+    report, notes = report_of(dataset), []
+    for key, why in (("left_out_by_filter_pass", "filter_pass is 0"), ("left_out_without_genes", "they hold no gene of the vocabulary")):
+        if report.get(key):
+            notes.append(f"{int(report[key]):,} cells of the files are not among these: {why}")
+    return notes
 
 
 def _open(cells: Any, columns: Sequence[str], tokenizer: GeneformerTokenizer, gene_ids: str | None, counts_layer: str | None, *, name: str) -> datasets.Dataset:
-    if isinstance(cells, (str, Path)) and _is_tokenized(Path(cells)):
+    if isinstance(cells, (str, Path)) and is_tokenized(Path(cells)):
         cells = open_tokenized(cells)
     if isinstance(cells, datasets.DatasetDict):
         msg = f"{name} is a DatasetDict ({', '.join(cells)}). Give one of its splits."
@@ -152,7 +162,7 @@ def _open(cells: Any, columns: Sequence[str], tokenizer: GeneformerTokenizer, ge
             cells, tokenizer=tokenizer, obs=list(dict.fromkeys(columns)) or "none", gene_ids=gene_ids, counts_layer=counts_layer, keep_counts=True
         )
     require_lists_of_ids(cells, name=name)
-    missing = [column for column in columns if column not in cells.column_names]
+    missing = [column for column in columns if _name_in(cells, column) is None]
     if missing:
         msg = f"{name}: no column {', '.join(map(repr, missing))}; found {', '.join(cells.column_names)}."
         raise ColumnNotFoundError(msg)
@@ -161,7 +171,23 @@ def _open(cells: Any, columns: Sequence[str], tokenizer: GeneformerTokenizer, ge
     return cells
 
 
-def _is_tokenized(path: Path) -> bool:
+def _has_counts(dataset: datasets.Dataset) -> bool:
+    """Return whether expression stands beside each token, as `keep_counts` keeps it."""
+    kind = dataset.features.get("counts")
+    inner = getattr(kind, "feature", None)
+    return isinstance(inner, datasets.Value) and "float" in inner.dtype
+
+
+def _name_in(dataset: datasets.Dataset, column: str) -> str | None:
+    """Return what a column of obs is called in a dataset: one named like a column of ours has another name there."""
+    if f"obs_{column}" in dataset.column_names:
+        return f"obs_{column}"
+    ours = column in ("input_ids", "length", "cell_id", "counts", "input_ids_uncropped", "length_uncropped") and bool(report_of(dataset))
+    return column if column in dataset.column_names and not ours else None
+
+
+def is_tokenized(path: Path) -> bool:
+    """Return whether a path is a dataset of tokens rather than a file of cells."""
     if path.suffix == ".parquet":
         return True
     if not path.is_dir() or is_zarr(path) or is_tenx_folder(path):
@@ -171,14 +197,16 @@ def _is_tokenized(path: Path) -> bool:
 
 def _decoded(dataset: datasets.Dataset, column: str) -> list[Any]:
     """Return a column, classes by their names."""
-    feature, values = dataset.features[column], list(dataset[column][:])
+    name = _name_in(dataset, column) or column
+    feature, values = dataset.features[name], list(dataset[name][:])
     return [None if value is None else feature.names[value] for value in values] if isinstance(feature, datasets.ClassLabel) else values
 
 
 def _require_different(opened: Sequence[tuple[str, datasets.Dataset]]) -> None:
     seen: dict[str, str] = {}
     for name, dataset in opened:
-        other = seen.setdefault(dataset._fingerprint, name)
-        if other is not name:
+        other = seen.get(dataset._fingerprint)
+        seen[dataset._fingerprint] = name
+        if other is not None:
             msg = f"{name} and {other} are the same cells; given twice, they would be on both sides of a split."
             raise SettingError(msg)

@@ -79,7 +79,9 @@ def label_matrix(columns: Mapping[str, Sequence[Any]]) -> tuple[list[str], np.nd
             numbers = [math.nan if is_missing(v) else _as_flag(v, name) for v in values]
             held.append(np.array(numbers, dtype=np.float32))
         return names, np.stack(held, axis=1)
-    (values,) = columns.values()
+    ((name, values),) = columns.items()
+    if any(isinstance(v, (bool, int, float, np.number)) and not is_missing(v) for v in values):
+        return [name], np.array([[math.nan if is_missing(v) else _as_flag(v, name)] for v in values], dtype=np.float32)
     sets = [None if is_missing(v) else {class_name(part).strip() for part in (v.split(SEPARATOR) if isinstance(v, str) else v)} - {""} for v in values]
     names = sorted(set().union(*(s for s in sets if s is not None)))
     return names, np.array([[math.nan] * len(names) if s is None else [float(name in s) for name in names] for s in sets], dtype=np.float32)
@@ -123,7 +125,8 @@ def class_counts(ids_n: np.ndarray, names: Sequence[str]) -> dict[str, int]:
 def balanced_weights(ids_n: np.ndarray, n_classes: int) -> list[float]:
     """Return a weight for each class, so that all weigh alike and the mean over items is 1."""
     counts = np.bincount(ids_n[ids_n != IGNORED], minlength=n_classes)
-    return (counts.sum() / (np.count_nonzero(counts) * np.maximum(counts, 1))).tolist()
+    # A class that nobody is taught has the usual weight: it would have the largest of all.
+    return np.where(counts > 0, counts.sum() / (np.count_nonzero(counts) * np.maximum(counts, 1)), 1.0).tolist()
 
 
 @dataclass(frozen=True)

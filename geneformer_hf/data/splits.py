@@ -79,6 +79,9 @@ def folds(rows: np.ndarray, *, n_folds: int, classes: np.ndarray | None, groups:
 def _cut(rows: np.ndarray, n: int, classes: np.ndarray | None, groups: np.ndarray | None, seed: int) -> list[tuple[np.ndarray, np.ndarray]]:
     selection = _model_selection()
     of_rows = None if classes is None else classes[rows]
+    if of_rows is not None and np.unique(of_rows, return_counts=True)[1].max() < n:
+        # No class can be spread over so many parts.
+        of_rows = None
     if groups is not None:
         kind = selection.GroupKFold if of_rows is None else selection.StratifiedGroupKFold
         found = kind(n, shuffle=True, random_state=seed).split(rows, of_rows, groups[rows])
@@ -106,20 +109,56 @@ def _parted(rows: np.ndarray, share: float, classes: np.ndarray | None, groups: 
                 f"{n_groups} group is left of group_column, and each has to be wholly on one side: none for {what}. Set {what}_share to 0, or give {what}_data."
             )
             raise SettingError(msg)
-        return _cut(rows, max(2, min(n_groups, round(1 / share))), classes, groups, seed)[0]
+        chosen = _groups_near(rows, share, classes, groups, seed)
+        return rows[~chosen], rows[chosen]
     selection = _model_selection()
     of_rows = None if classes is None else classes[rows]
     if of_rows is not None:
         # A class of one stays where most are: it cannot be on both sides.
         counts = np.unique(of_rows, return_counts=True)
         single = np.isin(of_rows, counts[0][counts[1] < 2])
-        if n < len(counts[0][counts[1] > 1]):
+        if min(n, int((~single).sum()) - n) < len(counts[0][counts[1] > 1]):
             of_rows, single = None, np.zeros(len(rows), dtype=bool)
         else:
             rest, some = selection.train_test_split(rows[~single], test_size=n, random_state=seed, stratify=of_rows[~single])
             return np.sort(np.concatenate([rest, rows[single]])), np.sort(some)
     rest, some = selection.train_test_split(rows, test_size=n, random_state=seed)
     return np.sort(rest), np.sort(some)
+
+
+ORDERS = 5
+"""Orders of groups of which the best is taken; few, so that other seeds give other splits."""
+
+
+def _groups_near(rows: np.ndarray, share: float, classes: np.ndarray | None, groups: np.ndarray, seed: int) -> np.ndarray:
+    """Choose whole groups whose cells come near to a share, and whose classes are like those of all: bool of shape `(rows,)`.
+
+    Of a few random orders of groups; each is gone through once, and a group is taken where it brings the share nearer.
+    """
+    rng, target = np.random.default_rng([seed, 13]), share * len(rows)
+    names, number, sizes = np.unique(groups[rows], return_inverse=True, return_counts=True)
+    kinds = np.zeros(len(rows), dtype=np.int64) if classes is None else np.unique(classes[rows], return_inverse=True)[1]
+    table = np.zeros((len(names), kinds.max() + 1))
+    np.add.at(table, (number, kinds), 1)
+    best, best_score = np.zeros(len(names), dtype=bool), np.inf
+    for _ in range(ORDERS):
+        taken, size = np.zeros(len(names), dtype=bool), 0
+        for group in rng.permutation(len(names)):
+            nearer = abs(size + sizes[group] - target) < abs(size - target)
+            if nearer and taken.sum() < len(names) - 1:
+                taken[group], size = True, size + int(sizes[group])
+        if not size:
+            taken[sizes.argmin()] = True
+        mine, rest = table[taken].sum(axis=0), table[~taken].sum(axis=0)
+        # A class that nobody would be taught is worse than any difference of shares.
+        score = (
+            abs(mine.sum() - target) / target
+            + np.abs(mine / mine.sum() - table.sum(axis=0) / len(rows)).sum() / 2
+            + 10 * float(((rest == 0) & (mine > 0)).sum())
+        )
+        if score < best_score:
+            best, best_score = taken, score
+    return best[number]
 
 
 def groups_of(values: Sequence[Any], column: str, rows: np.ndarray) -> np.ndarray:

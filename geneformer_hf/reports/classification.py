@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -47,6 +48,10 @@ def class_figures(labels_n: np.ndarray, probabilities_nc: np.ndarray, names: Seq
     """
     m = metrics()
     kept = labels_n != IGNORED
+    if not kept.any():
+        # Nothing to count, such as a head without a label in one fold.
+        nothing = dict.fromkeys(("accuracy", "balanced_accuracy", "macro_f1", "log_loss", "brier", "ece", "roc_auc"), math.nan)
+        return {"n": 0, **nothing, "calibration": [], "per_class": [], "confusion": [[0] * len(names) for _ in names]}
     truth, p = labels_n[kept], np.asarray(probabilities_nc, dtype=np.float64)[kept]
     predicted, every = p.argmax(axis=1), np.arange(len(names))
     precision, recall, f1, support = m.precision_recall_fscore_support(truth, predicted, labels=every, zero_division=0.0)
@@ -90,14 +95,18 @@ def label_figures(labels_nk: np.ndarray, probabilities_nk: np.ndarray, names: Se
     m = metrics()
     truth, p = np.asarray(labels_nk) > 0.5, np.asarray(probabilities_nk, dtype=np.float64)
     predicted = p >= 0.5
-    precision, recall, f1, support = m.precision_recall_fscore_support(truth, predicted, average=None, zero_division=0.0)
-    aucs = [auc_of(truth[:, i], p[:, i]) for i in range(len(names))]
+    # Label by label: of a single one scikit-learn would count its absence as a class.
+    counted = [
+        m.precision_recall_fscore_support(truth[:, i], predicted[:, i], average="binary", pos_label=True, zero_division=0.0)[:3] for i in range(len(names))
+    ]
+    precision, recall, f1 = (np.array(values) for values in zip(*counted, strict=True))
+    support, aucs = truth.sum(axis=0), [auc_of(truth[:, i], p[:, i]) for i in range(len(names))]
     return {
         "n": len(truth),
         "accuracy": float((truth == predicted).mean()),
         "all_right": float((truth == predicted).all(axis=1).mean()),
         "macro_f1": float(f1.mean()),
-        "micro_f1": float(m.f1_score(truth, predicted, average="micro", zero_division=0.0)),
+        "micro_f1": float(2 * (truth & predicted).sum() / max(truth.sum() + predicted.sum(), 1)),
         "roc_auc": float(np.nanmean(aucs)) if not np.isnan(aucs).all() else float("nan"),
         "per_class": [
             {"class": names[i], "n": int(support[i]), "precision": float(precision[i]), "recall": float(recall[i]), "f1": float(f1[i]), "roc_auc": aucs[i]}
@@ -117,8 +126,11 @@ def number_figures(labels_nk: np.ndarray, predicted_nk: np.ndarray, names: Seque
         with warnings.catch_warnings():
             # A constant has no correlation; NaN says so.
             warnings.simplefilter("ignore")
-            pearson, spearman = float(pearsonr(truth, found).statistic), float(spearmanr(truth, found).statistic)
-        rows.append({"column": name, "n": len(truth), "r2": float(m.r2_score(truth, found)), "mae": float(np.abs(truth - found).mean()),
+            several = len(truth) > 1
+            pearson = float(pearsonr(truth, found).statistic) if several else math.nan
+            spearman = float(spearmanr(truth, found).statistic) if several else math.nan
+            r2 = float(m.r2_score(truth, found)) if several else math.nan
+        rows.append({"column": name, "n": len(truth), "r2": r2, "mae": float(np.abs(truth - found).mean()),
                      "rmse": float(np.sqrt(np.square(truth - found).mean())), "pearson": pearson, "spearman": spearman})  # fmt: skip
     means = {key: float(np.mean([row[key] for row in rows])) for key in ("r2", "mae", "rmse", "pearson", "spearman")}
     return {"n": len(labels_nk), **means, "per_column": rows}

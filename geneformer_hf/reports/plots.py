@@ -151,7 +151,12 @@ def plot_training(
 
 
 def save_figure(plt: Any, figure: Any, path: Path) -> None:
-    """Write a picture and forget it."""
+    """Write a picture and forget it; a dollar in a name is a dollar, and no formula."""
+    from matplotlib.text import Text
+
+    for text in figure.findobj(Text):
+        if "$" in text.get_text() and "mathdefault" not in text.get_text():
+            text.set_parse_math(False)
     figure.savefig(path, dpi=150)
     plt.close(figure)
 

@@ -160,8 +160,8 @@ class GeneformerFineTuningArguments(TrainingSettings):
     load_best_model_at_end: bool = field(default=True, metadata={"help": "keep the epoch that does best on validation cells"})
 
     def __post_init__(self) -> None:
-        if str(self.eval_strategy) in ("no", "IntervalStrategy.NO"):
-            # Nothing to choose the best epoch by.
+        if "no" in [str(getattr(value, "value", value)) for value in (self.eval_strategy, self.save_strategy)]:
+            # Nothing to choose the best epoch by, or from.
             self.load_best_model_at_end = False
         asked = self.metric_for_best_model, self.greater_is_better
         super().__post_init__()
@@ -213,7 +213,8 @@ class GeneformerFineTuningArguments(TrainingSettings):
             (bool(self.adversarial) and not several, "adversarial is for several columns of label: what to predict, and what not to hold"),
             (bool(self.adversarial) and set(labels) <= set(self.adversarial or []), "adversarial names all columns of label; at least one has to be predicted"),
             (self.problem_type != PROBLEM_TYPES[0] and self.class_weights != "none", f"class_weights are for classes, and problem_type is {self.problem_type}"),
-            (self.problem_type == "regression" and self.max_cells_per_class is not None, "max_cells_per_class is for classes, and problem_type is regression"),
+            (self.problem_type != PROBLEM_TYPES[0] and self.max_cells_per_class is not None, f"max_cells_per_class is for classes, and problem_type is {self.problem_type}"),
+            (self.problem_type != PROBLEM_TYPES[0] and self.rare_threshold > 0, f"rare_threshold is for classes, and problem_type is {self.problem_type}"),
             (several and self.max_cells_per_class is not None, "max_cells_per_class is for one column of label"),
             *((name not in labels, f"adversarial names {name!r}, which is not a column of label") for name in self.adversarial or []),
             *((name not in labels, f"task_weights names {name!r}, which is not a column of label") for name in self.task_weights or {}),

@@ -123,7 +123,8 @@ def remove_other_runs(output: Path, identity: dict[str, Any], *, asked_for: str 
             raise OutputExistsError(msg)
     elif _is_unfinished(output, identity):
         return
-    for path in (*checkpoints_in(output), *output.glob(f"{FOLD}*")):
+    # Folds of a finished run go with it; those beside no model are of this run, or are made anew where they are not.
+    for path in (*checkpoints_in(output), *(output.glob(f"{FOLD}*") if model.exists() else [])):
         shutil.rmtree(path)
     shutil.rmtree(model, ignore_errors=True)
 

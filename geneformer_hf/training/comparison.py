@@ -67,6 +67,7 @@ def cell_baselines(
     for head in task.heads:
         labels = task.labels_of(head)[train]
         if head.kind == "single_label_classification" and not (labels != IGNORED).any():
+            found[head.name] = {name: np.full((len(split.test), len(head.names)), 1 / len(head.names)) for name in spaces}
             continue
         found[head.name] = {name: predicted_by(kind, head.kind, x, labels, y, len(head.names)) for name, (kind, x, y) in spaces.items()}
     return found

@@ -129,7 +129,7 @@ class GeneformerFineTuner(PlannedTrainer):
             np.add.at(scores.sums_vc, tokens, probabilities.astype(np.float64))
             np.add.at(scores.n_cells_v, tokens, 1)
         if parts:
-            scores.classes_m = np.concatenate([classes for _, classes, _ in parts]).astype(np.int8)
+            scores.classes_m = np.concatenate([classes for _, classes, _ in parts]).astype(np.int16)
             scores.probabilities_mc = np.concatenate([probabilities for *_, probabilities in parts])
         return scores
 

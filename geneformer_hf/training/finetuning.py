@@ -100,6 +100,10 @@ def finetune(
     require_processes(arguments)
     started, output, asked = time.monotonic(), Path(str(arguments.output_dir)), arguments
     _require_place(arguments, output)
+    if arguments.overwrite and (output / MODEL_FOLDER).exists():
+        with arguments.main_process_first(local=False, desc="make room"):
+            if arguments.process_index == 0:
+                remove_other_runs(output, {}, asked_for=arguments.resume_from_checkpoint)
     tokenizer = tokenizer or open_tokenizer(arguments)
     prepared = prepare(arguments, tokenizer, {TRAIN: train_data, VALIDATION: validation_data, TEST: test_data}, gene_classes=gene_classes)
     if arguments.process_index == 0:
@@ -157,7 +161,7 @@ def train_once(
     """
     arguments = copy.copy(arguments)
     trainer, model = make_trainer(arguments, prepared, split, callbacks=callbacks)
-    trainer.identity = identity_of(arguments, trainer, model, is_new=False, more={"name": name, **prepared.fingerprint})
+    trainer.identity = identity_of(arguments, trainer, model, is_new=False, more={"name": name, **prepared.fingerprint, **_chosen_by(arguments)})
     with arguments.main_process_first(local=False, desc="look for checkpoints"):
         if arguments.overwrite and arguments.process_index == 0:
             remove_other_runs(folder, trainer.identity, asked_for=arguments.resume_from_checkpoint)
@@ -220,6 +224,14 @@ def make_trainer(
         msg = f"Trainer refuses these settings: {error}"
         raise SettingError(msg) from error
     return trainer, model
+
+
+def _chosen_by(arguments: GeneformerFineTuningArguments) -> dict[str, Any]:
+    """Return how the best epoch is told, where it is: with another figure or other evaluations another one might be."""
+    if not arguments.load_best_model_at_end:
+        return {"best by": None}
+    steps = arguments.eval_steps if arguments.eval_strategy == IntervalStrategy.STEPS else None
+    return {"best by": [arguments.metric_for_best_model, str(arguments.eval_strategy), steps]}
 
 
 def settle(arguments: GeneformerFineTuningArguments, task: CellTask | GeneTask, split: Split) -> None:

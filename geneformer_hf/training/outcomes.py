@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import xxhash
 import yaml
 
 from .._version import __version__
@@ -113,7 +114,6 @@ def _write_all(outcome: Outcome, folder: Path) -> tuple[dict[str, Any], pd.DataF
         figures["per_occurrence"] = _occurrences(outcome, task)
     history = {f"{FOLD}{i + 1}" if len(outcome.trained) > 1 else "training": t.history for i, t in enumerate(outcome.trained)}
     (folder / "history.json").write_text(json.dumps(history, indent=1) + "\n", encoding="utf-8")
-    (folder / "figures.json").write_text(json.dumps(figures, indent=1, default=float) + "\n", encoding="utf-8")
     predictions = _predictions(outcome, results) if results else pd.DataFrame()
     if results:
         predictions.to_csv(folder / "predictions.csv", index=False)
@@ -125,6 +125,7 @@ def _write_all(outcome: Outcome, folder: Path) -> tuple[dict[str, Any], pd.DataF
             confusion = pd.DataFrame(figures["heads"][result.head.name][MODEL]["confusion"], index=pd.Index(names, name="true"), columns=names)
             confusion.to_csv(folder / f"confusion_{_file_name(result.head.name)}.csv")
     pictures = _draw(outcome, results, figures, history, folder)
+    (folder / "figures.json").write_text(json.dumps(_without_nan(figures), indent=1) + "\n", encoding="utf-8")
     settings = {name: value for name, value in resolved(outcome.asked).items() if name not in PLACES}
     _write_report(outcome, results, figures, pictures, settings, folder)
     start = outcome.asked.from_checkpoint
@@ -209,7 +210,7 @@ def _predictions(outcome: Outcome, results: list[HeadResult]) -> pd.DataFrame:
     prepared, task = outcome.prepared, outcome.prepared.task
     rows = np.concatenate([split.test for split in prepared.splits])
     if isinstance(task, CellTask):
-        table = pd.DataFrame({"cell_id": [prepared.cells.cell_ids[row] for row in rows.tolist()]})
+        table = pd.DataFrame({"row": rows, "cell_id": [prepared.cells.cell_ids[row] for row in rows.tolist()]})
     else:
         tokens = task.classes.token_ids[rows]
         names = prepared.tokenizer.gene_table.ensembl_of_tokens(tokens.tolist())
@@ -372,6 +373,18 @@ def _write_report(
     )
 
 
+def _without_nan(value: Any) -> Any:
+    """Return figures as JSON knows them: what is not a number is null."""
+    if isinstance(value, dict):
+        return {str(key): _without_nan(one) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_nan(one) for one in value]
+    if isinstance(value, (float, np.floating)):
+        return float(value) if np.isfinite(value) else None
+    return value.item() if isinstance(value, np.generic) else value
+
+
 def _file_name(name: str) -> str:
-    """Return a column's name as part of a file name."""
-    return "".join(c if c.isalnum() or c in "-_." else "_" for c in name)
+    """Return a column's name as part of a file name; a hash tells apart names that would be too long or alike."""
+    plain = "".join(c if c.isalnum() or c in "-_." else "_" for c in name)
+    return plain if plain == name and len(plain) <= 60 else f"{plain[:60]}_{xxhash.xxh3_64_hexdigest(name.encode())[:6]}"

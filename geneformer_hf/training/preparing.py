@@ -88,6 +88,11 @@ def prepare(
     if TRAIN not in sources:
         msg = "No data: give `train_data`, files of cells or tokenized datasets."
         raise SettingError(msg)
+    given_too = [name for part, name in ((VALIDATION, "validation_data"), (TEST, "test_data")) if part in sources]
+    if given_too and (arguments.n_folds or arguments.gene_classes or gene_classes):
+        why = "n_folds makes the test cells itself" if arguments.n_folds else "genes are split, not cells"
+        msg = f"{' and '.join(given_too)} cannot be given here: {why}. Leave it out."
+        raise SettingError(msg)
     wanted = [*(arguments.label or []), *(arguments.leave_out or {}), *(arguments.keep_only or {}), *(arguments.balance_columns or [])]
     columns = list(dict.fromkeys([*wanted, *([arguments.group_column] if arguments.group_column else [])]))
     with arguments.main_process_first(local=False, desc="open the cells"):
@@ -95,11 +100,15 @@ def prepare(
     if arguments.gene_classes or gene_classes:
         return _prepare_genes(arguments, tokenizer, cells, gene_classes)
     task = cell_task(cells, arguments)
+    for part, name in ((VALIDATION, "validation_data"), (TEST, "test_data")):
+        if part in sources and not (cells.usable & (cells.part == part)).any():
+            msg = f"{name}: none of its {int((cells.part == part).sum()):,} cells can be used ({'; '.join(cells.notes)}). Give cells with labels that training cells have."
+            raise SettingError(msg)
     splits = _split_cells(arguments, cells, task)
     balance = []
     if arguments.balance_columns:
         balance = [balance_table(split, {name: cells.columns[name] for name in arguments.balance_columns}) for split in splits if len(split.test)]
-    notes = [*cells.notes, *task.notes, *_remarks(arguments, task, splits)]
+    notes = [*cells.notes, *task.notes, *_remarks(arguments, task, splits, has_test_data=TEST in sources)]
     return Prepared(tokenizer, cells, task, splits, np.flatnonzero(cells.usable), notes, balance)
 
 
@@ -189,7 +198,7 @@ def _split_cells(arguments: GeneformerFineTuningArguments, cells: LabelledCells,
     return splits
 
 
-def _remarks(arguments: GeneformerFineTuningArguments, task: CellTask, splits: Sequence[Split]) -> list[str]:
+def _remarks(arguments: GeneformerFineTuningArguments, task: CellTask, splits: Sequence[Split], *, has_test_data: bool) -> list[str]:
     """Return what a reader of the figures should know of the splits."""
     found = []
     for number, split in enumerate(splits):
@@ -209,7 +218,7 @@ def _remarks(arguments: GeneformerFineTuningArguments, task: CellTask, splits: S
                 found.append(f"{where}: classes without a test cell: {', '.join(name for name, n in test.items() if not n)}")
     if arguments.n_folds and arguments.validation_share and arguments.load_best_model_at_end:
         found.append("folds were tested at the epoch that did best on their validation cells; the final model was trained for all epochs")
-    if arguments.group_column is None and arguments.test_data is None:
+    if arguments.group_column is None and not has_test_data:
         found.append(
             "cells were split one by one: cells of one donor or batch may be on both sides, and figures are higher than for a new donor. Name it with group_column, if there is one."
         )

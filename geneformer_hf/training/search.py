@@ -37,6 +37,14 @@ STUDY_FILE = "study.journal"
 STUDY = "finetune"
 PRUNERS = ("median", "hyperband", "none")
 BACKENDS = ("optuna", "ray")
+# fmt: off
+SEARCHABLE = (
+    "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps", "max_tokens_per_batch",
+    "max_grad_norm", "adam_beta1", "adam_beta2", "adam_epsilon", "optim", "freeze_layers", "freeze_embeddings", "pooling", "dropout", "attention_dropout", "class_weights", "adapter",
+    "quantization", "lora_rank", "lora_alpha", "lora_dropout", "lora_targets",
+)
+# fmt: on
+"""Arguments of which a search may try several values: how is learnt, not what."""
 SEARCH_KEYS = ("space", "n_trials", "metric", "pruner", "n_jobs", "backend", "refit", "seed")
 
 
@@ -89,8 +97,8 @@ def _problem_of(name: str, dimension: Any) -> str | None:
     known = GeneformerFineTuningArguments.__dataclass_fields__
     if name not in known:
         return f"space: {name}{suggestion(name, known)} is no argument of finetune"
-    if name in ("output_dir", "from_checkpoint", "train_data", "label", "gene_classes", "seed", "test_share", "validation_share", "n_folds", "group_column"):
-        return f"space: {name} would change what is compared, not how it is learnt"
+    if name not in SEARCHABLE:
+        return f"space: {name} cannot be searched over: it changes what is compared, or nothing. Known: {', '.join(SEARCHABLE)}"
     if isinstance(dimension, list):
         return None if dimension else f"space: {name} has no values"
     if not isinstance(dimension, Mapping) or not {"low", "high"} <= set(dimension) or set(dimension) - {"low", "high", "log", "step"}:
@@ -304,6 +312,17 @@ def _run_trials(
     trainer, _ = make_trainer(mine, prepared, prepared.splits[0], by_trial=True)
     metric, greater = str(mine.metric_for_best_model), bool(mine.greater_is_better)
     before = {name: getattr(mine, name) for name in settings.space}
+    start = trainer.model_init
+
+    def start_or_prune(trial: Any) -> Any:
+        try:
+            return start(trial)  # type: ignore[misc]
+        except SettingError as error:
+            # Values that do not go together, such as an adapter on layers that are all frozen.
+            logger.warning("Trial %s is left out: %s", getattr(trial, "number", ""), error)
+            raise optuna.TrialPruned(str(error)) from error
+
+    trainer.model_init = start_or_prune
 
     def space(trial: Any) -> dict[str, Any]:
         for name, value in before.items():

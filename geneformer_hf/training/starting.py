@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -43,6 +44,9 @@ def open_base(arguments: TrainingSettings, model_class: Any, fields: dict[str, A
         msg = f"{where} is an adapter. Merge it with its base first (`geneformer-hf export {where} OUTPUT --format merged`), and start from OUTPUT."
         raise CheckpointError(msg)
     require_checkpoint(where)
+    if Path(where).is_dir():
+        # An adapter remembers where its base is, and may be opened from another folder.
+        where = str(Path(where).resolve())
     options = {"double": arguments.double_quantization, "compute_dtype": arguments.compute_dtype}
     quantization = None if arguments.quantization == "none" else quantization_config(arguments.quantization, **options)  # type: ignore[arg-type]
     with refusals(where):
@@ -77,6 +81,9 @@ def start_model(arguments: GeneformerFineTuningArguments, model_class: Any, fiel
     """Return the model to fine-tune, with an adapter where one is asked for, in full precision but for quantised weights."""
     fields = dict(fields)
     if model_class.__name__ != "GeneformerForTokenClassification":
+        if arguments.pooling == "cls" and tokenizer.cls_token_id is None:
+            msg = "pooling 'cls' needs a <cls> token, and this model's vocabulary has none (V1). Use mean, attention or first."
+            raise SettingError(msg)
         fields["pooling"] = arguments.pooling or ("cls" if tokenizer.cls_token_id is not None else "mean")
     if arguments.dropout is not None:
         fields |= {"hidden_dropout_prob": float(arguments.dropout), "classifier_dropout": None}

@@ -21,6 +21,11 @@ from ..models.modeling_geneformer import (
 from ..reports.classification import figures_of
 from .arguments import GeneformerFineTuningArguments
 
+NO_HEADS: dict[str, Any] = dict.fromkeys(
+    ("task_labels", "task_weights", "adversarial_tasks", "task_class_weights", "class_weights", "label_columns", "label_mean", "label_scale", "problem_type")
+)
+"""What the configuration of another task may have left, none of which holds any more."""
+
 
 @dataclass
 class CellTask:
@@ -67,7 +72,7 @@ class CellTask:
     def config_fields(self, arguments: GeneformerFineTuningArguments, train_rows: np.ndarray) -> dict[str, Any]:
         """Return what the configuration of a model has to say of this task."""
         columns = column_names(self.heads)
-        fields: dict[str, Any] = {
+        fields: dict[str, Any] = NO_HEADS | {
             "problem_type": self.kind,
             "label_columns": columns,
             "class_weights": None,
@@ -172,6 +177,10 @@ def _classes_of(cells: LabelledCells, column: str, values: Sequence[Any], argume
         if rare and len(arguments.label or []) > 1:
             cells.notes.append(f"{column}: {sum(rare.values()):,} labels not used, of classes with fewer than {least:,.0f} cells: {describe_counts(rare)}")
         names, ids = class_ids([None if not is_missing(v) and class_name(v) in rare else v for v in values], [name for name in names if name not in rare])
+    lowered = {name.lower() for name in names}
+    if lowered & {"0", "1"} and lowered & {"true", "false"}:
+        msg = f"column {column!r} holds {', '.join(names)}: 0 and 1 in some files, False and True in others. Write them alike."
+        raise SettingError(msg)
     if len(names) < 2:
         msg = f"column {column!r} holds {len(names)} class{'' if len(names) == 1 else 'es'} ({', '.join(names) or 'none'}) among {int(here.sum()):,} cells to train on; a classifier needs two at least."
         raise SettingError(msg)
@@ -226,7 +235,7 @@ class GeneTask:
         """Return what the configuration of a model has to say of this task; rows are genes."""
         names = self.classes.names
         weights = balanced_weights(self.classes.class_ids[train_rows], len(names)) if arguments.class_weights == "balanced" else None
-        return {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}, "class_weights": weights,
+        return NO_HEADS | {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}, "class_weights": weights,
                 "label_columns": None, "problem_type": None}  # fmt: skip
 
 
@@ -239,7 +248,7 @@ class GeneScores:
     n_cells_v: np.ndarray
     """int64 of shape `(vocabulary,)`: cells each gene was scored in."""
     classes_m: np.ndarray
-    """int8 of shape `(m,)`: the true class of each gene in each cell."""
+    """int16 of shape `(m,)`: the true class of each gene in each cell."""
     probabilities_mc: np.ndarray
     """float32 of shape `(m, classes)`."""
 
@@ -247,7 +256,7 @@ class GeneScores:
     def empty(cls, vocab_size: int, n_classes: int) -> GeneScores:
         """Return scores of nothing."""
         zeros = np.zeros((vocab_size, n_classes))
-        return cls(zeros, np.zeros(vocab_size, dtype=np.int64), np.empty(0, dtype=np.int8), np.empty((0, n_classes), dtype=np.float32))
+        return cls(zeros, np.zeros(vocab_size, dtype=np.int64), np.empty(0, dtype=np.int16), np.empty((0, n_classes), dtype=np.float32))
 
     def __add__(self, other: GeneScores) -> GeneScores:
         return GeneScores(

@@ -99,7 +99,7 @@ def test_a_class_that_says_it_is_missing_is_pointed_at(tune, labelled):
 
 
 def test_donors_on_both_sides_are_refused(tune, labelled):
-    with pytest.raises(SettingError, match=r"\d of the values of 'donor' are among train cells and among test cells \(d0, d1"):
+    with pytest.raises(SettingError, match=r"\d of the values of 'donor' are among train cells and among test cells \(d\d, d\d"):
         tune(test_data=labelled[:40].copy(), group_column="donor")
 
 

@@ -105,7 +105,7 @@ def test_bad_trials_are_pruned(arguments, labelled):
         ({"space": {"learning_rate": {"low": "1e-5", "high": 1}}}, "learning_rate goes from '1e-5' to 1"),
         ({"space": {"learning_rate": {"low": 0.0, "high": 1, "log": True}}}, "in steps of a factor; expected a number above 0"),
         ({"space": {"learning_rate": []}}, "learning_rate has no values"),
-        ({"space": {"test_share": [0.1, 0.2]}}, "test_share would change what is compared"),
+        ({"space": {"test_share": [0.1, 0.2]}}, "test_share cannot be searched over"),
         ({"space": {"learning_rate": [1e-3]}, "n_trials": 0}, "n_trials is 0; expected a whole number above 0"),
         ({"space": {"learning_rate": [1e-3]}, "pruner": "x"}, "pruner is 'x'; expected median or hyperband or none"),
         ({"space": {"learning_rate": [1e-3]}, "trials": 3}, r"unknown setting trials \(did you mean 'n_trials'\?\)"),

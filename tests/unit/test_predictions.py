@@ -100,7 +100,7 @@ def test_labels_probabilities_and_entropy(tokenizer, cells):
     np.testing.assert_allclose(adata.obs["cell_type_probability"], p.max(1))
     np.testing.assert_allclose(adata.obs["cell_type_entropy"], -(p * np.log(p)).sum(1), atol=1e-6)
     np.testing.assert_allclose(softmax(adata.obsm["cell_type_logits"]), p, atol=1e-6)
-    assert adata.uns["geneformer_predictions"]["cell_type"].tolist() == ["B", "NK", "T"]
+    assert adata.uns["geneformer_predictions"]["classes"]["cell_type"].tolist() == ["B", "NK", "T"]
     with pytest.raises(ValueError, match="29 cells, and predictions of 30"):
         found.add_to(adata[:29].copy())
 
