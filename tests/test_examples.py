@@ -152,7 +152,7 @@ def test_the_how_tos_of_adapters_and_searching(labelled):
     text = (ROOT / "docs" / "adapters.md").read_text()
     commands = [line.split("  #")[0].split() for line in re.findall(r"```bash\n(.*?)```", text, re.S)[0].splitlines()]
     printed = [run(["-m", "geneformer_hf"], labelled, *words[1:]) for words in commands]
-    assert re.search(r"LoRA adapter of geneformer-v2: rank 16 on .*; saved whole: classifier, pooler; 0\.\d MB\nTrained on plain weights", printed[1])
+    assert re.search(r"LoRA adapter of .*geneformer-v2: rank 16 on all-linear; saved whole: classifier, pooler; 0\.\d MB\nTrained on plain weights", printed[1])
     assert (labelled / "adapted.csv").is_file()
     assert (labelled / "merged" / "model.safetensors").is_file()
     (block,) = re.findall(r"```python\n(.*?)```", text, re.S)

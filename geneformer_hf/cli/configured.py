@@ -36,6 +36,7 @@ class ConfiguredCommand(Command):
         kind = self.settings_class()
         if args.help or args.help_all:
             print(self._parser.format_help())
+            print(self.help_of_own())
             print(f"recipes: {', '.join(recipe_names(kind))}\n")
             print(describe_settings(kind, inherited=args.help_all))
             return 0
@@ -48,6 +49,10 @@ class ConfiguredCommand(Command):
 
     own_keys: tuple[str, ...] = ()
     """Keys of the YAML file that are the command's own."""
+
+    def help_of_own(self) -> str:
+        """Describe the command's own keys."""
+        return ""
 
     def without_own(self, settings: dict[str, Any]) -> dict[str, Any]:
         """Take out of the settings what is the command's own."""

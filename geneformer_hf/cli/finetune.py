@@ -39,6 +39,7 @@ class Finetune(ConfiguredCommand):
 
 def print_outcome(figures: dict[str, Any], folder: Path) -> None:
     """Print the figures of each head beside its baselines, and where things are."""
+    from ..reports.cards import occurrences_in_words
     from ..training.outcomes import comparison_rows, kind_of, verdict_of
 
     for name, found in figures["heads"].items():
@@ -51,9 +52,6 @@ def print_outcome(figures: dict[str, Any], folder: Path) -> None:
         for row in rows:
             print(f"  {row['']:58}{''.join(f'{row[key]:19.3f}' for key in keys[:4])}")
         print(f"  {verdict_of(found, kind)}")
-    if "per_occurrence" in figures and "mean_auc_by_length" in figures["per_occurrence"]:
-        each = figures["per_occurrence"]
-        print(
-            f"\nEvery gene in every cell ({each['n']:,}), as published figures count: mean ROC AUC {each['mean_auc_by_length']:.3f} ± {each['sd_auc_by_length']:.3f} (plain mean {each['mean_auc_plain']:.3f} ± {each['sd_auc_plain']:.3f})"
-        )
+    if "per_occurrence" in figures:
+        print(f"\n{occurrences_in_words(figures['per_occurrence'])}")
     print(f"\nModel, tokenizer, card, figures, predictions: {folder}{os.sep}. Look at {folder / 'report.html'}")

@@ -65,7 +65,7 @@ class Info(Command):
 
             table = GeneTable.load(path)
             print(
-                f"Gene table: {len(table):,} {table.species} genes, token ids {table.token_ids.min():,} to {table.token_ids.max():,}, {len(table.aliases):,} aliases; {table.source}; fingerprint {table.fingerprint}"
+                f"Gene table: {len(table):,} {table.species} genes, token ids {table.token_ids.min():,} to {table.token_ids.max():,}, {len(table.aliases):,} aliases; {f'{table.source}; ' if table.source else ''}fingerprint {table.fingerprint}"
             )
             return
         try:
@@ -121,7 +121,7 @@ class Info(Command):
         print(f"Get it: geneformer-hf convert {name} FOLDER")
 
     def _model(self, model: str) -> None:
-        from ..models.adapters import describe_adapter, is_adapter
+        from ..models.adapters import count_parameters, describe_adapter, is_adapter
         from ..models.heads import heads_of
         from ..models.loading import load_model, load_tokenizer, require_checkpoint, require_same_vocabulary
         from ..models.modeling_geneformer import GeneformerForMaskedLM, GeneformerForTokenClassification, GeneformerModel
@@ -135,7 +135,7 @@ class Info(Command):
         else:
             require_checkpoint(model)
         loaded = load_model(model)
-        n = sum(p.numel() for p in loaded.parameters())
+        n = count_parameters(loaded)
         print(f"{type(loaded).__name__}, {n:,} parameters, {loaded.get_memory_footprint() / 1e6:,.1f} MB in memory")
         self._config(loaded.config)
         if not isinstance(loaded, (GeneformerForMaskedLM, GeneformerModel)):
@@ -151,7 +151,9 @@ class Info(Command):
             return
         require_same_vocabulary(loaded.config, tokenizer)
         table = tokenizer.gene_table
-        print(f"Tokenizer: {len(table):,} {table.species} genes, {len(table.aliases):,} aliases; {table.source}; fingerprint {table.fingerprint}")
+        print(
+            f"Tokenizer: {len(table):,} {table.species} genes, {len(table.aliases):,} aliases; {f'{table.source}; ' if table.source else ''}fingerprint {table.fingerprint}"
+        )
 
     def _config(self, config: object) -> None:
         names = {

@@ -34,6 +34,12 @@ class Search(ConfiguredCommand):
 
     _search: Any = None
 
+    def help_of_own(self) -> str:
+        """Describe the part `search`."""
+        from ..training.search import HELP
+
+        return HELP
+
     def work(self, arguments: Any, args: Namespace) -> int:
         """Search, refit, and print the trials."""
         from ..training.search import read_search, search

@@ -73,7 +73,9 @@ class LabelledCells:
                     msg = f"{'keep_only' if wanted else 'leave_out'}: no cell has {column} {', '.join(map(repr, absent))}. Found: {describe_counts(_counted(texts))}."
                     raise SettingError(msg)
                 chosen = np.isin(texts, named)
-                self.leave_out(~chosen if wanted else chosen, f"{column} is {'none of' if wanted else 'one of'} {', '.join(named)}")
+                self.leave_out(
+                    ~chosen if wanted else chosen, f"{column} is {'none of' if wanted else 'one of'} {', '.join(name or '(missing)' for name in named)}"
+                )
 
     def leave_out_rare(self, ids_n: np.ndarray, names: Sequence[str], *, threshold: float) -> None:
         """Leave out classes with fewer training cells than a share or number."""

@@ -169,7 +169,7 @@ def groups_of(values: Sequence[Any], column: str, rows: np.ndarray) -> np.ndarra
     """
     missing = [row for row in rows.tolist() if is_missing(values[row])]
     if missing:
-        msg = f"group_column {column!r} is missing in {len(missing):,} of {len(rows):,} cells (first row {missing[0]:,}), so it cannot be told on which side they may be. Fill it, or leave these cells out."
+        msg = f'group_column {column!r} is missing in {len(missing):,} of {len(rows):,} cells (first row {missing[0]:,}), so it cannot be told on which side they may be. Fill it, or leave these cells out (leave_out: {{{column}: [""]}}).'
         raise SettingError(msg)
     names = [class_name(v) if not is_missing(v) else "" for v in values]
     return np.unique(np.array(names, dtype=object).astype(str), return_inverse=True)[1]

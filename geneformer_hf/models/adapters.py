@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import logging
+import math
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -116,6 +117,17 @@ def open_weights(
 def is_quantized(model: Any) -> bool:
     """Return whether a model's linear layers hold 8-bit or 4-bit weights."""
     return bool(getattr(model, "is_loaded_in_8bit", False) or getattr(model, "is_loaded_in_4bit", False))
+
+
+def count_parameters(model: Any, *, trained: bool = False) -> int:
+    """Return how many numbers a model learns or holds: 4-bit ones, which are stored in pairs, each; originals beside trained copies not."""
+    n = 0
+    for name, p in model.named_parameters():
+        if ".original_module." in name or (trained and not p.requires_grad):
+            continue
+        state = getattr(p, "quant_state", None)
+        n += math.prod(state.shape) if state is not None else p.numel()
+    return n
 
 
 def require_savable(model: Any) -> None:
@@ -271,7 +283,9 @@ def describe_adapter(folder: str | Path) -> AdapterInfo:
     return AdapterInfo(
         base=str(settings.get("base_model_name_or_path")),
         rank=int(settings.get("r") or 0),
-        targets=", ".join(sorted(targets)) if isinstance(targets, list) else str(targets),
+        targets=next(
+            (name for name, known in LORA_TARGETS.items() if known == targets or (isinstance(targets, list) and sorted(targets) == known)), str(targets)
+        ),
         heads=_saved_whole(folder / ADAPTER_WEIGHTS),
         n_bytes=n_bytes,
         quantization="nf4" if trained_on.get("load_in_4bit") else "int8" if trained_on.get("load_in_8bit") else None,

@@ -123,11 +123,17 @@ def refusals(model: Any) -> Iterator[None]:
         raise CheckpointError(msg) from error
 
 
+def is_hub_id(name: str | Path) -> bool:
+    """Return whether something that is not on this disk can be a repository on the Hub: two parts, the first no folder here."""
+    parts = Path(name).parts
+    return len(parts) == 2 and not str(name).startswith((".", "/", "~")) and not Path(parts[0]).is_dir()
+
+
 def require_checkpoint(model: str | Path) -> None:
     """Raise if a local folder cannot be a checkpoint: no config.json, or git-lfs pointers in place of weights."""
     folder = Path(model)
     if not folder.exists():
-        if len(folder.parts) != 2 or str(model).startswith((".", "/", "~")):
+        if not is_hub_id(model):
             msg = f"{model} does not exist. Give the folder of a converted checkpoint, or a Hub id such as 'name/model'."
             raise CheckpointError(msg)
         return
@@ -147,7 +153,7 @@ def load_tokenizer(folder: Any, **kwargs: Any) -> GeneformerTokenizer:
         CheckpointError: if there is none; published checkpoints carry none until they are converted.
     """
     local = Path(folder)
-    if not local.exists() and (len(local.parts) != 2 or str(folder).startswith((".", "/", "~"))):
+    if not local.exists() and not is_hub_id(folder):
         # A Hub id has two parts; asking the Hub for anything else only takes time.
         msg = f"{folder} does not exist (looked for in {Path.cwd()}). Give the folder of a tokenizer or converted checkpoint, or a Hub id such as 'name/model'."
         raise CheckpointError(msg)

@@ -204,6 +204,8 @@ class FineTuningFacts:
     started_from: str | None
     is_adapter: bool
     version: str
+    is_published: bool = False
+    """Whether that is a repository on the Hub."""
 
 
 def finetuning_card(facts: FineTuningFacts, *, name: str) -> str:
@@ -214,7 +216,7 @@ def finetuning_card(facts: FineTuningFacts, *, name: str) -> str:
         "tags": ["geneformer", "single-cell", "transcriptomics", "biology", *(["lora"] if facts.is_adapter else [])],
         "pipeline_tag": task,
     }
-    if facts.started_from:
+    if facts.started_from and facts.is_published:
         metadata["base_model"] = facts.started_from
     results = []
     for head, found in facts.figures["heads"].items():
@@ -246,6 +248,7 @@ def finetuning_card(facts: FineTuningFacts, *, name: str) -> str:
         f"{facts.figures['n_train']:,} {'genes' if facts.of_genes else 'cells'} to train on, {facts.figures['n_test']:,} to test"
         + (f", in {facts.figures['folds']} folds; the model here was then trained on all of them." if facts.figures["folds"] else "."),
         *_comparison_lines(facts),
+        *_occurrence_lines(facts.figures),
         "",
         *([f"Remarks:\n\n{chr(10).join(f'- {note}' for note in facts.figures['notes'])}\n"] if facts.figures["notes"] else []),
         "`report.html` has pictures and figures of each class; `predictions.csv` each prediction; `splits.csv` who was on which side.",
@@ -269,6 +272,19 @@ def finetuning_card(facts: FineTuningFacts, *, name: str) -> str:
         f"Please cite: {PAPERS['V1']}.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _occurrence_lines(figures: dict[str, Any]) -> list[str]:
+    return ["", occurrences_in_words(figures["per_occurrence"])] if "per_occurrence" in figures else []
+
+
+def occurrences_in_words(each: dict[str, Any]) -> str:
+    """Say how genes are classified when each counts once for every cell that expresses it, as published figures count."""
+    text = f"Every gene in every cell ({each['n']:,}), as published figures count: accuracy {each['accuracy']:.3f}, macro F1 {each['macro_f1']:.3f}"
+    if "mean_auc_by_length" not in each:
+        return f"{text}."
+    folds = f"; by fold {', '.join(f'{auc:.3f}' for auc in each['auc_of_folds'])}" if len(each["auc_of_folds"]) > 1 else ""
+    return f"{text}; mean ROC AUC {each['mean_auc_by_length']:.3f} ± {each['sd_auc_by_length']:.3f} by length of the curves, {each['mean_auc_plain']:.3f} ± {each['sd_auc_plain']:.3f} plainly{folds}."
 
 
 def _comparison_lines(facts: FineTuningFacts) -> list[str]:

@@ -14,10 +14,17 @@ from .plots import pyplot, save_figure
 NAMED_CELLS = 25
 """More classes than that get no numbers in their confusion matrix."""
 MAX_CURVES = 12
+LONGEST_NAME = 36
 
 
-def plot_confusion(confusion: Sequence[Sequence[int]], names: Sequence[str], path: Path, *, title: str) -> None:
+def short(name: str) -> str:
+    """Return a name that leaves room for the picture; the tables have it whole."""
+    return name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 1]}…"
+
+
+def plot_confusion(confusion: Sequence[Sequence[int]], names: Sequence[str], path: Path, *, title: str, what: str = "cells") -> None:
     """Draw how often each true class (row) was predicted as each class, in shares of the row."""
+    names = [short(name) for name in names]
     plt = pyplot()
     counts = np.asarray(confusion, dtype=np.float64)
     totals = counts.sum(axis=1, keepdims=True)
@@ -33,8 +40,8 @@ def plot_confusion(confusion: Sequence[Sequence[int]], names: Sequence[str], pat
     labels = [f"{name} ({int(n):,})" for name, n in zip(names, totals[:, 0], strict=True)]
     axes.set_xticks(range(len(names)), names, rotation=90, fontsize=8)
     axes.set_yticks(range(len(names)), labels, fontsize=8)
-    axes.set(title=title, xlabel="predicted", ylabel="true (cells)")
-    figure.colorbar(image, ax=axes, label="share of the true class", shrink=0.8)
+    axes.set(title=title, xlabel="predicted", ylabel=f"true ({what})")
+    figure.colorbar(image, ax=axes, label="share of the true class", shrink=0.7)
     save_figure(plt, figure, path)
 
 
@@ -46,20 +53,21 @@ def plot_roc(curves: Mapping[str, RocCurve], path: Path, *, title: str, mean: Ro
         plain: the mean in which all folds weigh alike; only its area is told.
     """
     plt = pyplot()
-    figure, axes = plt.subplots(figsize=(6, 5.5), layout="constrained")
+    figure, axes = plt.subplots(figsize=(9, 5.5), layout="constrained")
     axes.plot([0, 1], [0, 1], ":", color="0.6")
     shown = sorted(curves.items(), key=lambda item: item[1].auc)[:MAX_CURVES] if len(curves) > MAX_CURVES else list(curves.items())
-    for name, curve in shown:
-        thin: dict[str, Any] = {"linewidth": 1, "alpha": 0.5, "color": "0.5"} if mean is not None else {"linewidth": 1.2}
-        axes.plot(curve.false_positive_rate, curve.true_positive_rate, label=f"{name} ({curve.auc:.3f})", **thin)
+    colors = plt.get_cmap("tab20").colors
+    for i, (name, curve) in enumerate(shown):
+        thin: dict[str, Any] = {"linewidth": 1, "alpha": 0.5, "color": "0.5"} if mean is not None else {"linewidth": 1.2, "color": colors[i % 20]}
+        axes.plot(curve.false_positive_rate, curve.true_positive_rate, label=f"{short(name)} ({curve.auc:.3f})", **thin)
     if len(shown) < len(curves):
         axes.plot([], [], " ", label=f"(the lowest {MAX_CURVES} of {len(curves)})")
     if mean is not None:
-        also = f"; plain mean {plain.auc:.3f} ± {plain.sd:.3f}" if plain is not None else ""
-        label = f"mean ({mean.auc:.3f} ± {mean.sd:.3f}, by length{also})"
+        also = f"\nplain mean ({plain.auc:.3f} ± {plain.sd:.3f})" if plain is not None else ""
+        label = f"mean by length ({mean.auc:.3f} ± {mean.sd:.3f}){also}"
         axes.plot(mean.false_positive_rate, mean.true_positive_rate, color="C0", linewidth=2.5, label=label)
     axes.set(title=title, xlabel="false-positive rate", ylabel="true-positive rate", xlim=(-0.01, 1.01), ylim=(-0.01, 1.01))
-    axes.legend(fontsize=8, loc="lower right", title="area under the curve", title_fontsize=8)
+    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, title="area under the curve", title_fontsize=8)
     save_figure(plt, figure, path)
 
 
@@ -99,25 +107,30 @@ def plot_comparison(values: Mapping[str, Sequence[float]], path: Path, *, title:
             axes.plot(values[name], [i] * len(values[name]), "k.", markersize=4)
         axes.text(max(means[i], 0), i, f" {means[i]:.3f}", va="center", fontsize=8)
     axes.set_yticks(range(len(names)), names)
-    axes.set(title=title, xlabel=what, xlim=(min(0.0, *means), max(1.0, *means) * 1.12))
+    axes.set(title=title, xlabel=what, xlim=(min(0.0, *means), max(1.0, *means) * 1.2))
     save_figure(plt, figure, path)
 
 
 def plot_course(history: Mapping[str, Sequence[Mapping[str, float]]], path: Path, *, metric: str) -> None:
     """Draw training loss, and loss and one figure of validation cells, by epoch; one line a fold."""
     plt = pyplot()
+    from matplotlib.ticker import MaxNLocator
+
     with_figure = any(metric in entry for entries in history.values() for entry in entries)
     figure, panels = plt.subplots(1, 1 + with_figure, figsize=(4.8 * (1 + with_figure), 3.8), layout="constrained", squeeze=False)
     for i, (name, entries) in enumerate(history.items()):
         for key, style, what in (("loss", "-", "training"), ("eval_loss", "o--", "validation")):
             points = [(entry["epoch"], entry[key]) for entry in entries if key in entry]
             if points:
+                marked = f"o{style}" if len(points) < 3 and "o" not in style else style
                 label = f"{what}{f', {name}' if len(history) > 1 else ''}"
-                panels[0, 0].plot(*zip(*points, strict=True), style, color=f"C{i % 10}", markersize=3, linewidth=1, label=label)
+                panels[0, 0].plot(*zip(*points, strict=True), marked, color=f"C{i % 10}", markersize=3, linewidth=1, label=label)
         points = [(entry["epoch"], entry[metric]) for entry in entries if metric in entry]
         if with_figure and points:
             panels[0, 1].plot(*zip(*points, strict=True), "o-", color=f"C{i % 10}", markersize=3, linewidth=1, label=name)
-    panels[0, 0].set(xlabel="epoch", ylabel="loss")
+    panels[0, 0].set(xlabel="epoch", ylabel="loss", xlim=(0, None))
+    for axes in panels[0]:
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     if len(history) <= 6:
         panels[0, 0].legend(fontsize=8)
     if with_figure:

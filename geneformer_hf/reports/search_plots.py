@@ -12,17 +12,21 @@ from .plots import pyplot, save_figure
 def plot_trials(study: Any, path: Path, *, metric: str) -> None:
     """Draw the figure of each trial, the best so far, and what each had reached after each evaluation."""
     plt = pyplot()
+    from matplotlib.ticker import MaxNLocator
+
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
     better = max if study.direction.name == "MAXIMIZE" else min
     done = [t for t in study.trials if t.state.name == "COMPLETE"]
     pruned = [t for t in study.trials if t.state.name == "PRUNED" and t.intermediate_values]
     left.plot([t.number for t in done], [t.value for t in done], "o", color="C0", label="finished")
-    left.plot([t.number for t in pruned], [t.intermediate_values[max(t.intermediate_values)] for t in pruned], "x", color="0.6", label="pruned")
+    if pruned:
+        left.plot([t.number for t in pruned], [t.intermediate_values[max(t.intermediate_values)] for t in pruned], "x", color="0.6", label="pruned")
     best: list[float] = []
     for t in done:
         best.append(better([*best, t.value]))
     left.step([t.number for t in done], best, where="post", color="C3", linewidth=1, label="best so far")
     what = metric.removeprefix("eval_").replace("_", " ")
+    left.xaxis.set_major_locator(MaxNLocator(integer=True))
     left.set(xlabel="trial", ylabel=f"{what} of validation cells")
     left.legend(fontsize=8)
     for t in (*pruned, *done):
@@ -34,8 +38,8 @@ def plot_trials(study: Any, path: Path, *, metric: str) -> None:
     save_figure(plt, figure, path)
 
 
-def plot_importances(study: Any, path: Path) -> None:
-    """Draw how much of the spread of the figure each setting explains (fANOVA, by Optuna), and the figure against each."""
+def plot_importances(study: Any, path: Path, *, metric: str, logarithmic: Sequence[str] = ()) -> None:
+    """Draw the figure against each setting; from four trials on with the share of its spread that the setting explains (fANOVA, by Optuna)."""
     import optuna
 
     done = [t for t in study.trials if t.state.name == "COMPLETE"]
@@ -45,13 +49,17 @@ def plot_importances(study: Any, path: Path) -> None:
         importances = optuna.importance.get_param_importances(study)
     names = sorted(names, key=lambda name: -importances.get(name, 0.0))[:6]
     plt = pyplot()
+    from matplotlib.ticker import MaxNLocator
+
     figure, panels = plt.subplots(1, len(names), figsize=(3.2 * len(names), 3.4), layout="constrained", squeeze=False)
     for axes, name in zip(panels[0], names, strict=True):
         pairs = [(t.params[name], t.value) for t in done if name in t.params]
         axes.plot([p if isinstance(p, (int, float)) and not isinstance(p, bool) else str(p) for p, _ in pairs], [v for _, v in pairs], "o", color="C0")
-        spread = [p for p, _ in pairs if isinstance(p, float) and p > 0]
-        if len(spread) == len(pairs) and max(spread) / min(spread) > 20:
+        if name in logarithmic:
             axes.set_xscale("log")
+        elif all(isinstance(p, int) and not isinstance(p, bool) for p, _ in pairs):
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         share = f"\nexplains {importances[name]:.0%}" if name in importances else ""
         axes.set(xlabel=name, title=f"{name}{share}")
+    panels[0, 0].set_ylabel(f"{metric.removeprefix('eval_').replace('_', ' ')} of validation cells")
     save_figure(plt, figure, path)

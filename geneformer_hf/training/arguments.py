@@ -117,8 +117,8 @@ class GeneformerFineTuningArguments(TrainingSettings):
     }
 
     train_data: list[str] | None = about("files of cells (.h5ad, .zarr, .loom, 10x) or tokenized datasets, with their labels")
-    validation_data: list[str] | None = about("the same for the choice of the best epoch (default: validation_share of train_data)")
-    test_data: list[str] | None = about("the same for the final figures, for instance of another study (default: test_share of train_data)")
+    validation_data: list[str] | None = about("files of cells or datasets to choose the best epoch by (default: validation_share of train_data)")
+    test_data: list[str] | None = about("files of cells or datasets for the final figures, for instance of another study (default: test_share of train_data)")
     label: list[str] | None = about(
         "column of obs to predict; with several, one head each (one head for problem_type multi_label_classification or regression)"
     )
@@ -150,13 +150,13 @@ class GeneformerFineTuningArguments(TrainingSettings):
     baselines: bool = about("compare with majority class, logistic regression, nearest neighbours and the untrained encoder", True)
 
     # Other defaults than transformers': those of the published classifier where it names any.
-    num_train_epochs: float = 10
-    per_device_train_batch_size: int = 12
-    per_device_eval_batch_size: int = 32
-    weight_decay: float = 0.001
-    save_strategy: str = "epoch"
-    save_total_limit: int | None = 1
-    logging_steps: float = 10
+    num_train_epochs: float = about("passes over the training cells", 10)
+    per_device_train_batch_size: int = about("cells in a step, on each process", 12)
+    per_device_eval_batch_size: int = about("cells at a time in evaluation", 32)
+    weight_decay: float = about("weight decay of AdamW", 0.001)
+    save_strategy: str = about("when to write a checkpoint: epoch, steps, best or no", "epoch")
+    save_total_limit: int | None = about("checkpoints to keep, beside the best", 1)
+    logging_steps: float = about("steps between two logs", 10)
     load_best_model_at_end: bool = field(default=True, metadata={"help": "keep the epoch that does best on validation cells"})
 
     def __post_init__(self) -> None:

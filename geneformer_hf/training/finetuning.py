@@ -21,7 +21,8 @@ from ..data.labelled import TEST, TRAIN, VALIDATION
 from ..data.mixtures import Mixture
 from ..data.splits import Split
 from ..errors import GeneformerError, OutputError, OutputExistsError, SettingError
-from ..models.adapters import unwrapped
+from ..models.adapters import count_parameters, unwrapped
+from ..models.heads import LABELS, NUMBERS, Head
 from ..models.tokenization_geneformer import GeneformerTokenizer
 from ..outputs import require_apart
 from .arguments import GeneformerFineTuningArguments
@@ -53,6 +54,13 @@ class FineTuningRun:
     """What was predicted for each test cell or gene."""
     history: dict[str, list[dict[str, float]]]
     """What was logged, by fold."""
+
+    def __repr__(self) -> str:
+        shown = []
+        for head, found in self.figures.get("heads", {}).items():
+            mine = found["this model"]
+            shown.append(f"{head}: {', '.join(f'{key} {mine[key]:.3f}' for key in ('accuracy', 'macro_f1', 'r2') if key in mine)}")
+        return f"FineTuningRun({str(self.folder)!r}; {'; '.join(shown) or 'nothing tested'})"
 
 
 @dataclass
@@ -179,8 +187,8 @@ def train_once(
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     finally:
         trainer.close_bar()
-    counts = [p.numel() for p in model.parameters() if p.requires_grad], [p.numel() for p in model.parameters()]
-    found = Trained(history=trainer.state.log_history, trainer=trainer, n_trained=sum(counts[0]), n_parameters=sum(counts[1]))
+    n_trained, n_parameters = count_parameters(model, trained=True), count_parameters(model)
+    found = Trained(history=trainer.state.log_history, trainer=trainer, n_trained=n_trained, n_parameters=n_parameters)
     if len(split.test):
         if isinstance(prepared.task, CellTask):
             found.logits, _ = trainer.predict_rows(split.test, desc="Testing")
@@ -267,7 +275,7 @@ def _announcement(arguments: GeneformerFineTuningArguments, prepared: Prepared) 
     task, split = prepared.task, prepared.splits[0]
     what = "cells" if isinstance(task, CellTask) else "genes"
     heads = task.heads if isinstance(task, CellTask) else [task.head]
-    shown = "; ".join(f"{head.name}: {len(head.names)} {'numbers' if head.kind == 'regression' else 'classes'}" for head in heads)
+    shown = "; ".join(f"{head.name}: {_names_of(head)}" for head in heads)
     n = sum(len(rows) for rows in (split.train, split.validation, split.test))
     division = (
         f"{arguments.n_folds} folds"
@@ -278,9 +286,14 @@ def _announcement(arguments: GeneformerFineTuningArguments, prepared: Prepared) 
     return "\n".join([f"{shown}. {n:,} {what}{in_cells}: {division}.", *(f"Note: {note}" for note in prepared.notes)])
 
 
+def _names_of(head: Head) -> str:
+    n, noun = len(head.names), {NUMBERS: "number", LABELS: "label"}.get(head.kind, "class")
+    return f"{n} {noun}{'' if n == 1 else 'es' if noun == 'class' else 's'}"
+
+
 def _beginning(trainer: GeneformerFineTuner, split: Split, name: str, resume: Path | None) -> str:
     model = trainer.accelerator.unwrap_model(trainer.model)
-    n_trained, n = sum(p.numel() for p in model.parameters() if p.requires_grad), sum(p.numel() for p in model.parameters())
+    n_trained, n = count_parameters(model, trained=True), count_parameters(model)
     slow = ""
     if trainer.args.device.type == "cpu" and unwrapped(model).config.attention_probs_dropout_prob > 0:
         slow = " Dropout of attention is slow on a CPU: attention_dropout: 0 is several times faster."

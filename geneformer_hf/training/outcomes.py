@@ -18,7 +18,7 @@ from ..errors import MissingExtraError
 from ..models.adapters import ADAPTER_FILE, unwrapped
 from ..models.heads import CLASSES, NUMBERS, Head
 from ..models.loading import load_model
-from ..reports.cards import FineTuningFacts, finetuning_card
+from ..reports.cards import FineTuningFacts, finetuning_card, occurrences_in_words
 from ..reports.classification import RocCurve, figures_of, main_figure, mean_roc, per_class_table, roc_curve
 from ..reports.classification_plots import plot_calibration, plot_comparison, plot_confusion, plot_course, plot_numbers, plot_roc
 from ..reports.html import HeadSection, Report, write_report
@@ -117,7 +117,7 @@ def _write_all(outcome: Outcome, folder: Path) -> tuple[dict[str, Any], pd.DataF
     predictions = _predictions(outcome, results) if results else pd.DataFrame()
     if results:
         predictions.to_csv(folder / "predictions.csv", index=False)
-    _split_table(prepared).to_csv(folder / "splits.csv", index=False)
+    _split_table(prepared, outcome.asked.group_column).to_csv(folder / "splits.csv", index=False)
     for result in results:
         per_class_table(figures["heads"][result.head.name][MODEL]).to_csv(folder / f"per_class_{_file_name(result.head.name)}.csv", index=False)
         if result.head.kind == CLASSES:
@@ -126,7 +126,7 @@ def _write_all(outcome: Outcome, folder: Path) -> tuple[dict[str, Any], pd.DataF
             confusion.to_csv(folder / f"confusion_{_file_name(result.head.name)}.csv")
     pictures = _draw(outcome, results, figures, history, folder)
     (folder / "figures.json").write_text(json.dumps(_without_nan(figures), indent=1) + "\n", encoding="utf-8")
-    settings = {name: value for name, value in resolved(outcome.asked).items() if name not in PLACES}
+    settings = {name: value for name, value in resolved(outcome.asked).items() if name not in PLACES} | _names_of_places(outcome.asked)
     _write_report(outcome, results, figures, pictures, settings, folder)
     start = outcome.asked.from_checkpoint
     facts = FineTuningFacts(
@@ -138,11 +138,22 @@ def _write_all(outcome: Outcome, folder: Path) -> tuple[dict[str, Any], pd.DataF
         compared=COMPARED,
         settings=settings,
         started_from="/".join(Path(start).parts[-2:]) if start else None,
+        is_published=bool(start) and not Path(str(start)).exists(),
         is_adapter=(folder / ADAPTER_FILE).is_file(),
         version=__version__,
     )
     (folder / "README.md").write_text(finetuning_card(facts, name=Path(str(outcome.asked.output_dir)).name), encoding="utf-8")
     return figures, predictions
+
+
+def _names_of_places(arguments: GeneformerFineTuningArguments) -> dict[str, Any]:
+    """Return what data and checkpoint were used, without the folders of this machine."""
+    found: dict[str, Any] = {}
+    for name in ("train_data", "validation_data", "test_data", "gene_classes", "from_checkpoint"):
+        value = getattr(arguments, name)
+        if value:
+            found[name] = [Path(str(one)).name for one in value] if isinstance(value, list) else "/".join(Path(str(value)).parts[-2:])
+    return found
 
 
 def _cell_results(outcome: Outcome, task: CellTask, notes: list[str]) -> list[HeadResult]:
@@ -232,7 +243,7 @@ def _predictions(outcome: Outcome, results: list[HeadResult]) -> pd.DataFrame:
     return pd.concat([table, pd.DataFrame(columns)], axis=1)
 
 
-def _split_table(prepared: Prepared) -> pd.DataFrame:
+def _split_table(prepared: Prepared, group_column: str | None = None) -> pd.DataFrame:
     """Return on which side of each split every cell or gene was."""
     task = prepared.task
     if isinstance(task, CellTask):
@@ -240,6 +251,8 @@ def _split_table(prepared: Prepared) -> pd.DataFrame:
     else:
         names = prepared.tokenizer.gene_table.ensembl_of_tokens(task.classes.token_ids.tolist())
         n, table = len(names), pd.DataFrame({"ensembl_id": names, "class": np.array(task.classes.names, dtype=object)[task.classes.class_ids]})
+    if group_column:
+        table[group_column] = prepared.cells.columns[group_column]
     for number, split in enumerate(prepared.splits):
         table["split" if len(prepared.splits) == 1 else f"fold_{number + 1}"] = split.names(n)
     return table
@@ -261,13 +274,14 @@ def _draw(outcome: Outcome, results: list[HeadResult], figures: dict[str, Any], 
 def _draw_head(outcome: Outcome, result: HeadResult, figures: dict[str, Any], folder: Path) -> Any:
     head, found = result.head, figures["heads"][result.head.name]
     stem, main = _file_name(head.name), main_figure(head.kind)
-    of = f"{found[MODEL]['n']:,} test {'cells' if isinstance(outcome.prepared.task, CellTask) else 'genes'}"
+    what = "cells" if isinstance(outcome.prepared.task, CellTask) else "genes"
+    of = f"{found[MODEL]['n']:,} test {what}"
     values = {name: [fold[main] for fold in one["folds"]] if "folds" in one else [one[main]] for name, one in found.items()}
     plot_comparison(values, folder / f"comparison_{stem}.png", title=f"{head.name}, {of}", what=main.replace("_", " "))
     yield folder / f"comparison_{stem}.png"
     labels, p = np.concatenate(result.labels), np.concatenate(result.predictions[MODEL])
     if head.kind == CLASSES:
-        plot_confusion(found[MODEL]["confusion"], head.names, folder / f"confusion_{stem}.png", title=f"{head.name}, {of}")
+        plot_confusion(found[MODEL]["confusion"], head.names, folder / f"confusion_{stem}.png", title=f"{head.name}, {of}", what=what)
         yield folder / f"confusion_{stem}.png"
     if head.kind != NUMBERS:
         curves, means = _curves(outcome, result)
@@ -275,7 +289,7 @@ def _draw_head(outcome: Outcome, result: HeadResult, figures: dict[str, Any], fo
             plot_roc(curves, folder / f"roc_{stem}.png", title=f"{head.name}, {of}", **means)
             yield folder / f"roc_{stem}.png"
     if head.kind == CLASSES:
-        plot_calibration(found[MODEL]["calibration"], folder / f"calibration_{stem}.png", title="Calibration", error=found[MODEL]["ece"])
+        plot_calibration(found[MODEL]["calibration"], folder / f"calibration_{stem}.png", title=f"Calibration of {head.name}", error=found[MODEL]["ece"])
         yield folder / f"calibration_{stem}.png"
     elif head.kind == NUMBERS:
         for i, name in enumerate(head.names):
@@ -328,8 +342,11 @@ def verdict_of(found: dict[str, Any], kind: str) -> str:
     if not others:
         return f"{what} {mine:.3f} on {found[MODEL]['n']:,} test items; nothing to compare it with."
     best = max(others, key=lambda name: others[name])
+    n, noise = found[MODEL]["n"], 1 / max(found[MODEL]["n"], 1) ** 0.5
+    if abs(mine - others[best]) < noise and kind != NUMBERS:
+        return f"{what} {mine:.3f}, and {others[best]:.3f} of the best baseline ({best}): too close to tell on {n:,} test items, where differences of {noise:.2f} are chance."
     if mine > others[best]:
-        return f"{what} {mine:.3f}, {mine - others[best]:.3f} above the best baseline ({best}, {others[best]:.3f})."
+        return f"{what} {mine:.3f}, {mine - others[best]:.3f} above the best baseline ({best}, {others[best]:.3f}), on {n:,} test items."
     return f"{what} {mine:.3f}: a baseline does as well or better ({best}, {others[best]:.3f}). Train longer, with another learning rate or from a larger checkpoint, or use the baseline."
 
 
@@ -343,7 +360,9 @@ def _write_report(
         heads.append(
             HeadSection(
                 name=result.head.name,
-                verdict=verdict_of(found, result.head.kind),
+                verdict=" ".join(
+                    [verdict_of(found, result.head.kind), *([occurrences_in_words(figures["per_occurrence"])] if "per_occurrence" in figures else [])]
+                ),
                 comparison=comparison_rows(found, result.head.kind),
                 rows=found[MODEL].get("per_class") or found[MODEL].get("per_column") or (),
                 rows_title="By column" if result.head.kind == NUMBERS else "By class",

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import xxhash
 
 from ..data.labelled import TEST, TRAIN, VALIDATION, LabelledCells, open_labelled
-from ..data.labels import class_counts, describe_counts, match_gene_classes, read_gene_classes
+from ..data.labels import GeneClasses, class_counts, class_name, describe_counts, is_missing, match_gene_classes, read_gene_classes
 from ..data.mixtures import Corpus
 from ..data.splits import Split, balance_table, folds, groups_of, most_balanced, one_split, require_enough, require_no_leak
 from ..errors import SettingError
@@ -94,11 +95,14 @@ def prepare(
         msg = f"{' and '.join(given_too)} cannot be given here: {why}. Leave it out."
         raise SettingError(msg)
     wanted = [*(arguments.label or []), *(arguments.leave_out or {}), *(arguments.keep_only or {}), *(arguments.balance_columns or [])]
+    # A table that cannot be used is refused before cells are read.
+    classes = _gene_classes(arguments, tokenizer, gene_classes) if arguments.gene_classes or gene_classes else None
     columns = list(dict.fromkeys([*wanted, *([arguments.group_column] if arguments.group_column else [])]))
     with arguments.main_process_first(local=False, desc="open the cells"):
         cells = open_labelled(sources, columns=columns, tokenizer=tokenizer, gene_ids=arguments.gene_ids, counts_layer=arguments.counts_layer)
-    if arguments.gene_classes or gene_classes:
-        return _prepare_genes(arguments, tokenizer, cells, gene_classes)
+    cells.notes += _truncation(cells, tokenizer)
+    if classes is not None:
+        return _prepare_genes(arguments, tokenizer, cells, classes)
     task = cell_task(cells, arguments)
     for part, name in ((VALIDATION, "validation_data"), (TEST, "test_data")):
         if part in sources and not (cells.usable & (cells.part == part)).any():
@@ -112,22 +116,39 @@ def prepare(
     return Prepared(tokenizer, cells, task, splits, np.flatnonzero(cells.usable), notes, balance)
 
 
-def _prepare_genes(
-    arguments: GeneformerFineTuningArguments, tokenizer: GeneformerTokenizer, cells: LabelledCells, given: Mapping[str, Sequence[str]] | None
-) -> Prepared:
+def _gene_classes(arguments: GeneformerFineTuningArguments, tokenizer: GeneformerTokenizer, given: Mapping[str, Sequence[str]] | None) -> GeneClasses:
+    where = str(arguments.gene_classes or "gene_classes")
+    return match_gene_classes(given if given is not None else read_gene_classes(Path(where)), tokenizer.gene_table, where=where)
+
+
+def _truncation(cells: LabelledCells, tokenizer: GeneformerTokenizer) -> list[str]:
+    """Say how many cells are as long as the model can take, so that genes of lower rank are likely cut off."""
+    lengths = np.concatenate([np.asarray(t.column("input_ids").combine_chunks().value_lengths()) for t in _token_tables(cells)])
+    full = int((lengths >= tokenizer.model_max_length).sum())
+    if full < 0.01 * len(lengths):
+        return []
+    return [f"{full:,} of {len(lengths):,} cells fill all {tokenizer.model_max_length:,} tokens the model takes: genes of lower rank are cut off there"]
+
+
+def _token_tables(cells: LabelledCells) -> Iterator[pa.Table]:
+    yield from cells.tokens.select_columns(["input_ids"]).with_format("arrow").iter(4096)
+
+
+def _prepare_genes(arguments: GeneformerFineTuningArguments, tokenizer: GeneformerTokenizer, cells: LabelledCells, classes: GeneClasses) -> Prepared:
     cells.filter(leave_out=arguments.leave_out, keep_only=arguments.keep_only)  # type: ignore[arg-type]
     where = str(arguments.gene_classes or "gene_classes")
-    classes = match_gene_classes(given if given is not None else read_gene_classes(Path(where)), tokenizer.gene_table, where=where)
     notes = []
     if classes.unknown:
-        notes.append(f"{len(classes.unknown):,} genes of {Path(where).name} are not in the vocabulary: {', '.join(classes.unknown[:10])}")
+        notes.append(f"{len(classes.unknown):,} genes of {Path(where).name} are not in the vocabulary: {_some(classes.unknown)}")
     size = max(tokenizer.get_vocab().values()) + 1
     cells.draw(None, seed=arguments.order_seed, most=arguments.max_cells)
     n_cells = _cells_with(cells, classes.of_tokens(size) >= 0)
     unseen = n_cells[classes.token_ids] == 0
     if unseen.any():
         names = tokenizer.gene_table.ensembl_of_tokens(classes.token_ids[unseen].tolist())
-        notes.append(f"{int(unseen.sum()):,} genes are expressed in no cell, so that nothing can be said of them: {', '.join(str(n) for n in names[:10])}")
+        notes.append(
+            f"{int(unseen.sum()):,} genes are among the tokens of no cell that is used, so that nothing can be said of them: {_some([str(n) for n in names])}"
+        )
         classes = type(classes)(classes.names, classes.token_ids[~unseen], classes.class_ids[~unseen], classes.unknown)
     task = GeneTask(classes, size)
     rows, ids = np.arange(len(classes.token_ids)), classes.class_ids
@@ -141,11 +162,15 @@ def _prepare_genes(
     return Prepared(tokenizer, cells, task, splits, np.flatnonzero(cells.usable), [*cells.notes, *notes])
 
 
+def _some(names: Sequence[str], most: int = 10) -> str:
+    return ", ".join(names[:most]) + (f", and {len(names) - most:,} more" if len(names) > most else "")
+
+
 def _cells_with(cells: LabelledCells, is_asked: np.ndarray) -> np.ndarray:
     """Count in how many cells each gene is, and leave out cells with none of those that are asked for."""
     counts, without = np.zeros(len(is_asked), dtype=np.int64), np.zeros(len(cells.part), dtype=bool)
     start = 0
-    for table in cells.tokens.select_columns(["input_ids"]).with_format("arrow").iter(4096):
+    for table in _token_tables(cells):
         column = table.column("input_ids").combine_chunks()
         flat, sizes = np.asarray(column.flatten()), np.asarray(column.value_lengths())
         cell = np.repeat(np.arange(len(sizes)), sizes)
@@ -180,6 +205,7 @@ def _split_cells(arguments: GeneformerFineTuningArguments, cells: LabelledCells,
         splits = folds(rows, n_folds=arguments.n_folds, classes=strata, groups=groups, validation_share=validation_share, seed=seed)
     else:
         if classes is not None:
+            _require_classes(task, rows, cells)
             least = 1 + (validation_share > 0) + (test_share > 0)
             for head in task.heads:
                 require_enough(task.labels_of(head)[rows], head.names, least=least, why="one for each side of the split")
@@ -195,7 +221,41 @@ def _split_cells(arguments: GeneformerFineTuningArguments, cells: LabelledCells,
     if column:
         for split in splits:
             require_no_leak(split, cells.columns[column], column)
+        cells.notes += _groups_behind(splits, cells.columns[column], column)
     return splits
+
+
+def _require_classes(task: CellTask, rows: np.ndarray, cells: LabelledCells) -> None:
+    """Raise if a column of classes looks like one of numbers.
+
+    Raises:
+        SettingError
+    """
+    for head in task.heads:
+        numbers = all(
+            isinstance(value, (int, float, np.number)) and not isinstance(value, (bool, np.bool_))
+            for value in cells.columns[head.name]
+            if not is_missing(value)
+        )
+        if numbers and len(head.names) > max(20, len(rows) // 10):
+            msg = f"column {head.name!r} holds {len(head.names):,} different numbers in {len(rows):,} cells, too many for classes. To predict numbers pass problem_type: regression."
+            raise SettingError(msg)
+
+
+def _groups_behind(splits: Sequence[Split], values: Sequence[Any], column: str) -> list[str]:
+    """Say how many groups stand on each side."""
+    found = []
+    for number, split in enumerate(splits):
+        sides = {name: sorted({class_name(values[row]) for row in getattr(split, name).tolist()}) for name in ("train", "validation", "test")}
+        shown = ", ".join(
+            f"{len(names):,} to {what} ({_some(names, 5)})"
+            for (name, names), what in zip(sides.items(), ("train", "choose the epoch", "test"), strict=True)
+            if names
+        )
+        found.append(f"{column}{f', fold {number + 1}' if len(splits) > 1 else ''}: {shown}")
+        if len(sides["test"]) == 1:
+            found.append(f"the test rests on one {column}: another may be much easier or harder. n_folds tests each once")
+    return found
 
 
 def _remarks(arguments: GeneformerFineTuningArguments, task: CellTask, splits: Sequence[Split], *, has_test_data: bool) -> list[str]:
@@ -214,8 +274,10 @@ def _remarks(arguments: GeneformerFineTuningArguments, task: CellTask, splits: S
             untaught = {name: n for name, n in test.items() if n and not train[name]}
             if untaught:
                 found.append(f"{where}: classes in test cells that no training cell has, which cannot be right: {describe_counts(untaught)}")
-            if len(split.test) and arguments.group_column and not all(test.values()):
-                found.append(f"{where}: classes without a test cell: {', '.join(name for name, n in test.items() if not n)}")
+            for side, counts in (("test", test), ("validation", class_counts(labels[split.validation], head.names))):
+                without = [name for name, n in counts.items() if not n]
+                if without and len(getattr(split, side)):
+                    found.append(f"{where}: classes without a {side} cell, of which the figures say nothing: {_some(without)}")
     if arguments.n_folds and arguments.validation_share and arguments.load_best_model_at_end:
         found.append("folds were tested at the epoch that did best on their validation cells; the final model was trained for all epochs")
     if arguments.group_column is None and not has_test_data:

@@ -126,6 +126,18 @@ def suggested(trial: Any, space: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
+HELP = """settings of the search, under `search:` in the YAML file
+  space         name of a setting to what to try: a list, or {low, high} with `log: true` or `step`; required
+  n_trials      trials in all, those of earlier calls among them (default: 20)
+  metric        figure of validation cells to make as good as can be (default: macro_f1, r2 for numbers)
+  pruner        median, hyperband or none: which trials are stopped early (default: median)
+  n_jobs        trials at a time, each in a process of its own (default: 1)
+  backend       optuna, or ray where Ray Tune is installed (default: optuna)
+  refit         fine-tune with the best settings at the end, and test (default: true)
+  seed          of what is tried (default: 0)
+"""
+
+
 @dataclass
 class SearchRun:
     """What `search` returns."""
@@ -181,7 +193,7 @@ def search(
     _require_same_search(folder, arguments, settings, metric, overwrite=arguments.overwrite)
     study = _study(optuna, folder, direction, settings)
     missing = settings.n_trials - _n_done(study)
-    logger.warning("%s trials are wanted, %s are missing. Figure: %s of validation cells.", settings.n_trials, max(missing, 0), metric)
+    logger.warning("%s trials in all, %s to go. Figure: %s of validation cells.", settings.n_trials, max(missing, 0), metric)
     if missing > 0 and settings.n_jobs == 1:
         _run_trials(arguments, settings, given, tokenizer, missing)
     elif missing > 0:
@@ -193,9 +205,11 @@ def search(
     if not finished:
         msg = f"no trial of {len(study.trials)} came to its end; see {folder / 'trials.csv'}. Try other settings, or pruner: none."
         raise TrainingDivergedError(msg)
-    _draw(study, folder, metric)
+    _draw(study, folder, metric, settings.space)
     best = dict(study.best_trial.params)
-    (folder / "best.yaml").write_text(yaml.safe_dump(resolved(_with(arguments, best)), sort_keys=True, allow_unicode=True), encoding="utf-8")
+    (folder / "best.yaml").write_text(
+        yaml.safe_dump({k: v for k, v in resolved(_with(arguments, best)).items() if k != "output_dir"}, sort_keys=True, allow_unicode=True), encoding="utf-8"
+    )
     found = SearchRun(folder, trials, best, float(study.best_value))
     if settings.refit:
         found.refitted = finetune(_with(arguments, best), train_data, validation_data=validation_data, test_data=test_data, tokenizer=tokenizer)
@@ -228,11 +242,14 @@ def _study(optuna: Any, folder: Path, direction: str, settings: SearchSettings) 
         "none": optuna.pruners.NopPruner,
     }
     storage = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(folder / STUDY_FILE)))
-    # Other seeds for other processes, or all would try the same.
-    sampler = optuna.samplers.TPESampler(
-        seed=settings.seed + 1000 * multiprocessing.current_process()._identity[0] if multiprocessing.current_process()._identity else settings.seed
-    )
-    return optuna.create_study(study_name=STUDY, storage=storage, direction=direction, load_if_exists=True, pruner=pruners[settings.pruner](), sampler=sampler)
+    return optuna.create_study(study_name=STUDY, storage=storage, direction=direction, load_if_exists=True, pruner=pruners[settings.pruner]())
+
+
+def _own_sampler(optuna: Any, study: Any, settings: SearchSettings) -> Any:
+    """Return a sampler that no call before has had, on this machine or another: with the same seed they would try the same again."""
+    number = int(study.user_attrs.get("calls", 0)) + 1
+    study.set_user_attr("calls", number)
+    return optuna.samplers.TPESampler(seed=settings.seed + 1000 * number + 7 * sum(multiprocessing.current_process()._identity))
 
 
 def _n_done(study: Any) -> int:
@@ -341,7 +358,7 @@ def _run_trials(
     try:
         trainer.hyperparameter_search(
             hp_space=space, compute_objective=objective, n_trials=n_trials, direction=direction, backend="optuna", study_name=STUDY,
-            storage=study._storage, load_if_exists=True, pruner=study.pruner, sampler=study.sampler, catch=(TrainingDivergedError,),
+            storage=study._storage, load_if_exists=True, pruner=study.pruner, sampler=_own_sampler(optuna, study, settings), catch=(TrainingDivergedError,),
         )  # fmt: skip
     finally:
         trainer.close_bar()
@@ -408,10 +425,10 @@ def trials_table(study: Any) -> pd.DataFrame:
     return pd.DataFrame(lines)
 
 
-def _draw(study: Any, folder: Path, metric: str) -> None:
+def _draw(study: Any, folder: Path, metric: str, space: Mapping[str, Any]) -> None:
     try:
         plot_trials(study, folder / "trials.png", metric=metric)
-        plot_importances(study, folder / "importances.png")
+        plot_importances(study, folder / "importances.png", metric=metric, logarithmic=[n for n, d in space.items() if isinstance(d, Mapping) and d.get("log")])
     except MissingExtraError as error:
         logger.warning("No pictures of the trials: %s", error)
 

@@ -88,8 +88,8 @@ class TrainingSettings(TrainingArguments):
     overwrite: bool = about("replace a finished run, or another one, in output_dir; an unfinished one goes on", False)
 
     # Other defaults than transformers'.
-    eval_strategy: str = "epoch"
-    logging_steps: float = 50
+    eval_strategy: str = about("when to evaluate: epoch, steps or no", "epoch")
+    logging_steps: float = about("steps between two logs", 50)
     save_total_limit: int | None = 3
     remove_unused_columns: bool = False
     logging_nan_inf_filter: bool = False

@@ -47,7 +47,7 @@ def test_settings_that_contradict_each_other(change, message):
         ({"keep_only": {"cell_type": ["B"]}}, r"column 'cell_type' holds 1 class \(B\) among \d+ cells to train on; a classifier needs two at least"),
         ({"leave_out": {"cell_type": ["Platelet"]}}, r"leave_out: no cell has cell_type 'Platelet'. Found: "),
         ({"leave_out": {"cell_type": ["B", "NK", "T"]}}, "no cell is left to train on: 120 cells left out"),
-        ({"label": ["years"], "rare_threshold": 0}, "classes have fewer than 3 cells, one for each side of the split: "),
+        ({"label": ["years"]}, "column .years. holds 120 different numbers in 120 cells, too many for classes. To predict numbers pass problem_type: regression"),
         ({"group_column": "donor", "n_folds": 7}, "6 groups cannot be cut into 7 folds"),
         ({"label": ["cell_type"], "problem_type": "regression"}, "column 'cell_type' holds '.*' .120 of 120 values are no finite numbers."),
     ],
