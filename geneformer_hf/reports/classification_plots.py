@@ -100,12 +100,14 @@ def plot_comparison(values: Mapping[str, Sequence[float]], path: Path, *, title:
     plt = pyplot()
     names = list(values)[::-1]
     figure, axes = plt.subplots(figsize=(7.5, 1.2 + 0.4 * len(names)), layout="constrained")
-    means = [float(np.nanmean(values[name])) for name in names]
+    known = {name: [value for value in values[name] if np.isfinite(value)] for name in names}
+    # What could not be measured, such as a correlation of one cell, has no bar.
+    means = [float(np.mean(known[name])) if known[name] else 0.0 for name in names]
     axes.barh(range(len(names)), means, color=["C0" if name == next(iter(values)) else "0.7" for name in names])
     for i, name in enumerate(names):
         if len(values[name]) > 1:
             axes.plot(values[name], [i] * len(values[name]), "k.", markersize=4)
-        axes.text(max(means[i], 0), i, f" {means[i]:.3f}", va="center", fontsize=8)
+        axes.text(max(means[i], 0), i, f" {means[i]:.3f}" if known[name] else " not measured", va="center", fontsize=8)
     axes.set_yticks(range(len(names)), names)
     axes.set(title=title, xlabel=what, xlim=(min(0.0, *means), max(1.0, *means) * 1.2))
     save_figure(plt, figure, path)

@@ -5,12 +5,14 @@ import json
 import numpy as np
 import pandas as pd
 import pytest
+import scipy.sparse as sp
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification, Trainer, TrainerCallback, TrainingArguments
 
-from geneformer_hf import GeneformerConfig, GeneformerForSequenceClassification, load_cells, load_model
+from geneformer_hf import GeneformerConfig, GeneformerForSequenceClassification, load_cells, load_model, predict
 from geneformer_hf.data.collators import DataCollatorForCells
+from geneformer_hf.errors import CheckpointError, SettingError
 from geneformer_hf.training.outcomes import MODEL
 from tests.tolerances import SAME_MODEL, TRAJECTORY
 from tests.training.conftest import make_labelled
@@ -300,3 +302,92 @@ def test_an_adversarial_head_turns_the_gradient_round(tokenizer, labelled, base)
     ours, theirs = (dict(model.named_parameters())[name].grad for model in (turned, plain))
     torch.testing.assert_close(ours, -theirs)
     torch.testing.assert_close(turned.classifiers[1].weight.grad, plain.classifiers[1].weight.grad)
+
+
+def test_a_model_of_one_head_is_made_of_one_of_several(tune, labelled):
+    """What the configuration says of the heads before does not hold any more."""
+    several = tune("several", label=["cell_type", "sex"], num_train_epochs=1, task_weights={"sex": 0.5}, class_weights="balanced")
+    one = tune("one", from_checkpoint=str(several.folder), label=["donor"], num_train_epochs=1)
+    config = load_model(one.folder).config
+    assert (config.task_labels, config.task_weights, config.task_class_weights) == (None, None, None)
+    frame = predict(one.folder, labelled, progress=False).to_frame()
+    assert set(frame["donor_predicted"]) <= {f"d{i}" for i in range(6)}
+    genes = tune(
+        "genes", from_checkpoint=str(several.folder), gene_classes={"a": list(labelled.var_names[:20]), "b": list(labelled.var_names[20:])}, num_train_epochs=1
+    )
+    assert predict(genes.folder, labelled, progress=False).names == ["a", "b"]
+
+
+def test_a_column_named_like_one_of_ours_is_the_users(tune, labelled):
+    cells = labelled.copy()
+    cells.obs["length"] = np.linspace(1000, 5000, 120)
+    found = tune(cells=cells, label=["length"], problem_type="regression", num_train_epochs=1)
+    rows = found.predictions["row"].to_numpy()
+    np.testing.assert_allclose(found.predictions["length_true"], cells.obs["length"].to_numpy()[rows], rtol=1e-5)
+
+
+def test_what_files_leave_out_is_in_report_and_card(tune, labelled):
+    cells = labelled.copy()
+    cells.obs["filter_pass"] = [0] * 10 + [1] * 110
+    counts = cells.X.toarray()
+    counts[20:25] = 0
+    cells.X = sp.csr_matrix(counts)
+    found = tune(cells=cells, num_train_epochs=1)
+    assert found.figures["notes"][:2] == [
+        "10 cells of the files are not among these: filter_pass is 0",
+        "5 cells of the files are not among these: they hold no gene of the vocabulary",
+    ]
+    for name in ("report.html", "README.md"):
+        assert "filter_pass is 0" in (found.folder / name).read_text()
+
+
+def test_names_that_are_hard_on_files_and_pictures(tune, labelled):
+    cells = labelled.copy()
+    cells.obs["a/b"] = cells.obs["cell_type"].cat.rename_categories({"B": r"a$\foo$", "NK": "<b>", "T": "T" * 80})
+    cells.obs["a b"], cells.obs["x" * 260] = cells.obs["sex"].to_numpy(), cells.obs["sex"].to_numpy()
+    found = tune(cells=cells, label=["a/b", "a b", "x" * 260], num_train_epochs=1)
+    assert len(list(found.folder.glob("confusion_*.png"))) == len(list(found.folder.glob("per_class_*.csv"))) == 3
+    report = (found.folder / "report.html").read_text()
+    assert "&lt;b&gt;" in report
+    assert "<b>" not in report
+    adata = cells.copy()
+    predict(found.folder, adata, progress=False).add_to(adata)
+    assert "a_b_probabilities" in adata.obsm
+
+
+def test_the_same_file_cannot_teach_and_test(tune, labelled, tmp_path):
+    labelled.write_h5ad(tmp_path / "cells.h5ad")
+    path = str(tmp_path / "cells.h5ad")
+    with pytest.raises(SettingError, match="are the same cells; given twice"):
+        tune(cells=path, test_data=path)
+
+
+def test_one_label_by_itself_and_few_numbers(tune, labelled):
+    found = tune(label=["is_t"], problem_type="multi_label_classification", num_train_epochs=1)
+    (row,) = found.figures["heads"]["is_t"][MODEL]["per_class"]
+    assert (row["class"], row["n"]) == ("is_t", int(found.predictions["is_t_true"].sum()))
+    few = tune("few", cells=labelled[:12].copy(), label=["age"], problem_type="regression", num_train_epochs=1)
+    assert few.figures["heads"]["age"][MODEL]["n"] == 1
+
+
+def test_resuming_with_another_figure_for_the_best_epoch_is_refused(tune):
+    with pytest.raises(KeyboardInterrupt):
+        tune(callbacks=[Stop(30)], metric_for_best_model="loss")
+    with pytest.raises(CheckpointError, match=r"metric_for_best_model is eval_macro_f1 and was eval_loss"):
+        tune(metric_for_best_model="macro_f1")
+
+
+def test_overwriting_folds_makes_them_anew_and_keeps_them(tune, tmp_path):
+    tune(n_folds=2, num_train_epochs=1)
+    before = (tmp_path / "run" / "fold-1" / "test.npz").stat().st_mtime_ns
+    tune(n_folds=2, num_train_epochs=1, overwrite=True)
+    assert (tmp_path / "run" / "fold-1" / "test.npz").stat().st_mtime_ns > before
+    assert {path.name for path in (tmp_path / "run").glob("fold-*")} == {"fold-1", "fold-2"}
+
+
+def test_donors_behind_the_figures_are_told(tune):
+    found = tune(group_column="donor", num_train_epochs=1)
+    notes = " ".join(found.figures["notes"])
+    assert "donor: 4 to train" in notes
+    assert "the test rests on one donor" in notes
+    assert "donor" in pd.read_csv(found.folder / "splits.csv").columns

@@ -73,6 +73,8 @@ def test_a_search_goes_on_with_the_trials_that_are_missing(arguments, labelled):
     first = search(arguments(), SearchSettings(space=SPACE, n_trials=2, refit=False), labelled)
     more = search(arguments(), SearchSettings(space=SPACE, n_trials=4, refit=False), labelled)
     assert len(more.trials) == 4
+    # Other values than before, not the same again.
+    assert more.trials["learning_rate"].nunique() == 4
     pd.testing.assert_frame_equal(more.trials.head(2), first.trials, check_dtype=False)
     again = search(arguments(), SearchSettings(space=SPACE, n_trials=4, refit=False), labelled)
     pd.testing.assert_frame_equal(again.trials, more.trials)
@@ -152,3 +154,11 @@ def test_the_command_prints_the_trials(base, labelled, tmp_path, capsys):
     assert "complete" in printed
     assert "Best: " in printed
     assert "report.html" in printed
+
+
+def test_values_that_do_not_go_together_end_a_trial_and_not_the_search(arguments, labelled):
+    space = {"freeze_layers": [2, 1], "learning_rate": [1e-3]}
+    found = search(arguments(adapter="lora"), SearchSettings(space=space, n_trials=6, refit=False, seed=1), labelled)
+    assert set(found.trials.loc[found.trials["freeze_layers"] == 2, "state"]) <= {"pruned"}
+    assert set(found.trials.loc[found.trials["freeze_layers"] == 1, "state"]) <= {"complete", "pruned"}
+    assert found.best["freeze_layers"] == 1

@@ -77,3 +77,17 @@ def test_heads_are_read_from_a_configuration():
     assert (one.name, one.names, one.stop) == ("kind", ["a", "b"], 2)
     two = heads_of(GeneformerConfig(task_labels={"x": ["1", "2"], "y": ["3", "4", "5"]}, adversarial_tasks=["y"]))
     assert [(h.name, h.start, h.stop, h.adversarial) for h in two] == [("x", 0, 2, False), ("y", 2, 5, True)]
+
+
+def test_one_label_is_counted_where_it_holds():
+    found = label_figures(np.array([[1.0], [0], [0], [0]]), np.array([[0.9], [0.8], [0.1], [0.1]]), ["T"])
+    (row,) = found["per_class"]
+    assert (row["n"], row["precision"], row["recall"]) == (1, 0.5, 1.0)
+    assert found["micro_f1"] == pytest.approx(2 / 3)
+
+
+def test_nothing_to_count_is_not_a_number():
+    found = class_figures(np.array([-100, -100]), np.full((2, 2), 0.5), ["a", "b"])
+    assert found["n"] == 0
+    assert np.isnan(found["accuracy"])
+    assert np.isnan(number_figures(np.array([[1.0]]), np.array([[2.0]]), ["age"])["r2"])

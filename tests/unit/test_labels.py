@@ -102,3 +102,13 @@ def test_files_of_genes_that_cannot_be_read(tmp_path, name, text, error, message
         (tmp_path / name).write_text(text)
     with pytest.raises(error, match=message):
         read_gene_classes(tmp_path / name)
+
+
+def test_a_class_that_nobody_is_taught_has_the_usual_weight():
+    assert balanced_weights(np.array([0, 0, 1, 1]), 3) == [1.0, 1.0, 1.0]
+
+
+def test_one_column_of_flags():
+    names, held = label_matrix({"is_t": [1, 0, None]})
+    assert names == ["is_t"]
+    np.testing.assert_array_equal(held, [[1], [0], [np.nan]])

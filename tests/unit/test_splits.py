@@ -100,3 +100,25 @@ def test_the_split_with_the_least_difference_is_taken():
     best = most_balanced(candidates, {"age": age})
     values = [balance_table(split, {"age": age})["p_value"].min() for split in candidates]
     assert balance_table(best, {"age": age})["p_value"].min() == max(values) > values[0]
+
+
+@pytest.mark.parametrize("sizes", [[600, 100, 100, 100, 100], [300, *[100] * 7], list(range(130, 60, -10)), [50] * 20], ids=str)
+@pytest.mark.parametrize("share", [0.1, 0.3, 0.7])
+def test_whole_groups_come_near_to_the_share_and_follow_the_seed(sizes, share):
+    groups = np.repeat(np.arange(len(sizes)), sizes)
+    rows, found = np.arange(len(groups)), []
+    for seed in range(12):
+        split = one_split(rows, classes=rows % 2, groups=groups, validation_share=0.0, test_share=share, seed=seed)
+        found.append(len(split.test))
+        assert not set(groups[split.test]) & set(groups[split.train])
+        assert abs(len(split.test) - share * len(rows)) <= max(sizes) / 2 or share * len(rows) < min(sizes)
+    tests = {tuple(np.unique(groups[one_split(rows, classes=rows % 2, groups=groups, validation_share=0.0, test_share=share, seed=s).test])) for s in range(12)}
+    assert len(tests) > 1
+
+
+def test_a_class_of_one_donor_is_trained_on_where_it_can_be():
+    groups = np.repeat(np.arange(10), 20)
+    classes = np.where(groups == 3, 1, 0)
+    for seed in range(10):
+        split = one_split(np.arange(200), classes=classes, groups=groups, validation_share=0.0, test_share=0.1, seed=seed)
+        assert 1 in classes[split.train]
