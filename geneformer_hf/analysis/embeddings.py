@@ -30,6 +30,12 @@ from .cells import Cells, TokenChunk, open_tokens
 logger = logging.getLogger(__name__)
 
 
+def rows_for(wanted: Sequence[str | None], known: Sequence[str]) -> np.ndarray:
+    """Return the place of each wanted gene among those that are known, versions aside; -1 where it is none of them."""
+    row_of = {name: row for row, name in enumerate(known)}
+    return np.array([row_of.get(str(name).split(".")[0], -1) for name in wanted], dtype=np.int64)
+
+
 @dataclass(frozen=True)
 class GeneEmbeddings:
     """Mean contextual embedding of every gene that was seen."""
@@ -43,8 +49,7 @@ class GeneEmbeddings:
 
     def for_genes(self, ensembl_ids: Sequence[str]) -> np.ndarray:
         """Return the rows of these genes, NaN where a gene was not seen: for instance for `adata.varm`."""
-        row_of = {name: row for row, name in enumerate(self.ensembl_ids)}
-        rows = np.array([row_of.get(str(name).split(".")[0], -1) for name in ensembl_ids])
+        rows = rows_for(ensembl_ids, self.ensembl_ids)
         out = np.full((len(rows), self.vectors.shape[1]), np.nan, dtype=np.float32)
         out[rows >= 0] = self.vectors[rows[rows >= 0]]
         return out

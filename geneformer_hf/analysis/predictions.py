@@ -21,7 +21,7 @@ from ..models.modeling_geneformer import (
 )
 from ..models.tokenization_geneformer import GeneformerTokenizer
 from .cells import Cells, TokenChunk
-from .embeddings import Embedder
+from .embeddings import Embedder, rows_for
 
 logger = logging.getLogger(__name__)
 
@@ -128,8 +128,7 @@ class GenePredictions:
 
     def columns_for(self, ensembl_ids: Sequence[str | None]) -> dict[str, np.ndarray]:
         """Return columns for var: of these genes in this order, missing where a gene was not seen."""
-        row_of = {name: row for row, name in enumerate(self.ensembl_ids)}
-        rows = np.array([row_of.get(str(name).split(".")[0], -1) for name in ensembl_ids], dtype=np.int64)
+        rows = rows_for(ensembl_ids, self.ensembl_ids)
         frame = self.to_frame()
         out: dict[str, np.ndarray] = {}
         for name in frame:

@@ -127,7 +127,8 @@ def predicted_by(kind: str, problem: str, train: np.ndarray, labels: np.ndarray,
                 return out
             model.fit(train, labels)
             out[:, model.classes_] = model.predict_proba(test)
-            return out
+            # Of fifteen neighbours none may be of a class; that does not make it impossible.
+            return (out * k + 1 / n_outputs) / (k + 1) if kind == "neighbours" else out
         varied = [i for i in range(n_outputs) if 0 < labels[:, i].sum() < len(labels)]
         out[:] = labels.mean(axis=0)
         if varied:

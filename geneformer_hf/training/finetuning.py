@@ -20,7 +20,7 @@ from transformers.trainer_utils import SaveStrategy
 from ..data.labelled import TEST, TRAIN, VALIDATION
 from ..data.mixtures import Mixture
 from ..data.splits import Split
-from ..errors import GeneformerError, OutputError, OutputExistsError, SettingError
+from ..errors import OutputError, OutputExistsError, SettingError
 from ..models.adapters import count_parameters, unwrapped
 from ..models.heads import LABELS, NUMBERS, Head
 from ..models.tokenization_geneformer import GeneformerTokenizer
@@ -31,6 +31,7 @@ from .configs import write_config
 from .fine_tuner import GeneformerFineTuner
 from .identity import identity_of
 from .outcomes import Outcome, save_outcome
+from .planned import refusals_of_trainer
 from .preparing import Prepared, prepare
 from .processes import require_processes
 from .starting import open_tokenizer, start_model
@@ -220,17 +221,12 @@ def make_trainer(
 
     model = None if by_trial else init()
     mixture = Mixture([prepared.corpus(split)], seed=arguments.order_seed)
-    try:
+    with refusals_of_trainer():
         trainer = GeneformerFineTuner(
             model, arguments, mixture=mixture, task=task, tokenizer=prepared.tokenizer, validation=split.validation,
             train_genes=split.train if isinstance(task, GeneTask) else None, callbacks=callbacks, model_init=init if by_trial else None,
         )  # fmt: skip
         trainer.require_schedule()
-    except (ValueError, TypeError, KeyError, RuntimeError, ImportError) as error:
-        if isinstance(error, GeneformerError):
-            raise
-        msg = f"Trainer refuses these settings: {error}"
-        raise SettingError(msg) from error
     return trainer, model
 
 

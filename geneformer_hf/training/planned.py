@@ -8,6 +8,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -261,6 +262,18 @@ class PlannedTrainer(Trainer):
             rotate_checkpoints(
                 output_dir=str(run), save_total_limit=self.args.save_total_limit, best_model_checkpoint=self.state.best_model_checkpoint, use_mtime=False
             )
+
+
+@contextmanager
+def refusals_of_trainer() -> Iterator[None]:
+    """Turn what transformers says of settings it cannot take into our error."""
+    try:
+        yield
+    except (ValueError, TypeError, KeyError, RuntimeError, ImportError) as error:
+        if isinstance(error, GeneformerError):
+            raise
+        msg = f"Trainer refuses these settings: {error}"
+        raise SettingError(msg) from error
 
 
 class _KeepCadence(TrainerCallback):

@@ -14,7 +14,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import IntervalStrategy, TrainerCallback, set_seed
 
 from ..data.mixtures import Mixture
-from ..errors import CheckpointError, GeneformerError, OutputError, SettingError
+from ..errors import CheckpointError, OutputError, SettingError
 from ..models.adapters import is_adapter, unwrapped
 from ..models.configuration_geneformer import PRESETS, GeneformerConfig
 from ..models.loading import load_model, require_same_vocabulary
@@ -26,6 +26,7 @@ from .checkpointing import CONFIG_FILE, MODEL_FOLDER, checkpoint_to_resume, remo
 from .configs import write_config
 from .corpora import Cells, open_corpora
 from .identity import identity_of
+from .planned import refusals_of_trainer
 from .processes import require_processes
 from .results import baseline_losses, held_out_figures, save_model
 from .settings import suggestion
@@ -99,14 +100,9 @@ def pretrain(
     if not any(corpus.n_held_out for corpus in corpora):
         arguments.eval_strategy = IntervalStrategy.NO
     attention = unwrapped(model).config._attn_implementation
-    try:
+    with refusals_of_trainer():
         trainer = GeneformerPretrainer(model, arguments, mixture=mixture, tokenizer=tokenizer, callbacks=callbacks)
         trainer.require_schedule()
-    except (ValueError, TypeError, KeyError, RuntimeError, ImportError) as error:
-        if isinstance(error, GeneformerError):
-            raise
-        msg = f"Trainer refuses these settings: {error}"
-        raise SettingError(msg) from error
     trainer.identity = identity_of(arguments, trainer, model, is_new=is_new)
     with arguments.main_process_first(local=False, desc="look for checkpoints"):
         if arguments.overwrite and arguments.process_index == 0:
