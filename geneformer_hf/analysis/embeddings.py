@@ -270,9 +270,10 @@ class Embedder:
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
         quantization: str | None = None,
+        base: str | None = None,
         progress: bool = True,
     ) -> None:
-        self.model = load_model(model, quantization=quantization, device=device)
+        self.model = load_model(model, quantization=quantization, base=base, device=device)
         self.config: GeneformerConfig = self.model.config
         n_layers = resolve_layer(layer, self.config.num_hidden_layers)
         self.pooling = pooling or ("cls" if self.config.cls_token_id is not None else "mean")

@@ -71,6 +71,7 @@ def add_computing(parser: ArgumentParser) -> None:
         choices=["int8", "nf4", "none"],
         help="load the weights in 8-bit or 4-bit; none: an adapter on plain weights (default: as it was saved)",
     )
+    parser.add_argument("--base", metavar="FOLDER|ID", help="for an adapter whose base has moved: where it is now")
 
 
 def add_overwrite(parser: ArgumentParser) -> None:

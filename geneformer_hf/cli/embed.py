@@ -64,6 +64,7 @@ class Embed(Command):
             device=args.device,
             dtype=args.dtype,
             quantization=args.quantization,
+            base=args.base,
         )
         cells = runner.open(args.input, gene_ids=args.gene_ids, counts_layer=args.counts_layer)
         columns = {column: cells.column(column) for column in args.plot}

@@ -42,7 +42,7 @@ class Predict(Command):
             raise CellFileError(msg)
         require_free(args.output, overwrite=args.overwrite)
         require_apart(args.output, [args.input])
-        runner = Predictor(args.model, batch_size=args.batch_size, device=args.device, dtype=args.dtype, quantization=args.quantization)
+        runner = Predictor(args.model, batch_size=args.batch_size, device=args.device, dtype=args.dtype, quantization=args.quantization, base=args.base)
         cells = runner.open(args.input, gene_ids=args.gene_ids, counts_layer=args.counts_layer)
         if not cells.n_cells:
             msg = f"{args.input} holds no cells."
@@ -67,6 +67,7 @@ def write_cells(runner: Any, cells: Any, partial: Path, *, model: str) -> str:
             for name, values in one.columns().items():
                 columns.setdefault(name, []).append(values)
 
+    replaced = _replaced(runner, cells) if partial.suffix == ".h5ad" else []
     (_into_copy if partial.suffix == ".h5ad" else _into_table)(runner, cells, partial, remember)
     joined = {name: np.concatenate(parts) for name, parts in columns.items()}
     if partial.suffix == ".h5ad":
@@ -78,7 +79,20 @@ def write_cells(runner: Any, cells: Any, partial: Path, *, model: str) -> str:
             add_obs(file, joined)
         classes = {head.column: np.array(head.names, dtype=object) for head in runner.heads if not head.adversarial}
         note_in_file(partial, "geneformer_predictions", {"classes": classes, "model": model, "geneformer_hf": __version__})
-    return "\n".join(_said(head, joined, cells) for head in runner.heads if not head.adversarial)
+    said = [_said(head, joined, cells) for head in runner.heads if not head.adversarial]
+    return "\n".join([*said, *([f"Replaced in the copy: {', '.join(replaced)}."] if replaced else [])])
+
+
+def _replaced(runner: Any, cells: Any) -> list[str]:
+    """Return what the input holds under the names of predictions."""
+    source, found = cells.source, []
+    for head in runner.heads:
+        in_obsm = source.keys_of("obsm")
+        found += [
+            f"obs[{name!r}]" for name in source.obs_columns if name.startswith(f"{head.column}_") and name.endswith(("_predicted", "_probability", "_entropy"))
+        ]
+        found += [f"obsm[{key!r}]" for key in (f"{head.column}_probabilities", f"{head.column}_logits") if key in in_obsm]
+    return found
 
 
 def _into_copy(runner: Any, cells: Any, partial: Path, remember: Callable[[Any], None]) -> None:

@@ -72,7 +72,7 @@ def _require_same_run(checkpoint: Path, identity: dict[str, Any]) -> None:
         if ours.get(name) != theirs.get(name)
     ]
     if different:
-        msg = f"{checkpoint} belongs to another run: {'; '.join(different)}. Use the settings and data of that run, or start another in a new output_dir (with from_checkpoint, to go on from its weights)."
+        msg = f"{checkpoint} belongs to another run: {'; '.join(different)}. Use the settings and data of that run, or start another in a new output_dir (with from_checkpoint, to go on from its weights); overwrite begins anew here."
         raise CheckpointError(msg)
 
 

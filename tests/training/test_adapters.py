@@ -24,6 +24,7 @@ from geneformer_hf import (
     merge_adapter,
     predict,
 )
+from geneformer_hf.cli.main import main
 from geneformer_hf.data.collators import DataCollatorForCells
 from geneformer_hf.errors import CheckpointError, SettingError
 from geneformer_hf.models.adapters import HEADS, LoraSettings, describe_adapter, open_weights, quantization_config, save_adapter
@@ -249,12 +250,21 @@ def test_the_adapter_of_another_base_is_refused(tune, large_base, base, tmp_path
     assert load_model(found.folder, base=moved) is not None
 
 
-def test_a_base_that_is_gone(tune, large_base, tmp_path):
+def test_a_base_that_is_gone(tune, large_base, labelled, tmp_path, capsys):
     found = tune(from_checkpoint=str(large_base), adapter="lora", num_train_epochs=1)
     path = found.folder / "adapter_config.json"
     path.write_text(path.read_text().replace(str(large_base), str(tmp_path / "gone")))
     with pytest.raises(CheckpointError, match=r"is an adapter of the model .*gone, which is not there. Pass `base=`"):
         load_model(found.folder)
+    labelled.write_h5ad(tmp_path / "cells.h5ad")
+    command = ["predict", str(tmp_path / "cells.h5ad"), "--model", str(found.folder), "--output", str(tmp_path / "out.h5ad")]
+    assert main(command) == 1
+    assert main([*command, "--base", str(large_base)]) == 0
+    assert main(["predict", str(tmp_path / "out.h5ad"), *command[2:-1], str(tmp_path / "again.h5ad"), "--base", str(large_base)]) == 0
+    assert (
+        "Replaced in the copy: obs['cell_type_predicted'], obs['cell_type_probability'], obs['cell_type_entropy'], obsm['cell_type_probabilities']"
+        in capsys.readouterr().out
+    )
 
 
 def test_an_adapter_is_no_start(tune, large_base):
