@@ -57,7 +57,15 @@ class GeneformerFineTuner(PlannedTrainer):
         )  # fmt: skip
 
     def call_model_init(self, trial: Any = None) -> Any:
-        """Make the model of a trial of a search."""
+        """Make the model of a trial of a search.
+
+        Trainer makes it before it takes up what the trial tries, so settings of the model would be those of the trial before.
+        """
+        if trial is not None:
+            tried = trial if isinstance(trial, dict) else self.hp_space(trial)  # type: ignore[misc]
+            for name, value in tried.items():
+                before = getattr(self.args, name, None)
+                setattr(self.args, name, value if before is None else type(before)(value))
         model = super().call_model_init(trial)
         if self.layout == "packed":
             unwrapped(model).set_attn_implementation(PACKED_ATTENTION)

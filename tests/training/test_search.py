@@ -64,9 +64,12 @@ def test_what_a_trial_tries_reaches_the_model(arguments, labelled, monkeypatch):
         return start(settings, *rest)
 
     monkeypatch.setattr(finetuning, "start_model", look)
-    space = {"freeze_layers": [1], "class_weights": ["balanced"]}
-    search(arguments(), SearchSettings(space=space, n_trials=2, refit=False), labelled)
-    assert seen[-1] == (1, "balanced", True)
+    space = {"freeze_layers": [0, 1, 2], "class_weights": ["none", "balanced"]}
+    found = search(arguments(num_train_epochs=1), SearchSettings(space=space, n_trials=6, pruner="none", refit=False), labelled)
+    tried = list(zip(found.trials["freeze_layers"], found.trials["class_weights"], found.trials["class_weights"] == "balanced", strict=True))
+    # The first model is made before the first trial.
+    assert seen[-6:] == tried
+    assert len(set(tried)) > 1
 
 
 def test_a_search_goes_on_with_the_trials_that_are_missing(arguments, labelled):
