@@ -44,6 +44,7 @@ bench: $(VENV)/.dev  ## the benchmarks; each ends with JSON lines of its claims
 	$(OFFLINE) $(BIN)/python benchmarks/bench_stream.py
 	$(OFFLINE) $(BIN)/python benchmarks/bench_embed.py
 	$(OFFLINE) $(BIN)/python benchmarks/bench_pretrain.py
+	$(OFFLINE) $(BIN)/python benchmarks/bench_finetune.py
 
 clean:  ## remove the virtual environment and caches
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache demo_output *.egg-info

@@ -4,8 +4,9 @@
     python benchmarks/bench_finetune.py --length 2048 --cells 12 --bf16      # a GPU
 
 Random weights, generated cells, packed batches, AdamW, no dropout; a plain training loop, the same cells for all. Each way is a process
-of its own, in turns; peak memory is what the process holds more than before the model was loaded (on a GPU, what torch allocated). Inference is
-timed on the same cells with the same weights, and its error is that of the logits against float32.
+of its own, in turns. State: weights, gradients and AdamW's averages. Peak memory is what the process ever holds more than before the model was loaded
+(on a GPU, what torch allocated): activations, and on a CPU the weights before they are quantised, are in it. Inference is timed on the same cells with the
+same weights; its error is that of the logits against float32, relative, with random weights.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from geneformer_hf.models.adapters import LoraSettings, add_adapter, open_weight
 from geneformer_hf.models.attention import PACKED_ATTENTION
 
 WAYS = {"full": (None, False), "LoRA": (None, True), "LoRA, 8-bit": ("int8", True), "LoRA, 4-bit": ("nf4", True)}
-LORA_MEMORY_BAR, QLORA_MEMORY_BAR = 0.7, 0.6
+LORA_MEMORY_BAR, QLORA_MEMORY_BAR = 0.4, 0.2
 CLASSES = 10
 
 
@@ -105,7 +106,16 @@ def measure(way: str, folder: str, args: argparse.Namespace) -> dict[str, float]
         seconds.append(time.perf_counter() - started)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     np.save(Path(folder) / f"{way}.npy", torch.cat(logits).numpy())
-    return {"step_s": float(np.median(seconds[1:])), "inference_s": inference, "peak_mb": peak.megabytes(), "stored_mb": stored, "trained": trained}
+    # Single precision: a gradient and AdamW's two averages for each number that is trained.
+    state = (3 * 4 * trained) / 1e6 + model.get_memory_footprint() / 1e6
+    return {
+        "step_s": float(np.median(seconds[1:])),
+        "inference_s": inference,
+        "peak_mb": peak.megabytes(),
+        "state_mb": state,
+        "stored_mb": stored,
+        "trained": trained,
+    }
 
 
 def main() -> None:
@@ -143,21 +153,23 @@ def main() -> None:
             found[way] = json.loads(done.stdout.splitlines()[-1])
             logits = np.load(Path(folder) / f"{way}.npy")
             reference = np.load(Path(folder) / "full.npy")
-            found[way]["error"] = float(np.linalg.norm(logits - reference) / np.linalg.norm(reference - reference.mean(axis=0)))
+            found[way]["error"] = float(np.linalg.norm(logits - reference) / np.linalg.norm(reference))
     full = found["full"]
     print(f"{args.preset} shape, {args.cells} cells of about {args.length} tokens a step, {resolve_device()}")
-    print(f"{'':14}{'trained':>14}{'a step':>10}{'ratio':>8}{'peak memory':>14}{'ratio':>8}{'weights':>10}{'inference':>11}{'ratio':>8}{'logit error':>13}")
+    print(
+        f"{'':14}{'trained':>14}{'a step':>10}{'ratio':>8}{'state':>12}{'ratio':>8}{'peak memory':>14}{'weights':>10}{'inference':>11}{'ratio':>8}{'logit error':>13}"
+    )
     for way, one in found.items():
         print(
-            f"{way:14}{one['trained']:14,}{one['step_s']:9.2f}s{one['step_s'] / full['step_s']:8.2f}{one['peak_mb']:11,.0f} MB{one['peak_mb'] / full['peak_mb']:8.2f}"
+            f"{way:14}{one['trained']:14,}{one['step_s']:9.2f}s{one['step_s'] / full['step_s']:8.2f}{one['state_mb']:9,.0f} MB{one['state_mb'] / full['state_mb']:8.2f}{one['peak_mb']:11,.0f} MB"
             f"{one['stored_mb']:7,.0f} MB{one['inference_s']:10.2f}s{one['inference_s'] / full['inference_s']:8.2f}{one['error']:13.3f}"
         )
     for name, way, bar in (("LoRA", "LoRA", LORA_MEMORY_BAR), ("QLoRA (4-bit)", "LoRA, 4-bit", QLORA_MEMORY_BAR)):
-        ratio = found[way]["peak_mb"] / full["peak_mb"]
+        ratio = found[way]["state_mb"] / full["state_mb"]
         print(
             json.dumps(
                 {
-                    "claim": f"peak memory of {name} fine-tuning against the whole model, {args.preset} shape",
+                    "claim": f"memory of weights, gradients and optimiser, {name} against the whole model, {args.preset} shape",
                     "ratio": round(ratio, 3),
                     "bar": bar,
                     "holds": ratio <= bar,
