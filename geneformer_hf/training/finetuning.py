@@ -109,10 +109,6 @@ def finetune(
     require_processes(arguments)
     started, output, asked = time.monotonic(), Path(str(arguments.output_dir)), arguments
     _require_place(arguments, output)
-    if arguments.overwrite and (output / MODEL_FOLDER).exists():
-        with arguments.main_process_first(local=False, desc="make room"):
-            if arguments.process_index == 0:
-                remove_other_runs(output, {}, asked_for=arguments.resume_from_checkpoint)
     tokenizer = tokenizer or open_tokenizer(arguments)
     prepared = prepare(arguments, tokenizer, {TRAIN: train_data, VALIDATION: validation_data, TEST: test_data}, gene_classes=gene_classes)
     if arguments.process_index == 0:
@@ -149,7 +145,8 @@ def _train_fold(arguments: GeneformerFineTuningArguments, prepared: Prepared, sp
     mine.output_dir = str(folder)
     # A checkpoint named by the user is of the whole run.
     mine.resume_from_checkpoint = None
-    return train_once(mine, prepared, split, folder, callbacks=callbacks, asked=mine, name=f"fold {number + 1}", keep=True)
+    finished = folder.parent if arguments.overwrite and number == 0 and (folder.parent / MODEL_FOLDER).exists() else None
+    return train_once(mine, prepared, split, folder, callbacks=callbacks, asked=mine, name=f"fold {number + 1}", keep=True, replaces=finished)
 
 
 def train_once(
@@ -162,16 +159,20 @@ def train_once(
     asked: GeneformerFineTuningArguments,
     name: str = "",
     keep: bool = False,
+    replaces: Path | None = None,
 ) -> Trained:
     """Train on one split, or go on with it, and test.
 
     Args:
         keep (`bool`): write what was found, in place of checkpoints, and read it again the next time.
+        replaces (*optional*): the folder of a finished run, removed when data and settings have turned out to be usable, and not before.
     """
     arguments = copy.copy(arguments)
     trainer, model = make_trainer(arguments, prepared, split, callbacks=callbacks)
     trainer.identity = identity_of(arguments, trainer, model, is_new=False, more={"name": name, **prepared.fingerprint, **_chosen_by(arguments)})
     with arguments.main_process_first(local=False, desc="look for checkpoints"):
+        if replaces is not None and arguments.process_index == 0:
+            remove_other_runs(replaces, {}, asked_for=None)
         if arguments.overwrite and arguments.process_index == 0:
             remove_other_runs(folder, trainer.identity, asked_for=arguments.resume_from_checkpoint)
         if keep and _is_result_of(folder, trainer.identity):

@@ -1,4 +1,4 @@
-"""Hyperparameter search: `Trainer.hyperparameter_search` with Optuna (or Ray Tune), resumable, in parallel, the best run refitted."""
+"""Hyperparameter search: `Trainer.hyperparameter_search` with Optuna, resumable, in parallel, the best run refitted."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from typing import Any
 
 import pandas as pd
 import yaml
+from filelock import FileLock
 from transformers import IntervalStrategy
 from transformers.trainer_utils import SaveStrategy
 
@@ -36,7 +37,6 @@ FOLDER = "search"
 STUDY_FILE = "study.journal"
 STUDY = "finetune"
 PRUNERS = ("median", "hyperband", "none")
-BACKENDS = ("optuna", "ray")
 # fmt: off
 SEARCHABLE = (
     "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps", "max_tokens_per_batch",
@@ -45,7 +45,7 @@ SEARCHABLE = (
 )
 # fmt: on
 """Arguments of which a search may try several values: how is learnt, not what."""
-SEARCH_KEYS = ("space", "n_trials", "metric", "pruner", "n_jobs", "backend", "refit", "seed")
+SEARCH_KEYS = ("space", "n_trials", "metric", "pruner", "n_jobs", "refit", "seed")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,15 +68,13 @@ class SearchSettings:
     """Stop trials early that do worse than the median of the others at the same epoch (`median`), by `hyperband`, or `none`."""
     n_jobs: int = 1
     """Trials at a time, each in a process of its own on this machine. Other machines help by the same command in the same folder."""
-    backend: str = "optuna"
-    """`optuna`, or `ray` where Ray Tune is installed."""
     refit: bool = True
     """Fine-tune with the best settings at the end, and test."""
     seed: int = 0
 
     def __post_init__(self) -> None:
         wrong = []
-        for name, choices in (("pruner", PRUNERS), ("backend", BACKENDS)):
+        for name, choices in (("pruner", PRUNERS),):
             if getattr(self, name) not in choices:
                 wrong.append(f"{name} is {getattr(self, name)!r}; expected {' or '.join(choices)}")
         for name in ("n_trials", "n_jobs"):
@@ -132,7 +130,6 @@ HELP = """settings of the search, under `search:` in the YAML file
   metric        figure of validation cells to make as good as can be (default: macro_f1, r2 for numbers)
   pruner        median, hyperband or none: which trials are stopped early (default: median)
   n_jobs        trials at a time, each in a process of its own (default: 1)
-  backend       optuna, or ray where Ray Tune is installed (default: optuna)
   refit         fine-tune with the best settings at the end, and test (default: true)
   seed          of what is tried (default: 0)
 """
@@ -179,8 +176,6 @@ def search(
     if arguments.n_folds:
         msg = "n_folds: a search has one split, so that trials are compared on the same validation cells; cross-validate the best settings afterwards with finetune."
         raise SettingError(msg)
-    if settings.backend == "ray":
-        _require_ray()
     optuna = _optuna()
     _require_free(arguments, settings)
     folder.mkdir(parents=True, exist_ok=True)
@@ -226,14 +221,6 @@ def _optuna() -> Any:
     return optuna
 
 
-def _require_ray() -> None:
-    try:
-        import ray.tune  # noqa: F401
-    except ModuleNotFoundError as error:
-        msg = "backend ray needs Ray Tune. Install it with `pip install 'ray[tune]'`, or use backend: optuna."
-        raise MissingExtraError(msg) from error
-
-
 def _study(optuna: Any, folder: Path, direction: str, settings: SearchSettings) -> Any:
     """Open the study in a folder, or begin one; several processes may at once."""
     pruners = {
@@ -245,11 +232,12 @@ def _study(optuna: Any, folder: Path, direction: str, settings: SearchSettings) 
     return optuna.create_study(study_name=STUDY, storage=storage, direction=direction, load_if_exists=True, pruner=pruners[settings.pruner]())
 
 
-def _own_sampler(optuna: Any, study: Any, settings: SearchSettings) -> Any:
+def _own_sampler(optuna: Any, study: Any, settings: SearchSettings, lock: Path) -> Any:
     """Return a sampler that no call before has had, on this machine or another: with the same seed they would try the same again."""
-    number = int(study.user_attrs.get("calls", 0)) + 1
-    study.set_user_attr("calls", number)
-    return optuna.samplers.TPESampler(seed=settings.seed + 1000 * number + 7 * sum(multiprocessing.current_process()._identity))
+    with FileLock(lock):
+        number = int(study.user_attrs.get("calls", 0)) + 1
+        study.set_user_attr("calls", number)
+    return optuna.samplers.TPESampler(seed=settings.seed + 1000 * number)
 
 
 def _n_done(study: Any) -> int:
@@ -351,34 +339,14 @@ def _run_trials(
         return float(metrics[metric])
 
     direction = "maximize" if greater else "minimize"
-    if settings.backend == "ray":
-        trainer.hyperparameter_search(hp_space=_ray_space(settings.space), compute_objective=objective, n_trials=n_trials, direction=direction, backend="ray")
-        return
     study = _study(optuna, folder, direction, settings)
     try:
         trainer.hyperparameter_search(
             hp_space=space, compute_objective=objective, n_trials=n_trials, direction=direction, backend="optuna", study_name=STUDY,
-            storage=study._storage, load_if_exists=True, pruner=study.pruner, sampler=_own_sampler(optuna, study, settings), catch=(TrainingDivergedError,),
+            storage=study._storage, load_if_exists=True, pruner=study.pruner, sampler=_own_sampler(optuna, study, settings, folder / "calls.lock"), catch=(TrainingDivergedError,),
         )  # fmt: skip
     finally:
         trainer.close_bar()
-
-
-def _ray_space(space: Mapping[str, Any]) -> Any:
-    def make(_: Any) -> dict[str, Any]:
-        from ray import tune
-
-        found = {}
-        for name, dimension in space.items():
-            if isinstance(dimension, list):
-                found[name] = tune.choice(dimension)
-            elif isinstance(dimension["low"], int) and isinstance(dimension["high"], int):
-                found[name] = tune.randint(dimension["low"], dimension["high"] + 1)
-            else:
-                found[name] = (tune.loguniform if dimension.get("log") else tune.uniform)(dimension["low"], dimension["high"])
-        return found
-
-    return make
 
 
 def _run_in_processes(arguments: GeneformerFineTuningArguments, settings: SearchSettings, given: Mapping[int, Any], n_trials: int) -> None:

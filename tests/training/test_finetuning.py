@@ -12,7 +12,7 @@ from transformers import AutoModelForSequenceClassification, AutoModelForTokenCl
 
 from geneformer_hf import GeneformerConfig, GeneformerForSequenceClassification, load_cells, load_model, predict
 from geneformer_hf.data.collators import DataCollatorForCells
-from geneformer_hf.errors import CheckpointError, SettingError
+from geneformer_hf.errors import CheckpointError, GeneformerError, SettingError
 from geneformer_hf.training.outcomes import MODEL
 from tests.tolerances import SAME_MODEL, TRAJECTORY
 from tests.training.conftest import make_labelled
@@ -391,3 +391,15 @@ def test_donors_behind_the_figures_are_told(tune):
     assert "donor: 4 to train" in notes
     assert "the test rests on one donor" in notes
     assert "donor" in pd.read_csv(found.folder / "splits.csv").columns
+
+
+@pytest.mark.parametrize("folds", [None, 2], ids=["split", "folds"])
+@pytest.mark.parametrize(
+    "wrong", [{"label": ["nothing"]}, {"freeze_layers": 9}, {"metric_for_best_model": "f1", "validation_share": 0.2}], ids=["column", "layers", "figure"]
+)
+def test_overwriting_with_settings_that_cannot_be_used_keeps_the_model(tune, folds, wrong):
+    first = tune(num_train_epochs=1, n_folds=folds)
+    before = {path.name: path.read_bytes() for path in first.folder.iterdir()}
+    with pytest.raises(GeneformerError):
+        tune(num_train_epochs=1, n_folds=folds, overwrite=True, **wrong)
+    assert {path.name: path.read_bytes() for path in first.folder.iterdir()} == before

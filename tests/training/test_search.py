@@ -133,8 +133,8 @@ def test_runs_that_cannot_be_searched(arguments, labelled):
         read_search(None, where="run.yaml")
 
 
-@pytest.mark.parametrize(("package", "backend", "message"), [("ray", "ray", "backend ray needs Ray Tune"), ("optuna", "optuna", "Searching needs Optuna")])
-def test_what_is_not_installed_is_named(arguments, labelled, monkeypatch, package, backend, message):
+@pytest.mark.parametrize(("package", "message"), [("optuna", "Searching needs Optuna")])
+def test_what_is_not_installed_is_named(arguments, labelled, monkeypatch, package, message):
     real = builtins.__import__
 
     def without(name, *rest, **more):
@@ -144,7 +144,7 @@ def test_what_is_not_installed_is_named(arguments, labelled, monkeypatch, packag
 
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(MissingExtraError, match=message):
-        search(arguments(), SearchSettings(space={"learning_rate": [1e-3]}, n_trials=1, backend=backend), labelled)
+        search(arguments(), SearchSettings(space={"learning_rate": [1e-3]}, n_trials=1), labelled)
 
 
 def test_the_command_prints_the_trials(base, labelled, tmp_path, capsys):
