@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from ..errors import CheckpointError, GeneformerError, SettingError, VocabularyMismatchError
 from ..pickles import require_content
-from .adapters import ADAPTER_WEIGHTS, is_adapter, load_adapter, open_weights, quantization_config, unwrapped
+from .adapters import ADAPTER_WEIGHTS, describe_adapter, is_adapter, load_adapter, open_weights, quantization_config, unwrapped
 from .configuration_geneformer import GeneformerConfig
 from .modeling_geneformer import (
     GeneformerForMaskedLM,
@@ -97,6 +97,10 @@ def load_peft_model(
         CheckpointError: if base and adapter are not there, or do not belong together.
     """
     require_content(Path(folder) / ADAPTER_WEIGHTS)
+    place = str(base) if base is not None else describe_adapter(folder).base
+    if not Path(place).exists() and not is_hub_id(place):
+        msg = f"{folder} is an adapter of the model {place}, which is not there. Pass `base=` (--base; folder or Hub id) to say where it is now."
+        raise CheckpointError(msg)
     with refusals(folder):
         config = GeneformerConfig.from_pretrained(str(folder))
         return load_adapter(

@@ -7,13 +7,14 @@ gene within its cell takes its place.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import scipy.sparse as sp
 
 from ..errors import MissingExtraError
+from ..models.heads import CLASSES, NUMBERS
 from ..models.modeling_geneformer import IGNORED
 
 VARIABLE_GENES = 2000
@@ -84,16 +85,8 @@ class Standardised:
         return np.clip((rows - self._mean) / self._spread, -10, 10).astype(np.float32)
 
 
-def principal_components(train: np.ndarray, test: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return up to 50 principal components of the training rows, of both."""
-    from sklearn.decomposition import PCA
-
-    pca = PCA(min(COMPONENTS, *train.shape), random_state=seed).fit(train)
-    return pca.transform(train), pca.transform(test)
-
-
-def predicted_by(kind: str, problem: str, train: np.ndarray, labels: np.ndarray, test: np.ndarray, n_outputs: int) -> np.ndarray:
-    """Fit a model of scikit-learn and return what it says of other cells.
+def fitted(kind: str, problem: str, train: np.ndarray, labels: np.ndarray, n_outputs: int) -> Callable[[np.ndarray], np.ndarray]:
+    """Fit a model of scikit-learn to training cells.
 
     Args:
         kind: "majority", "linear" or "neighbours".
@@ -101,37 +94,44 @@ def predicted_by(kind: str, problem: str, train: np.ndarray, labels: np.ndarray,
         labels (int64 of shape `(n,)`, or float32 of shape `(n, k)`): of the training cells; -100 does not count.
 
     Returns:
-        float64 of shape `(m, n_outputs)`: probabilities, or numbers.
+        what it says of other cells: a function from their rows to float64 of shape `(m, n_outputs)`, probabilities or numbers.
     """
     sklearn_or_refuse()
     from sklearn.dummy import DummyClassifier, DummyRegressor
     from sklearn.linear_model import LogisticRegression, Ridge
-    from sklearn.multioutput import MultiOutputClassifier
     from sklearn.neighbors import KNeighborsClassifier, KNeighborsRegressor
 
-    if problem == "single_label_classification":
+    if problem == CLASSES:
         train, labels = train[labels != IGNORED], labels[labels != IGNORED]
+        if not len(labels):
+            return lambda rows: np.full((len(rows), n_outputs), 1 / n_outputs)
     k = min(NEIGHBOURS, len(train))
-    if problem == "regression":
-        model: Any = {"majority": DummyRegressor(), "linear": Ridge(alpha=train.shape[1]), "neighbours": KNeighborsRegressor(k)}[kind]
-        return np.asarray(model.fit(train, labels).predict(test), dtype=np.float64).reshape(len(test), -1)
-    linear = LogisticRegression(C=1 / max(train.shape[1], 1) ** 0.5, max_iter=1000)
-    model = {"majority": DummyClassifier(strategy="prior"), "linear": linear, "neighbours": KNeighborsClassifier(k)}[kind]
-    out = np.zeros((len(test), n_outputs))
-    with warnings.catch_warnings():
-        # A baseline that has not quite converged is one still.
-        warnings.filterwarnings("ignore", message=".*lbfgs failed to converge.*")
-        if problem == "single_label_classification":
-            if len(np.unique(labels)) == 1:
-                out[:, labels[0]] = 1.0
-                return out
-            model.fit(train, labels)
-            out[:, model.classes_] = model.predict_proba(test)
+    if problem == NUMBERS:
+        regressor: Any = {"majority": DummyRegressor(), "linear": Ridge(alpha=train.shape[1]), "neighbours": KNeighborsRegressor(k)}[kind].fit(train, labels)
+        return lambda rows: np.asarray(regressor.predict(rows), dtype=np.float64).reshape(len(rows), -1)
+
+    def classifier(classes: np.ndarray) -> Any:
+        model = {
+            "majority": DummyClassifier(strategy="prior"),
+            "linear": LogisticRegression(C=1 / max(train.shape[1], 1) ** 0.5, max_iter=1000),
+            "neighbours": KNeighborsClassifier(k),
+        }[kind if len(np.unique(classes)) > 1 else "majority"]
+        with warnings.catch_warnings():
+            # A baseline that has not quite converged is one still.
+            warnings.filterwarnings("ignore", message=".*lbfgs failed to converge.*")
+            return model.fit(train, classes)
+
+    if problem == CLASSES:
+        model = classifier(labels)
+
+        def probabilities(rows: np.ndarray) -> np.ndarray:
+            out = np.zeros((len(rows), n_outputs))
+            out[:, model.classes_] = model.predict_proba(rows)
             # Of fifteen neighbours none may be of a class; that does not make it impossible.
             return (out * k + 1 / n_outputs) / (k + 1) if kind == "neighbours" else out
-        varied = [i for i in range(n_outputs) if 0 < labels[:, i].sum() < len(labels)]
-        out[:] = labels.mean(axis=0)
-        if varied:
-            found = MultiOutputClassifier(model).fit(train, labels[:, varied]).predict_proba(test)
-            out[:, varied] = np.stack([p[:, -1] for p in found], axis=1)
-    return out
+
+        return probabilities
+    models = [classifier(labels[:, i] > 0.5) for i in range(n_outputs)]
+    return lambda rows: np.stack(
+        [m.predict_proba(rows)[:, list(m.classes_).index(True)] if True in m.classes_ else np.zeros(len(rows)) for m in models], axis=1
+    )

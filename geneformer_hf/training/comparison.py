@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,15 +14,15 @@ from ..data.splits import Split
 from ..device import resolve_device
 from ..models.configuration_geneformer import GeneformerConfig
 from ..models.encoding import PackedEncoder
-from ..models.modeling_geneformer import IGNORED, GeneformerModel
+from ..models.heads import CLASSES, NUMBERS
+from ..models.modeling_geneformer import GeneformerModel
 from ..models.pooling import gene_positions
-from ..reports.cell_baselines import Standardised, expression_matrix, most_variable, predicted_by, principal_components, sklearn_or_refuse
+from ..reports.cell_baselines import COMPONENTS, Standardised, expression_matrix, fitted, most_variable, sklearn_or_refuse
 from .arguments import GeneformerFineTuningArguments
 from .tasks import CellTask, GeneTask
 
-logger = logging.getLogger(__name__)
-
 READ_CELLS = 512
+APPLIED_CELLS = 10_000
 MAJORITY = "majority class"
 FROZEN, UNTRAINED = "logistic regression on the checkpoint, not fine-tuned", "logistic regression on the untrained encoder"
 EXPRESSION_LEVEL = "logistic regression on expression level"
@@ -41,6 +40,8 @@ def cell_baselines(
         head to baseline to probabilities (or numbers) of shape `(test, outputs)`.
     """
     sklearn_or_refuse()
+    from sklearn.decomposition import PCA
+
     train = split.train
     if len(train) > arguments.baseline_cells:
         drawn = np.random.default_rng([arguments.order_seed, 5]).choice(len(train), arguments.baseline_cells, replace=False)
@@ -48,32 +49,34 @@ def cell_baselines(
     special = [int(t) for t in (config.pad_token_id, config.cls_token_id, config.eos_token_id) if t is not None]  # type: ignore[arg-type]
     of_train = expression_matrix(cells.tokens, train, config.vocab_size, special)
     columns = most_variable(of_train)
-    dense_train = of_train[:, columns].toarray()
-    units = Standardised(dense_train)
-    # Expression of all test cells, and nothing else of the file, is held at once.
-    dense_test = expression_matrix(cells.tokens, split.test, config.vocab_size, special)[:, columns].toarray()
-    pca_train, pca_test = principal_components(dense_train, dense_test, arguments.order_seed)
-    what = "expression" if cells.has_counts else "gene ranks"
-    number = task.kind == "regression"
-    spaces: dict[str, tuple[str, np.ndarray, np.ndarray]] = {
-        "mean" if number else MAJORITY: ("majority", dense_train[:, :1], dense_test[:, :1]),
-        f"{'ridge' if number else 'logistic'} regression on {what} of {len(columns):,} variable genes": ("linear", units(dense_train), units(dense_test)),
-        f"nearest neighbours on PCA of {what}": ("neighbours", pca_train, pca_test),
-    }
-    for name, space in vectors.items():
-        scaled = Standardised(space[train])
-        spaces[name.replace("logistic", "ridge") if number else name] = ("linear", scaled(space[train]), scaled(space[split.test]))
-    found: dict[str, dict[str, np.ndarray]] = {}
-    for head in task.heads:
-        labels = task.labels_of(head)[train]
-        if head.kind == "single_label_classification" and not (labels != IGNORED).any():
-            found[head.name] = {name: np.full((len(split.test), len(head.names)), 1 / len(head.names)) for name in spaces}
-            continue
-        found[head.name] = {name: predicted_by(kind, head.kind, x, labels, y, len(head.names)) for name, (kind, x, y) in spaces.items()}
-    return found
+    dense = of_train[:, columns].toarray()
+    pca = PCA(min(COMPONENTS, *dense.shape), random_state=arguments.order_seed).fit(dense)
+    units, what, number = Standardised(dense), "expression" if cells.has_counts else "gene ranks", task.kind == NUMBERS
+    linear = f"{'ridge' if number else 'logistic'} regression on {what} of {len(columns):,} variable genes"
+    scales = {(name.replace("logistic", "ridge") if number else name): (Standardised(space[train]), space) for name, space in vectors.items()}
+
+    def spaces(rows: np.ndarray, expression: np.ndarray) -> dict[str, tuple[str, np.ndarray]]:
+        found = {
+            "mean" if number else MAJORITY: ("majority", expression[:, :1]),
+            linear: ("linear", units(expression)),
+            f"nearest neighbours on PCA of {what}": ("neighbours", pca.transform(expression)),
+        }
+        return found | {name: ("linear", scale(space[rows])) for name, (scale, space) in scales.items()}
+
+    of_rows = spaces(train, dense)
+    models = {h.name: {name: fitted(kind, h.kind, x, task.labels_of(h)[train], len(h.names)) for name, (kind, x) in of_rows.items()} for h in task.heads}
+    parts: dict[str, dict[str, list[np.ndarray]]] = {head: {name: [] for name in of_rows} for head in models}
+    for start in range(0, len(split.test), APPLIED_CELLS):
+        # Expression of so many test cells is held at a time.
+        rows = split.test[start : start + APPLIED_CELLS]
+        found = spaces(rows, expression_matrix(cells.tokens, rows, config.vocab_size, special)[:, columns].toarray())
+        for head, by_name in models.items():
+            for name, model in by_name.items():
+                parts[head][name].append(model(found[name][1]))
+    return {head: {name: np.concatenate(several) for name, several in by_name.items()} for head, by_name in parts.items()}
 
 
-def frozen_vectors(model: Any, corpus: Corpus, rows: np.ndarray, *, pooling: str, desc: str) -> np.ndarray:
+def frozen_vectors(model: Any, corpus: Corpus, rows: np.ndarray, *, pooling: str) -> np.ndarray:
     """Return pooled last hidden states of some cells under a model as it is, float32 of shape `(n, e)`; zeros for other rows."""
     config = model.config
     encoder = PackedEncoder(model, n_layers=config.num_hidden_layers, device=resolve_device())
@@ -114,8 +117,8 @@ def gene_baselines(cells: LabelledCells, task: GeneTask, splits: Sequence[Split]
     for split in splits:
         units = Standardised(features[split.train])
         train, test = units(features[split.train]), units(features[split.test])
-        found[MAJORITY].append(predicted_by("majority", "single_label_classification", train, labels[split.train], test, n_classes))
-        found[EXPRESSION_LEVEL].append(predicted_by("linear", "single_label_classification", train, labels[split.train], test, n_classes))
+        found[MAJORITY].append(fitted("majority", CLASSES, train, labels[split.train], n_classes)(test))
+        found[EXPRESSION_LEVEL].append(fitted("linear", CLASSES, train, labels[split.train], n_classes)(test))
     return found
 
 

@@ -182,8 +182,8 @@ def _cell_baselines(outcome: Outcome, task: CellTask, notes: list[str]) -> list[
     vectors = {}
     try:
         checkpoint = load_model(arguments.from_checkpoint)
-        vectors[FROZEN] = frozen_vectors(checkpoint, corpus, rows, pooling=config.pooling, desc="checkpoint")
-        vectors[UNTRAINED] = frozen_vectors(untrained(config, arguments.seed), corpus, rows, pooling=config.pooling, desc="untrained")
+        vectors[FROZEN] = frozen_vectors(checkpoint, corpus, rows, pooling=config.pooling)
+        vectors[UNTRAINED] = frozen_vectors(untrained(config, arguments.seed), corpus, rows, pooling=config.pooling)
         return [cell_baselines(prepared.cells, task, split, arguments, vectors, config) for split in prepared.splits]
     except MissingExtraError as error:
         notes.append(f"no baselines: {error}")
@@ -383,7 +383,9 @@ def _write_report(
             subtitle=f"{figures['trained_parameters']:,} of {figures['parameters']:,} parameters trained; {figures['seconds']:,.0f} seconds; geneformer-hf {__version__}.",
             heads=heads,
             split_lines=sizes,
-            balance=prepared.balance[0].to_dict("records") if prepared.balance else (),
+            balance=[
+                ({"fold": i + 1} if len(prepared.balance) > 1 else {}) | row for i, table in enumerate(prepared.balance) for row in table.to_dict("records")
+            ],
             notes=figures["notes"],
             settings=yaml.safe_dump(settings, sort_keys=True, allow_unicode=True),
             pictures=pictures[""],

@@ -20,14 +20,14 @@ from transformers import IntervalStrategy
 from transformers.trainer_utils import SaveStrategy
 
 from ..data.labelled import TEST, TRAIN, VALIDATION
-from ..errors import CheckpointError, MissingExtraError, OutputExistsError, SettingError, TrainingDivergedError, WorkerDiedError
+from ..errors import CheckpointError, GeneformerError, MissingExtraError, OutputExistsError, SettingError, TrainingDivergedError, WorkerDiedError
 from ..models.tokenization_geneformer import GeneformerTokenizer
 from ..reports.search_plots import plot_importances, plot_trials
 from .arguments import GeneformerFineTuningArguments
 from .checkpointing import MODEL_FOLDER
 from .configs import resolved
 from .finetuning import FineTuningRun, finetune, make_trainer, settle
-from .preparing import prepare
+from .preparing import Prepared, prepare
 from .settings import suggestion
 from .starting import open_tokenizer
 
@@ -184,15 +184,17 @@ def search(
     if settings.n_jobs > 1 and in_memory:
         msg = f"n_jobs is {settings.n_jobs}, and cells were given in memory, which other processes do not see. Give files (train_data=[path])."
         raise SettingError(msg)
-    metric, direction = _objective_of(arguments, settings, given, tokenizer)
+    tokenizer = tokenizer or open_tokenizer(arguments)
+    prepared = prepare(arguments, tokenizer, given)
+    metric, direction = _objective_of(arguments, settings, prepared)
     _require_same_search(folder, arguments, settings, metric, overwrite=arguments.overwrite)
     study = _study(optuna, folder, direction, settings)
     missing = settings.n_trials - _n_done(study)
     logger.warning("%s trials in all, %s to go. Figure: %s of validation cells.", settings.n_trials, max(missing, 0), metric)
     if missing > 0 and settings.n_jobs == 1:
-        _run_trials(arguments, settings, given, tokenizer, missing)
+        _run_trials(arguments, settings, prepared, missing)
     elif missing > 0:
-        _run_in_processes(arguments, settings, given, missing)
+        _run_in_processes(arguments, settings, given, tokenizer, missing)
     study = _study(optuna, folder, direction, settings)
     trials = trials_table(study)
     trials.to_csv(folder / "trials.csv", index=False)
@@ -244,15 +246,11 @@ def _n_done(study: Any) -> int:
     return sum(trial.state.name in ("COMPLETE", "PRUNED") for trial in study.trials)
 
 
-def _objective_of(
-    arguments: GeneformerFineTuningArguments, settings: SearchSettings, given: Mapping[int, Any], tokenizer: GeneformerTokenizer | None
-) -> tuple[str, str]:
+def _objective_of(arguments: GeneformerFineTuningArguments, settings: SearchSettings, prepared: Prepared) -> tuple[str, str]:
     """Return the figure that is searched by, and its direction."""
     mine = copy.copy(arguments)
     if settings.metric is not None:
         mine.metric_for_best_model, mine.greater_is_better = settings.metric, None
-    tokenizer = tokenizer or open_tokenizer(arguments)
-    prepared = prepare(mine, tokenizer, given)
     if not len(prepared.splits[0].validation):
         msg = "there are no validation cells to compare trials on. Set validation_share, for instance to 0.1, or give validation_data."
         raise SettingError(msg)
@@ -299,17 +297,13 @@ def _require_same_search(folder: Path, arguments: GeneformerFineTuningArguments,
     path.write_text(json.dumps(ours, indent=1) + "\n", encoding="utf-8")
 
 
-def _run_trials(
-    arguments: GeneformerFineTuningArguments, settings: SearchSettings, given: Mapping[int, Any], tokenizer: GeneformerTokenizer | None, n_trials: int
-) -> None:
+def _run_trials(arguments: GeneformerFineTuningArguments, settings: SearchSettings, prepared: Prepared, n_trials: int) -> None:
     """Run trials in this process, by Trainer."""
     optuna = _optuna()
     folder = Path(str(arguments.output_dir)) / FOLDER
     mine = copy.copy(arguments)
     if settings.metric is not None:
         mine.metric_for_best_model, mine.greater_is_better = settings.metric, None
-    tokenizer = tokenizer or open_tokenizer(arguments)
-    prepared = prepare(mine, tokenizer, given)
     mine.output_dir = str(folder / "runs")
     mine.load_best_model_at_end, mine.save_strategy = False, SaveStrategy.NO
     if mine.eval_strategy == IntervalStrategy.NO:
@@ -349,7 +343,9 @@ def _run_trials(
         trainer.close_bar()
 
 
-def _run_in_processes(arguments: GeneformerFineTuningArguments, settings: SearchSettings, given: Mapping[int, Any], n_trials: int) -> None:
+def _run_in_processes(
+    arguments: GeneformerFineTuningArguments, settings: SearchSettings, given: Mapping[int, Any], tokenizer: GeneformerTokenizer, n_trials: int
+) -> None:
     """Run trials in several processes, which share the study.
 
     Raises:
@@ -357,7 +353,7 @@ def _run_in_processes(arguments: GeneformerFineTuningArguments, settings: Search
     """
     share = [n_trials // settings.n_jobs + (i < n_trials % settings.n_jobs) for i in range(settings.n_jobs)]
     context = multiprocessing.get_context("spawn")
-    workers = [context.Process(target=_run_trials, args=(arguments, settings, given, None, n)) for n in share if n]
+    workers = [context.Process(target=_run_worker, args=(arguments, settings, given, tokenizer, n)) for n in share if n]
     for worker in workers:
         worker.start()
     for worker in workers:
@@ -366,6 +362,17 @@ def _run_in_processes(arguments: GeneformerFineTuningArguments, settings: Search
     if dead:
         msg = f"{len(dead)} of {len(workers)} processes of the search ended with code {', '.join(map(str, dead))}. Finished trials are kept; the same call goes on with the others."
         raise WorkerDiedError(msg)
+
+
+def _run_worker(
+    arguments: GeneformerFineTuningArguments, settings: SearchSettings, given: Mapping[int, Any], tokenizer: GeneformerTokenizer, n_trials: int
+) -> None:
+    """Run trials in a process of its own, which opens the cells by itself; what it cannot do it says without a traceback."""
+    try:
+        _run_trials(arguments, settings, prepare(arguments, tokenizer, given), n_trials)
+    except GeneformerError as error:
+        logger.error("A process of the search stops: %s", error)  # noqa: TRY400 - the message is for users
+        raise SystemExit(1) from None
 
 
 def _with(arguments: GeneformerFineTuningArguments, best: Mapping[str, Any]) -> GeneformerFineTuningArguments:

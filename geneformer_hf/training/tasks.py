@@ -72,14 +72,7 @@ class CellTask:
     def config_fields(self, arguments: GeneformerFineTuningArguments, train_rows: np.ndarray) -> dict[str, Any]:
         """Return what the configuration of a model has to say of this task."""
         columns = column_names(self.heads)
-        fields: dict[str, Any] = NO_HEADS | {
-            "problem_type": self.kind,
-            "label_columns": columns,
-            "class_weights": None,
-            "task_class_weights": None,
-            "label_mean": None,
-            "label_scale": None,
-        }
+        fields: dict[str, Any] = NO_HEADS | {"problem_type": self.kind, "label_columns": columns}
         if self.is_multi_task:
             fields |= {
                 "task_labels": {head.name: head.names for head in self.heads},
@@ -235,8 +228,7 @@ class GeneTask:
         """Return what the configuration of a model has to say of this task; rows are genes."""
         names = self.classes.names
         weights = balanced_weights(self.classes.class_ids[train_rows], len(names)) if arguments.class_weights == "balanced" else None
-        return NO_HEADS | {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}, "class_weights": weights,
-                "label_columns": None, "problem_type": None}  # fmt: skip
+        return NO_HEADS | {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}, "class_weights": weights}
 
 
 @dataclass
@@ -257,14 +249,6 @@ class GeneScores:
         """Return scores of nothing."""
         zeros = np.zeros((vocab_size, n_classes))
         return cls(zeros, np.zeros(vocab_size, dtype=np.int64), np.empty(0, dtype=np.int16), np.empty((0, n_classes), dtype=np.float32))
-
-    def __add__(self, other: GeneScores) -> GeneScores:
-        return GeneScores(
-            self.sums_vc + other.sums_vc,
-            self.n_cells_v + other.n_cells_v,
-            np.concatenate([self.classes_m, other.classes_m]),
-            np.concatenate([self.probabilities_mc, other.probabilities_mc]),
-        )
 
     def means(self, token_ids: np.ndarray) -> np.ndarray:
         """Return the mean probabilities of some genes over cells; NaN for those in no cell."""

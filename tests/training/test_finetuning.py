@@ -403,3 +403,15 @@ def test_overwriting_with_settings_that_cannot_be_used_keeps_the_model(tune, fol
     with pytest.raises(GeneformerError):
         tune(num_train_epochs=1, n_folds=folds, overwrite=True, **wrong)
     assert {path.name: path.read_bytes() for path in first.folder.iterdir()} == before
+
+
+def test_the_sides_of_the_split_are_made_alike_and_the_tests_shown(tune):
+    found = tune(balance_columns=["years", "sex"], split_trials=30, num_train_epochs=1)
+    report = (found.folder / "report.html").read_text()
+    assert "rank-sum" in report
+    assert "chi-square" in report
+    one = tune("one", balance_columns=["years", "sex"], split_trials=1, num_train_epochs=1)
+    tests = [set(run.predictions["row"]) for run in (found, one)]
+    assert tests[0] != tests[1]
+    folds = tune("folds", balance_columns=["years"], n_folds=2, num_train_epochs=1)
+    assert "<th>fold</th><th>column</th>" in (folds.folder / "report.html").read_text()
