@@ -36,7 +36,8 @@ if TYPE_CHECKING:
     from .training.arguments import GeneformerFineTuningArguments, GeneformerPretrainingArguments
     from .training.finetuning import FineTuningRun, finetune
     from .training.pretraining import PretrainingRun, pretrain
-    from .training.search import SearchRun, SearchSettings, search
+    from .training.search import SearchRun, search
+    from .training.search_settings import SearchSettings
 
 _LAZY = {
     "CHECKPOINTS": "hub.checkpoints",
@@ -49,7 +50,7 @@ _LAZY = {
     "PretrainingRun": "training.pretraining",
     "QualityRules": "data.quality",
     "SearchRun": "training.search",
-    "SearchSettings": "training.search",
+    "SearchSettings": "training.search_settings",
     "add_adapter": "models.adapters",
     "assess_quality": "data.quality",
     "convert_checkpoint": "hub.checkpoints",

@@ -36,13 +36,14 @@ class Search(ConfiguredCommand):
 
     def help_of_own(self) -> str:
         """Describe the part `search`."""
-        from ..training.search import HELP
+        from ..training.search_settings import HELP
 
         return HELP
 
     def work(self, arguments: Any, args: Namespace) -> int:
         """Search, refit, and print the trials."""
-        from ..training.search import read_search, search
+        from ..training.search import search
+        from ..training.search_settings import read_search
 
         found = search(arguments, read_search(self._search, where=str(args.config or "command line")))
         print(f"\n{found.trials.to_string(index=False, float_format=lambda value: f'{value:.4g}')}")

@@ -98,7 +98,7 @@ def fitted(kind: str, problem: str, train: np.ndarray, labels: np.ndarray, n_out
     """
     sklearn_or_refuse()
     from sklearn.dummy import DummyClassifier, DummyRegressor
-    from sklearn.linear_model import LogisticRegression, Ridge
+    from sklearn.linear_model import LogisticRegression, RidgeCV
     from sklearn.neighbors import KNeighborsClassifier, KNeighborsRegressor
 
     if problem == CLASSES:
@@ -107,13 +107,15 @@ def fitted(kind: str, problem: str, train: np.ndarray, labels: np.ndarray, n_out
             return lambda rows: np.full((len(rows), n_outputs), 1 / n_outputs)
     k = min(NEIGHBOURS, len(train))
     if problem == NUMBERS:
-        regressor: Any = {"majority": DummyRegressor(), "linear": Ridge(alpha=train.shape[1]), "neighbours": KNeighborsRegressor(k)}[kind].fit(train, labels)
+        regressor: Any = {"majority": DummyRegressor(), "linear": RidgeCV(alphas=np.logspace(-1, 4, 6)), "neighbours": KNeighborsRegressor(k)}[kind].fit(
+            train, labels
+        )
         return lambda rows: np.asarray(regressor.predict(rows), dtype=np.float64).reshape(len(rows), -1)
 
     def classifier(classes: np.ndarray) -> Any:
         model = {
             "majority": DummyClassifier(strategy="prior"),
-            "linear": LogisticRegression(C=1 / max(train.shape[1], 1) ** 0.5, max_iter=1000),
+            "linear": LogisticRegression(max_iter=1000),
             "neighbours": KNeighborsClassifier(k),
         }[kind if len(np.unique(classes)) > 1 else "majority"]
         with warnings.catch_warnings():

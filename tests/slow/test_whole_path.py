@@ -26,7 +26,7 @@ def command(*arguments, timeout=900):
 def test_the_demo(tmp_path):
     printed = command("demo", "--output", tmp_path / "demo")
     folder = tmp_path / "demo"
-    assert sorted(p.name for p in folder.iterdir()) == ["figures.json", "loss.png", "model", "pbmc_geneformer.h5ad", "umap_cell_type.png"]
+    assert sorted(p.name for p in folder.iterdir()) == ["classifier", "figures.json", "loss.png", "model", "pbmc_geneformer.h5ad", "umap_cell_type.png"]
     figures = json.loads((folder / "figures.json").read_text())
     assert figures["loss_model"] < figures["loss_gene_frequency"] - 1
     assert figures["loss_rank_frequency"] < figures["loss_gene_frequency"]
@@ -34,16 +34,25 @@ def test_the_demo(tmp_path):
     for name in ("untrained", "trained"):
         assert figures["accuracy_majority"] < figures[f"accuracy_{name}"] < 1
     assert "does not make good embeddings" in printed
+    assert figures["accuracy_finetuned"] > figures["accuracy_majority"] + 0.15
+    assert figures["accuracy_regression"] > figures["accuracy_majority"] + 0.3
+    report = json.loads((folder / "classifier" / "figures.json").read_text())
+    assert report["heads"]["cell_type"]["this model"]["accuracy"] == figures["accuracy_finetuned"]
     adata = anndata.read_h5ad(folder / "pbmc_geneformer.h5ad")
     assert adata.obsm["X_geneformer"].shape == (700, 128)
     assert np.isfinite(adata.obsm["X_umap"]).all()
     # The three commands it proposes, but for the one that needs a network.
     lines = printed[printed.index("Try next") :].splitlines()[1:]
     proposed = [line.split("#")[0].split()[1:] for line in lines if line.strip()]
-    assert [words[0] for words in proposed] == ["info", "embed", "convert"]
+    assert [words[0] for words in proposed] == ["info", "embed", "predict", "convert"]
     command(*proposed[0])
-    command(*[str(tmp_path / "embedded.h5ad") if word == "embedded.h5ad" else word for word in proposed[1]])
+    for words in proposed[1:3]:
+        command(*[str(tmp_path / word) if word in ("embedded.h5ad", "predicted.h5ad") else word for word in words])
     assert np.abs(anndata.read_h5ad(tmp_path / "embedded.h5ad").obsm["X_geneformer"] - adata.obsm["X_geneformer"]).max() < 1e-5
+    predicted = anndata.read_h5ad(tmp_path / "predicted.h5ad").obs
+    held_out = predicted[predicted["held_out"]]
+    column = next(name for name in held_out.columns if name.startswith("predicted"))
+    assert (held_out[column].astype(str) == held_out["cell_type"].astype(str)).mean() == pytest.approx(figures["accuracy_finetuned"])
 
 
 def test_the_demo_repeats_with_its_seed(tmp_path):

@@ -9,7 +9,8 @@ import yaml
 from geneformer_hf import GeneformerFineTuningArguments, SearchSettings, search
 from geneformer_hf.cli.main import main
 from geneformer_hf.errors import CheckpointError, MissingExtraError, OutputExistsError, SettingError
-from geneformer_hf.training.search import read_search
+from geneformer_hf.training.search_settings import read_search
+from geneformer_hf.training.study import trials_table
 
 SPACE = {
     "learning_rate": {"low": 1e-4, "high": 3e-2, "log": True},
@@ -133,7 +134,7 @@ def test_runs_that_cannot_be_searched(arguments, labelled):
         read_search(None, where="run.yaml")
 
 
-@pytest.mark.parametrize(("package", "message"), [("optuna", "Searching needs Optuna")])
+@pytest.mark.parametrize(("package", "message"), [("optuna", "Searching needs Optuna"), ("ray", r"backend: ray needs Ray Tune.*geneformer-hf\[ray\]")])
 def test_what_is_not_installed_is_named(arguments, labelled, monkeypatch, package, message):
     real = builtins.__import__
 
@@ -144,7 +145,7 @@ def test_what_is_not_installed_is_named(arguments, labelled, monkeypatch, packag
 
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(MissingExtraError, match=message):
-        search(arguments(), SearchSettings(space={"learning_rate": [1e-3]}, n_trials=1), labelled)
+        search(arguments(), SearchSettings(space={"learning_rate": [1e-3]}, n_trials=1, backend=package), labelled)
 
 
 def test_the_command_prints_the_trials(base, labelled, tmp_path, capsys):
@@ -165,3 +166,62 @@ def test_values_that_do_not_go_together_end_a_trial_and_not_the_search(arguments
     assert set(found.trials.loc[found.trials["freeze_layers"] == 2, "state"]) <= {"pruned"}
     assert set(found.trials.loc[found.trials["freeze_layers"] == 1, "state"]) <= {"complete", "pruned"}
     assert found.best["freeze_layers"] == 1
+
+
+@pytest.fixture
+def asked(tmp_path):
+    """A study of which Ray asked for four trials."""
+    from geneformer_hf.training.ray_trials import _Asked
+    from geneformer_hf.training.study import open_study
+
+    settings = SearchSettings(space={"learning_rate": [1e-3, 1e-2]}, backend="ray")
+    found = _Asked(open_study(tmp_path, "maximize", settings), settings)
+    for name in "abcd":
+        assert found.values(name)["learning_rate"] in (1e-3, 1e-2)
+    return found
+
+
+def test_what_ray_reports_lies_in_the_study(asked):
+    for name, value in zip("abcd", (0.5, 0.6, 0.7, 0.8), strict=True):
+        assert not asked.worse(name, {"objective": value - 0.1, "global_step": 3})
+        assert not asked.worse(name, {"objective": value, "global_step": 6})
+        asked.ended(name, {"objective": value})
+    asked.values("late")
+    # The first evaluation is a free one; at the second, 0.2 is below the median of the four.
+    assert not asked.worse("late", {"objective": 0.2, "global_step": 1})
+    assert asked.worse("late", {"objective": 0.2, "global_step": 6})
+    # Ray says so again of a trial it was told to stop.
+    asked.ended("late", {"objective": 0.2})
+    table = trials_table(asked.study)
+    assert list(table["state"]) == ["complete"] * 4 + ["pruned"]
+    assert list(table["value"])[:4] == [0.5, 0.6, 0.7, 0.8]
+    assert list(table["epochs"]) == [2] * 5
+    assert asked.n_ended == 5
+
+
+def test_why_a_trial_failed_on_ray(asked):
+    asked.failed("a", "Failure # 1\nTraceback (most recent call last):\ngeneformer_hf.errors.SettingError: freeze_layers is 2\n")
+    asked.failed("b", "Traceback (most recent call last):\ngeneformer_hf.errors.TrainingDivergedError: loss is nan\n")
+    asked.failed("c", "Traceback (most recent call last):\n  File x\nMemoryError: too large\n")
+    asked.ended("d", {"objective": 1.0})
+    assert list(trials_table(asked.study)["state"]) == ["pruned", "fail", "fail", "complete"]
+    assert asked.failures == ["trial 2: MemoryError: too large"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_trials_on_ray_are_kept_and_gone_on_with_without_it(arguments, labelled):
+    """Two workers of a real cluster; one of the two values of freeze_layers cannot be had with an adapter."""
+    shared = {"space": {"freeze_layers": [2, 1], "learning_rate": [1e-2]}, "refit": False, "seed": 1, "pruner": "none"}
+    on_ray = search(arguments(adapter="lora"), SearchSettings(n_trials=4, n_jobs=2, backend="ray", **shared), labelled)
+    frozen = on_ray.trials["freeze_layers"] == 2
+    assert 0 < frozen.sum() < 4
+    assert set(on_ray.trials.loc[frozen, "state"]) == {"pruned"}
+    assert set(on_ray.trials.loc[~frozen, "state"]) == {"complete"}
+    assert on_ray.best["freeze_layers"] == 1
+    here = search(arguments(adapter="lora"), SearchSettings(n_trials=12, **shared), labelled)
+    assert len(here.trials) == 12
+    pd.testing.assert_frame_equal(here.trials[:4], on_ray.trials)
+    # The same settings give the same figure, on Ray or not.
+    assert here.trials.loc[here.trials["state"] == "complete", "value"].nunique() == 1
+    assert (here.trials["state"][4:] == "complete").any()
