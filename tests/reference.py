@@ -74,3 +74,19 @@ def masked_gene_loss(model: torch.nn.Module, cells: list[tuple[list[int], list[i
         logits = model.cls(model.bert(torch.tensor([ids])).last_hidden_state)[0]
         losses += [-torch.log_softmax(logits[i], 0)[label] for i, label in enumerate(labels) if label != -100]
     return torch.stack(losses).mean()
+
+
+def contrast(vectors: list[list[float]], classes: list[int], batches: list[int], temperature: float) -> float:
+    """Sum over cells of minus the mean log probability of their partners: their class in other batches, or where there are none in their own."""
+    unit = [np.array(v) / np.linalg.norm(v) for v in vectors]
+    known = [i for i in range(len(unit)) if classes[i] != -100 and batches[i] != -100]
+    total = 0.0
+    for i in known:
+        others = [j for j in known if j != i]
+        same = [j for j in others if classes[j] == classes[i]]
+        partners = [j for j in same if batches[j] != batches[i]] or same
+        if not partners:
+            continue
+        all_of_them = sum(np.exp(unit[i] @ unit[j] / temperature) for j in others)
+        total -= np.mean([np.log(np.exp(unit[i] @ unit[j] / temperature) / all_of_them) for j in partners])
+    return total

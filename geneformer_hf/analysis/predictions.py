@@ -181,8 +181,8 @@ def predict(
 
 
 def predictions_of(heads: Sequence[Head], logits: np.ndarray) -> list[HeadPredictions]:
-    """Part the logits of all heads; those that are adversarial predict what the model was taught not to know, so they are left out."""
-    return [HeadPredictions(replace(head, start=0), logits[:, head.start : head.stop]) for head in heads if not head.adversarial]
+    """Part the logits of all heads."""
+    return [HeadPredictions(replace(head, start=0), logits[:, head.start : head.stop]) for head in heads]
 
 
 class Predictor(Embedder):

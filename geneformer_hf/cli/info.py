@@ -141,9 +141,7 @@ class Info(Command):
         if not isinstance(loaded, (GeneformerForMaskedLM, GeneformerModel)):
             for head in heads_of(loaded.config):
                 shown = ", ".join(head.names[:30]) + (f", … ({len(head.names)})" if len(head.names) > 30 else "")
-                print(
-                    f"Predicts {'a class of each gene' if isinstance(loaded, GeneformerForTokenClassification) else head.name}{' (adversarial)' if head.adversarial else ''}: {shown}"
-                )
+                print(f"Predicts {'a class of each gene' if isinstance(loaded, GeneformerForTokenClassification) else head.name}: {shown}")
         try:
             tokenizer = load_tokenizer(model)
         except CheckpointError as error:

@@ -77,9 +77,9 @@ def write_cells(runner: Any, cells: Any, partial: Path, *, model: str) -> str:
 
         with h5py.File(partial, "r+") as file:
             add_obs(file, joined)
-        classes = {head.column: np.array(head.names, dtype=object) for head in runner.heads if not head.adversarial}
+        classes = {head.column: np.array(head.names, dtype=object) for head in runner.heads}
         note_in_file(partial, "geneformer_predictions", {"classes": classes, "model": model, "geneformer_hf": __version__})
-    said = [_said(head, joined, cells) for head in runner.heads if not head.adversarial]
+    said = [_said(head, joined, cells) for head in runner.heads]
     return "\n".join([*said, *([f"Replaced in the copy: {', '.join(replaced)}."] if replaced else [])])
 
 
@@ -100,7 +100,7 @@ def _into_copy(runner: Any, cells: Any, partial: Path, remember: Callable[[Any],
     from ..data.writing import copy_as_h5ad, new_arrays
 
     copy_as_h5ad(cells.source, partial)
-    heads = [head for head in runner.heads if not head.adversarial]
+    heads = runner.heads
     shapes = {f"{head.column}_{what}": (cells.n_cells, len(head.names)) for head in heads for what in ("probabilities", "logits")}
     with new_arrays(partial, "obsm", shapes) as obsm:
         for chunk, found in _predicted(runner, cells):

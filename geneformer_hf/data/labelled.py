@@ -11,7 +11,7 @@ import datasets
 import numpy as np
 
 from ..errors import CellFileError, ColumnNotFoundError, SettingError
-from ..models.modeling_geneformer import IGNORED
+from ..models.heads import IGNORED
 from ..models.tokenization_geneformer import GeneformerTokenizer
 from .builder import load_cells
 from .labels import class_counts, class_name, describe_counts, is_missing

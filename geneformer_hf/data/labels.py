@@ -15,7 +15,7 @@ import pandas as pd
 
 from ..errors import CellFileError, ColumnNotFoundError, SettingError, UnknownGeneError
 from ..genes import GeneTable
-from ..models.modeling_geneformer import IGNORED
+from ..models.heads import IGNORED
 
 SEPARATOR = ";"
 GENE_COLUMNS = ("ensembl_id", "gene_id", "gene", "gene_name", "symbol")

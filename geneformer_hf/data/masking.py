@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ..errors import SettingError, VocabularyMismatchError
-from ..models.modeling_geneformer import IGNORED
+from ..models.heads import IGNORED
 from ..models.tokenization_geneformer import GeneformerTokenizer
 
 _HALF_WORD = 1 << 32

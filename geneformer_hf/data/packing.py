@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from ..models.modeling_geneformer import IGNORED
+from ..models.heads import IGNORED
 
 LAYOUTS = ("padded", "packed")
 

@@ -54,7 +54,8 @@ class GeneformerConfig(BertConfig):
         task_labels (`dict[str, list[str]]`, *optional*):
             Multi-task models: class names of each task. Heads are in the sorted order of their names, as a config.json is.
         task_weights (`dict[str, float]`, *optional*): weight of each task in the loss; 1 where not given.
-        adversarial_tasks (`list[str]`, *optional*): tasks whose answer the encoder learns to hide.
+        integrate (`str`, *optional*): column, such as the batch, across which cells of one class are drawn together in training (multi-task models).
+        integration_weight (`float`, *optional*, defaults to 1): weight of that in the loss.
         class_weights (`list[float]`, *optional*), task_class_weights (`dict[str, list[float]]`, *optional*): weight of each class in the loss.
         label_columns (`list[str]`, *optional*): columns of obs that a fine-tuned model predicts.
         label_mean (`list[float]`, *optional*), label_scale (`list[float]`, *optional*):
@@ -78,7 +79,8 @@ class GeneformerConfig(BertConfig):
     vocabulary_fingerprint: str | None = None
     task_labels: dict[str, list[str]] | None = None
     task_weights: dict[str, float] | None = None
-    adversarial_tasks: list[str] | None = None
+    integrate: str | None = None
+    integration_weight: float = 1.0
     class_weights: list[float] | None = None
     task_class_weights: dict[str, list[float]] | None = None
     label_columns: list[str] | None = None

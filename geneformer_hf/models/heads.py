@@ -12,6 +12,8 @@ from .configuration_geneformer import GeneformerConfig
 CLASSES, LABELS, NUMBERS = "single_label_classification", "multi_label_classification", "regression"
 PROBLEM_TYPES = (CLASSES, LABELS, NUMBERS)
 JOINED = "+"
+IGNORED = -100
+"""Label of a cell, gene or token that has none."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,6 @@ class Head:
     kind: str
     start: int = 0
     """First column of its logits among those of all heads."""
-    adversarial: bool = False
 
     @property
     def column(self) -> str:
@@ -68,7 +69,7 @@ def heads_of(config: GeneformerConfig) -> list[Head]:
     if config.task_labels:
         heads: list[Head] = []
         for name, names in config.task_labels.items():
-            heads.append(Head(name, list(names), CLASSES, heads[-1].stop if heads else 0, name in (config.adversarial_tasks or [])))
+            heads.append(Head(name, list(names), CLASSES, heads[-1].stop if heads else 0))
         return heads
     names = [str(name) for _, name in sorted((int(i), name) for i, name in (config.id2label or {}).items())]
     kind = config.problem_type or (NUMBERS if len(names) == 1 else CLASSES)

@@ -23,9 +23,10 @@ from transformers.utils.generic import can_return_tuple
 from .adapters import require_savable
 from .attention import PACKED_ATTENTION
 from .configuration_geneformer import GeneformerConfig
+from .contrast import contrast_across
+from .heads import IGNORED
 from .pooling import GeneAttention, pool_cells
 
-IGNORED = -100
 """Label of a position or task that does not count, as everywhere in transformers."""
 
 
@@ -200,7 +201,7 @@ class GeneformerForSequenceClassification(_Savable, BertForSequenceClassificatio
         self, hidden_ble: torch.Tensor, input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None = None, borders: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Return the logits of cells from the last hidden states, of shape `(cells, num_labels)`; packed cells come with their borders."""
-        logits = self.classifier(self.dropout(_read_cells(self, hidden_ble, input_ids, attention_mask, borders)))
+        logits = self.classifier(self.dropout(_read(self, _pool(self, hidden_ble, input_ids, attention_mask, borders))))
         scale, mean = self._units(logits)
         return logits if scale is None else logits * scale + mean
 
@@ -275,25 +276,10 @@ class MultiTaskOutput(ModelOutput):
     attentions: tuple[torch.Tensor, ...] | None = None
 
 
-class _ReverseGradient(torch.autograd.Function):
-    """Passes values on and turns gradients round: what comes before learns to hide what the head after it looks for.
-
-    Source: Ganin et al. 2016, Domain-adversarial training of neural networks, JMLR 17.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
-        return -grad
-
-
 class GeneformerForMultiTaskClassification(_Savable, BertPreTrainedModel):
     """Geneformer with one classification head per task over a shared encoder; `config.task_labels` names them.
 
-    The encoder learns to hide what the heads of `config.adversarial_tasks` look for, such as the batch a cell is from.
+    With `config.integrate`, such as the batch a cell is from, cells of one class are drawn together across it while training (see `contrast_across`).
     """
 
     config_class = GeneformerConfig
@@ -323,38 +309,45 @@ class GeneformerForMultiTaskClassification(_Savable, BertPreTrainedModel):
     ) -> MultiTaskOutput:
         """Classify cells for every task. `labels` has shape `(b, tasks)`; -100 where a cell has no label for a task.
 
-        The loss is the weighted sum over tasks of the cross entropies, divided by labels per task (cells, where all have all labels).
+        The loss is the weighted sum over tasks of the cross entropies, divided by labels per task (cells, where all have all labels). One more column of
+        labels says of which batch a cell is, for `config.integrate`; its contrast is by the classes of the first task.
         """
         borders = kwargs.get("cu_seq_lens_q")
         _require_unmixed(self.config, borders)
         outputs = self.bert(input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids, position_ids=position_ids, return_dict=True, **kwargs)
-        logits = self.head(outputs.last_hidden_state, input_ids, attention_mask, borders)
+        pooled_be = _pool(self, outputs.last_hidden_state, input_ids, attention_mask, borders)
+        logits = self._logits(pooled_be)
         loss = None
         if labels is not None:
             weights, class_weights = self.config.task_weights or {}, self.config.task_class_weights or {}
             total = logits[0].new_zeros((), dtype=torch.float32)
             for task, name in enumerate(self.config.task_labels or {}):
                 total = total + weights.get(name, 1.0) * _cross_entropy(logits[task], labels[:, task], class_weights.get(name))
-            # The items are cells times tasks, the loss is a mean over cells of a sum over tasks.
-            loss = _mean_of(total * len(logits), (labels != IGNORED).sum(), num_items_in_batch)
+            if self.training and labels.shape[1] > len(logits):
+                total = total + self.config.integration_weight * contrast_across(pooled_be, labels[:, 0], labels[:, -1])
+            # The items are cells times columns, the loss is a mean over cells of a sum over tasks.
+            loss = _mean_of(total * labels.shape[1], (labels != IGNORED).sum(), num_items_in_batch)
         return MultiTaskOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions)
 
     def head(
         self, hidden_ble: torch.Tensor, input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None = None, borders: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, ...]:
         """Return the logits of each task from the last hidden states; packed cells come with their borders."""
-        read_be = self.dropout(_read_cells(self, hidden_ble, input_ids, attention_mask, borders))
-        hidden_from = set(self.config.adversarial_tasks or [])
-        return tuple(
-            classifier(_ReverseGradient.apply(read_be) if name in hidden_from else read_be)
-            for name, classifier in zip(self.config.task_labels or {}, self.classifiers, strict=True)
-        )
+        return self._logits(_pool(self, hidden_ble, input_ids, attention_mask, borders))
+
+    def _logits(self, pooled_be: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        read_be = self.dropout(_read(self, pooled_be))
+        return tuple(classifier(read_be) for classifier in self.classifiers)
 
 
-def _read_cells(
+def _pool(
     model: Any, hidden_ble: torch.Tensor, input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None, borders: torch.Tensor | None
 ) -> torch.Tensor:
-    """Return what the heads of cells read, of shape `(cells, e)`: pooled, then through BERT's pooler."""
-    pooled_be = pool_cells(hidden_ble, input_ids, attention_mask, borders, config=model.config, attention=model.attention_pool)
+    """Return the embeddings of cells, of shape `(cells, e)`, by `config.pooling`."""
+    return pool_cells(hidden_ble, input_ids, attention_mask, borders, config=model.config, attention=model.attention_pool)
+
+
+def _read(model: Any, pooled_be: torch.Tensor) -> torch.Tensor:
+    """Return what the heads of cells read: embeddings through BERT's pooler."""
     # Called as a module, because adapters put a trainable copy in its place.
     return model.bert.pooler(pooled_be.unsqueeze(1))

@@ -14,8 +14,7 @@ import numpy as np
 import scipy.sparse as sp
 
 from ..errors import MissingExtraError
-from ..models.heads import CLASSES, NUMBERS
-from ..models.modeling_geneformer import IGNORED
+from ..models.heads import CLASSES, IGNORED, NUMBERS
 
 VARIABLE_GENES = 2000
 COMPONENTS = 50

@@ -12,8 +12,7 @@ import numpy as np
 import pandas as pd
 
 from ..errors import MissingExtraError
-from ..models.heads import CLASSES, LABELS, NUMBERS, Head
-from ..models.modeling_geneformer import IGNORED
+from ..models.heads import CLASSES, IGNORED, LABELS, NUMBERS, Head
 
 CALIBRATION_BINS = 10
 ROC_POINTS = 100

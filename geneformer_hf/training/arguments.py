@@ -102,7 +102,7 @@ class GeneformerFineTuningArguments(TrainingSettings):
     """
 
     command: ClassVar[str] = "finetune"
-    lists: ClassVar[tuple[str, ...]] = ("train_data", "validation_data", "test_data", "label", "adversarial", "balance_columns")
+    lists: ClassVar[tuple[str, ...]] = ("train_data", "validation_data", "test_data", "label", "balance_columns")
     mappings: ClassVar[tuple[str, ...]] = ("leave_out", "keep_only", "task_weights")
     ranges: ClassVar[dict[str, tuple[float, Any, str]]] = RANGES | {
         "validation_share": (0, (int, float), SHARE),
@@ -114,6 +114,7 @@ class GeneformerFineTuningArguments(TrainingSettings):
         "max_cells_per_class": (1, int, WHOLE),
         "dropout": (0, (int, float), SHARE),
         "attention_dropout": (0, (int, float), SHARE),
+        "integration_weight": (0, (int, float), "a number of at least 0"),
     }
 
     train_data: list[str] | None = about("files of cells (.h5ad, .zarr, .loom, 10x) or tokenized datasets, with their labels")
@@ -132,7 +133,8 @@ class GeneformerFineTuningArguments(TrainingSettings):
     max_cells: int | None = about("use so many cells, drawn by the seed")
     class_weights: str = about("balanced: rare classes weigh as much as frequent ones", CLASS_WEIGHTS[0])
     task_weights: dict | str | None = about("weight of each head in the loss, as column: weight (default: 1 each)")
-    adversarial: list[str] | None = about("columns of label whose answer the cell embedding shall not hold, such as the batch")
+    integrate: str | None = about("column, such as the batch or study, across which the embeddings of cells of one class are drawn together")
+    integration_weight: float = about("weight of that in the loss", 1.0)
     group_column: str | None = about("column whose values, such as donors, are each wholly on one side of every split")
     validation_share: float | None = about("cells to choose the best epoch on (default: 0.1; with n_folds or gene_classes, 0)")
     test_share: float = about("cells for the final figures", 0.1)
@@ -202,7 +204,7 @@ class GeneformerFineTuningArguments(TrainingSettings):
     def contradictions(self) -> list[tuple[bool, str]]:
         """Return what contradicts what, each with whether it holds."""
         labels, several = self.label or [], len(self.label or []) > 1 and self.problem_type == PROBLEM_TYPES[0]
-        of_cells = ("group_column", "validation_data", "test_data", "balance_columns", "adversarial", "task_weights", "pooling", "max_cells_per_class")
+        of_cells = ("group_column", "validation_data", "test_data", "balance_columns", "integrate", "task_weights", "pooling", "max_cells_per_class")
         return [
             (bool(labels) == bool(self.gene_classes), "give label, a column of obs to predict, or gene_classes, a table of genes; one of them"),
             (len(set(labels)) != len(labels), f"label names a column twice: {', '.join(labels)}"),
@@ -210,13 +212,12 @@ class GeneformerFineTuningArguments(TrainingSettings):
             (bool(self.gene_classes) and self.problem_type != PROBLEM_TYPES[0], f"gene_classes has classes, and problem_type is {self.problem_type}"),
             (bool(self.gene_classes) and self.rare_threshold > 0, "rare_threshold is for classes of cells, and gene_classes is about genes"),
             (bool(self.task_weights) and not several, "task_weights is for several columns of label"),
-            (bool(self.adversarial) and not several, "adversarial is for several columns of label: what to predict, and what not to hold"),
-            (bool(self.adversarial) and set(labels) <= set(self.adversarial or []), "adversarial names all columns of label; at least one has to be predicted"),
+            (bool(self.integrate) and (len(labels) != 1 or self.problem_type != PROBLEM_TYPES[0]), "integrate is for one column of classes"),
+            (self.integrate in labels, f"integrate names {self.integrate!r}, the column to predict; expected what it shall not depend on, such as the batch"),
             (self.problem_type != PROBLEM_TYPES[0] and self.class_weights != "none", f"class_weights are for classes, and problem_type is {self.problem_type}"),
             (self.problem_type != PROBLEM_TYPES[0] and self.max_cells_per_class is not None, f"max_cells_per_class is for classes, and problem_type is {self.problem_type}"),
             (self.problem_type != PROBLEM_TYPES[0] and self.rare_threshold > 0, f"rare_threshold is for classes, and problem_type is {self.problem_type}"),
             (several and self.max_cells_per_class is not None, "max_cells_per_class is for one column of label"),
-            *((name not in labels, f"adversarial names {name!r}, which is not a column of label") for name in self.adversarial or []),
             *((name not in labels, f"task_weights names {name!r}, which is not a column of label") for name in self.task_weights or {}),
             (self.n_folds is not None and (self.validation_data is not None or self.test_data is not None), "n_folds makes the test cells itself; leave out validation_data and test_data"),
             (self.test_data is not None and self.balance_columns is not None, "balance_columns chooses among splits, and test_data is given"),

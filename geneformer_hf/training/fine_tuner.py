@@ -17,7 +17,7 @@ from ..data.collators import DataCollatorForCells, DataCollatorForGenes
 from ..data.mixtures import KeyedCells, Mixture
 from ..models.adapters import unwrapped
 from ..models.attention import PACKED_ATTENTION
-from ..models.modeling_geneformer import IGNORED
+from ..models.heads import IGNORED
 from ..models.tokenization_geneformer import GeneformerTokenizer
 from ..reports.classification import figures_of
 from .arguments import GeneformerFineTuningArguments
@@ -50,7 +50,7 @@ class GeneformerFineTuner(PlannedTrainer):
         if isinstance(task, GeneTask):
             collate = DataCollatorForGenes(tokenizer, task.classes.of_tokens(task.vocab_size, train_genes), layout=layout, pad_to_multiple_of=multiple)
         self._layout_alone = DataCollatorForCells(tokenizer, layout=layout, pad_to_multiple_of=multiple)
-        dataset = KeyedCells(mixture.corpora, task.labels if isinstance(task, CellTask) else None)
+        dataset = KeyedCells(mixture.corpora, task.learnt if isinstance(task, CellTask) else None)
         super().__init__(
             model, args, mixture=mixture, dataset=dataset, collate=collate, tokenizer=tokenizer, eval_dataset=validation if len(validation) else None,
             identity=identity, callbacks=callbacks, model_init=model_init,
@@ -152,6 +152,9 @@ class GeneformerFineTuner(PlannedTrainer):
             for keys, counts in tqdm(self.dealt_batches(0, rows), desc=desc, disable=None if progress else True, leave=False, unit=" batches"):
                 batch = self._prepare_inputs(collate(self.train_dataset.__getitems__(keys)))  # type: ignore[union-attr]
                 batch.pop(CELLS, None)
+                if isinstance(self.task, CellTask) and self.task.batches is not None:
+                    # Without the column of batches: the loss of an evaluation does not depend on which cells come together.
+                    batch["labels"] = batch["labels"][:, :-1]
                 if counts:
                     yield keys, batch
                 else:

@@ -54,7 +54,7 @@ class Prepared:
         """Hashes of labels and splits, for the identity of a run."""
         labels, sides = xxhash.xxh3_64(), xxhash.xxh3_64()
         if isinstance(self.task, CellTask):
-            labels.update(np.ascontiguousarray(self.task.labels).tobytes())
+            labels.update(np.ascontiguousarray(self.task.learnt).tobytes())
         else:
             labels.update(self.task.classes.token_ids.tobytes() + self.task.classes.class_ids.tobytes())
         for split in self.splits:
@@ -95,6 +95,7 @@ def prepare(
         msg = f"{' and '.join(given_too)} cannot be given here: {why}. Leave it out."
         raise SettingError(msg)
     wanted = [*(arguments.label or []), *(arguments.leave_out or {}), *(arguments.keep_only or {}), *(arguments.balance_columns or [])]
+    wanted += [arguments.integrate] if arguments.integrate else []
     # A table that cannot be used is refused before cells are read.
     classes = _gene_classes(arguments, tokenizer, gene_classes) if arguments.gene_classes or gene_classes else None
     columns = list(dict.fromkeys([*wanted, *([arguments.group_column] if arguments.group_column else [])]))

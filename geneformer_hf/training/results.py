@@ -15,7 +15,7 @@ from ..data.masking import CellKey, GeneMasker
 from ..data.mixtures import EVALUATION, Mixture
 from ..genes import species_of
 from ..models.adapters import unwrapped
-from ..models.modeling_geneformer import IGNORED
+from ..models.heads import IGNORED
 from ..models.tokenization_geneformer import GeneformerTokenizer
 from ..reports.baselines import GeneFrequencyBaseline, RankFrequencyBaseline
 from ..reports.cards import PretrainingFacts, pretraining_card

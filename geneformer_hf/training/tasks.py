@@ -11,9 +11,8 @@ import numpy as np
 from ..data.labelled import TRAIN, LabelledCells
 from ..data.labels import GeneClasses, balanced_weights, class_ids, class_name, describe_counts, is_missing, label_matrix, numbers_of
 from ..errors import SettingError
-from ..models.heads import CLASSES, JOINED, LABELS, NUMBERS, Head, column_names
+from ..models.heads import CLASSES, IGNORED, JOINED, LABELS, NUMBERS, Head, column_names
 from ..models.modeling_geneformer import (
-    IGNORED,
     GeneformerForMultiTaskClassification,
     GeneformerForSequenceClassification,
     GeneformerForTokenClassification,
@@ -22,7 +21,7 @@ from ..reports.classification import figures_of
 from .arguments import GeneformerFineTuningArguments
 
 NO_HEADS: dict[str, Any] = dict.fromkeys(
-    ("task_labels", "task_weights", "adversarial_tasks", "task_class_weights", "class_weights", "label_columns", "label_mean", "label_scale", "problem_type")
+    ("task_labels", "task_weights", "integrate", "task_class_weights", "class_weights", "label_columns", "label_mean", "label_scale", "problem_type")
 )
 """What the configuration of another task may have left, none of which holds any more."""
 
@@ -35,6 +34,8 @@ class CellTask:
     labels: np.ndarray
     """By row: int64 of shape `(n,)`; of shape `(n, heads)` for several; float32 of shape `(n, k)` for labels that hold together and numbers."""
     notes: list[str] = field(default_factory=list)
+    batches: np.ndarray | None = None
+    """By row, int64 of shape `(n,)`: what cells of one class are drawn together across; -100 where unknown."""
     stratify_by: str | None = None
     """The head whose classes shall have equal shares on all sides of a split."""
 
@@ -45,8 +46,13 @@ class CellTask:
 
     @property
     def is_multi_task(self) -> bool:
-        """Whether there are several heads."""
-        return len(self.heads) > 1
+        """Whether a column of labels is one of several, of heads or of batches."""
+        return len(self.heads) > 1 or self.batches is not None
+
+    @property
+    def learnt(self) -> np.ndarray:
+        """What a training step is given of each row: labels and, as one more column, batches."""
+        return self.labels if self.batches is None else np.column_stack([self.labels, self.batches])
 
     @property
     def model_class(self) -> Any:
@@ -77,7 +83,8 @@ class CellTask:
             fields |= {
                 "task_labels": {head.name: head.names for head in self.heads},
                 "task_weights": {name: float(weight) for name, weight in (arguments.task_weights or {}).items()} or None,  # type: ignore[union-attr]
-                "adversarial_tasks": [head.name for head in self.heads if head.adversarial] or None,
+                "integrate": arguments.integrate,
+                "integration_weight": float(arguments.integration_weight),
             }
             if arguments.class_weights == "balanced":
                 fields["task_class_weights"] = {h.name: balanced_weights(self.labels_of(h)[train_rows], len(h.names)) for h in self.heads}
@@ -93,7 +100,7 @@ class CellTask:
         return fields
 
     def metrics(self, logits: np.ndarray, rows: np.ndarray) -> dict[str, float]:
-        """Return the figures that are followed while training: of each head, and their mean over heads that are to be predicted."""
+        """Return the figures that are followed while training: of each head, and their mean over heads."""
         names = {CLASSES: ("accuracy", "macro_f1", "log_loss"), LABELS: ("accuracy", "macro_f1"), NUMBERS: ("r2", "mae")}[self.kind]
         found: dict[str, float] = {}
         means: dict[str, list[float]] = {name: [] for name in names}
@@ -105,8 +112,7 @@ class CellTask:
             for name in names:
                 if self.is_multi_task:
                     found[f"{head.name}_{name}"] = figures[name]
-                if not head.adversarial:
-                    means[name].append(figures[name])
+                means[name].append(figures[name])
         return {name: float(np.mean(values)) for name, values in means.items() if values} | found
 
 
@@ -141,16 +147,15 @@ def cell_task(cells: LabelledCells, arguments: GeneformerFineTuningArguments) ->
 
 
 def _class_task(cells: LabelledCells, columns: Mapping[str, Sequence[Any]], arguments: GeneformerFineTuningArguments) -> CellTask:
-    adversarial = set(arguments.adversarial or [])
     heads: list[Head] = []
     labels = []
     # Sorted, as a config.json keeps them.
     for column, values in sorted(columns.items()):
         names, ids = _classes_of(cells, column, values, arguments)
-        heads.append(Head(column, names, CLASSES, heads[-1].stop if heads else 0, column in adversarial))
+        heads.append(Head(column, names, CLASSES, heads[-1].stop if heads else 0))
         labels.append(ids)
-    first = next(column for column in columns if column not in adversarial)
-    task = CellTask(heads, labels[0] if len(labels) == 1 else np.stack(labels, axis=1), stratify_by=first)
+    batches = _batches(cells, arguments.integrate) if arguments.integrate else None
+    task = CellTask(heads, labels[0] if len(labels) == 1 and batches is None else np.stack(labels, axis=1), batches=batches, stratify_by=next(iter(columns)))
     # What is left without a label now is of a rare class, or of one that no training cell has.
     cells.leave_out(task.unlabelled(), f"no {' or '.join(columns)} that is learnt")
     return task
@@ -189,6 +194,24 @@ def _classes_of(cells: LabelledCells, column: str, values: Sequence[Any], argume
             f"{column} has the class {', '.join(looks_missing)}, which is learnt like any other. To leave such cells out: leave_out: {{{column}: [{', '.join(looks_missing)}]}}"
         )
     return names, ids
+
+
+def _batches(cells: LabelledCells, column: str) -> np.ndarray:
+    """Return the batch of each cell.
+
+    Raises:
+        SettingError: if there is but one.
+    """
+    _, ids = class_ids(cells.columns[column])
+    here = cells.usable & (cells.part == TRAIN)
+    used = np.unique(ids[here & (ids != IGNORED)])
+    if len(used) < 2:
+        msg = f"integrate: column {column!r} holds {len(used)} value{'' if len(used) == 1 else 's'} among {int(here.sum()):,} cells to train on; expected two batches at least."
+        raise SettingError(msg)
+    unknown = int((here & (ids == IGNORED)).sum())
+    if unknown:
+        cells.notes.append(f"{unknown:,} cells without a {column} are learnt, and drawn to no others")
+    return ids
 
 
 def _handle_missing(cells: LabelledCells, columns: Mapping[str, Sequence[Any]], arguments: GeneformerFineTuningArguments) -> None:

@@ -13,7 +13,8 @@ from ..data.collators import DataCollatorForMaskedGenes
 from ..data.mixtures import Corpus, KeyedCells, Mixture
 from ..errors import SettingError
 from ..models.adapters import unwrapped
-from ..models.modeling_geneformer import IGNORED, has_fused_loss
+from ..models.heads import IGNORED
+from ..models.modeling_geneformer import has_fused_loss
 from ..models.tokenization_geneformer import GeneformerTokenizer
 from ..reports.metrics import MaskedGeneScores
 from .arguments import GeneformerPretrainingArguments

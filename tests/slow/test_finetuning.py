@@ -58,6 +58,7 @@ def run(launcher, arguments):
 KINDS = {
     "classes": {},
     "heads_by_attention": {"label": ["cell_type", "sex"], "pooling": "attention", "class_weights": "balanced"},
+    "integrated": {"integrate": "sex", "pooling": "mean"},
     "lora": {"adapter": "lora", "lora_dropout": 0.0},
     "genes": {"label": None, "gene_classes": "genes.json", "n_folds": 2, "num_train_epochs": 1},
 }

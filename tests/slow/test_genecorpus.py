@@ -8,7 +8,7 @@ from geneformer_hf import GeneformerPretrainingArguments, pretrain
 from geneformer_hf.data.masking import GeneMasker
 from geneformer_hf.data.mixtures import EVALUATION
 from geneformer_hf.hub.checkpoints import find_dictionaries, tokenizer_from_dictionaries
-from geneformer_hf.models.modeling_geneformer import IGNORED
+from geneformer_hf.models.heads import IGNORED
 from tests.tolerances import EQUALS_FREQUENCY
 
 pytestmark = [pytest.mark.slow, pytest.mark.shared, pytest.mark.timeout(1200)]

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification, Trainer, TrainerCallback, TrainingArguments
 
-from geneformer_hf import GeneformerConfig, GeneformerForSequenceClassification, load_cells, load_model, predict
+from geneformer_hf import GeneformerForSequenceClassification, embed_cells, load_cells, load_model, predict
 from geneformer_hf.data.collators import DataCollatorForCells
 from geneformer_hf.errors import CheckpointError, GeneformerError, SettingError
 from geneformer_hf.training.outcomes import MODEL
@@ -283,25 +283,37 @@ def test_donors_are_wholly_on_one_side(tune, labelled):
     assert set(sides["split"]) == {"train", "validation", "test"}
 
 
-def test_an_adversarial_head_turns_the_gradient_round(tokenizer, labelled, base):
-    from geneformer_hf import GeneformerForMultiTaskClassification
+def test_contrast_draws_cells_of_a_class_together_across_batches(tune, labelled):
+    """The cells of one batch express twenty genes more."""
+    cells = labelled.copy()
+    cells.obs["batch"] = ["x", "y"] * 60
+    counts = cells.X.toarray()
+    counts[::2, -20:] += np.random.default_rng(0).poisson(6.0, (60, 20))
+    cells.X = sp.csr_matrix(counts)
+    kind, batch = (cells.obs[name].astype(str).to_numpy() for name in ("cell_type", "batch"))
+    same, across = kind[:, None] == kind, batch[:, None] != batch
+    apart = {}
+    for weight in (0.0, 3.0):
+        found = tune(f"weight{weight}", cells=cells, integrate="batch", integration_weight=weight, num_train_epochs=6, pooling="mean", learning_rate=3e-3)
+        assert list(found.figures["heads"]) == ["cell_type"]
+        assert load_model(found.folder).config.integrate == "batch"
+        vectors = embed_cells(found.folder, cells, layer=-1, pooling="mean", progress=False)
+        centred = vectors - vectors.mean(axis=0)
+        unit = centred / np.linalg.norm(centred, axis=1, keepdims=True)
+        likeness = unit @ unit.T
+        apart[weight] = likeness[same & ~across].mean() - likeness[same & across].mean()
+    assert apart[3.0] < 0.7 * apart[0.0]
+    frame = predict(found.folder, cells, progress=False).to_frame()
+    assert set(frame["cell_type_predicted"]) <= set(kind)
 
-    tasks = {"cell_type": ["B", "T"], "batch": ["x", "y"]}
-    torch.manual_seed(0)
-    plain = GeneformerForMultiTaskClassification.from_pretrained(base, config=GeneformerConfig.from_pretrained(base, task_labels=tasks))
-    turned = GeneformerForMultiTaskClassification.from_pretrained(
-        base, config=GeneformerConfig.from_pretrained(base, task_labels=tasks, adversarial_tasks=["batch"])
-    )
-    turned.load_state_dict(plain.state_dict())
-    cells = load_cells(labelled[:4], tokenizer=tokenizer, obs="none")
-    batch = DataCollatorForCells(tokenizer)([cells[i] for i in range(4)])
-    labels = torch.tensor([[-100, 0], [-100, 1], [-100, 1], [-100, 0]])
-    for model in (plain, turned):
-        model.eval()(**batch, labels=labels).loss.backward()
-    name = "bert.encoder.layer.1.output.dense.weight"
-    ours, theirs = (dict(model.named_parameters())[name].grad for model in (turned, plain))
-    torch.testing.assert_close(ours, -theirs)
-    torch.testing.assert_close(turned.classifiers[1].weight.grad, plain.classifiers[1].weight.grad)
+
+def test_the_loss_of_an_evaluation_holds_no_contrast(tune):
+    """Which cells come together in a batch is chance, so it would depend on the size of batches."""
+    losses = [
+        [e["eval_loss"] for e in tune(f"by{size}", integrate="sex", num_train_epochs=1, per_device_eval_batch_size=size).history["final"] if "eval_loss" in e]
+        for size in (3, 32)
+    ]
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)
 
 
 def test_a_model_of_one_head_is_made_of_one_of_several(tune, labelled):

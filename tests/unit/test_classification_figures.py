@@ -75,8 +75,8 @@ def test_heads_are_read_from_a_configuration():
 
     (one,) = heads_of(GeneformerConfig(id2label={0: "a", 1: "b"}, label_columns=["kind"], problem_type="single_label_classification"))
     assert (one.name, one.names, one.stop) == ("kind", ["a", "b"], 2)
-    two = heads_of(GeneformerConfig(task_labels={"x": ["1", "2"], "y": ["3", "4", "5"]}, adversarial_tasks=["y"]))
-    assert [(h.name, h.start, h.stop, h.adversarial) for h in two] == [("x", 0, 2, False), ("y", 2, 5, True)]
+    two = heads_of(GeneformerConfig(task_labels={"x": ["1", "2"], "y": ["3", "4", "5"]}))
+    assert [(h.name, h.start, h.stop) for h in two] == [("x", 0, 2), ("y", 2, 5)]
 
 
 def test_one_label_is_counted_where_it_holds():
