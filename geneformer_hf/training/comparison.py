@@ -52,7 +52,7 @@ def cell_baselines(
     dense = of_train[:, columns].toarray()
     pca = PCA(min(COMPONENTS, *dense.shape), random_state=arguments.order_seed).fit(dense)
     what, number = "expression" if cells.has_counts else "gene ranks", task.kind == NUMBERS
-    linear = f"{'ridge' if number else 'logistic'} regression on {what} of {len(columns):,} variable genes"
+    linear = f"{'ridge' if number else 'logistic'} regression on {what} of variable genes"
     scales = {(name.replace("logistic", "ridge") if number else name): (Standardised(space[train]), space) for name, space in vectors.items()}
 
     def spaces(rows: np.ndarray, expression: np.ndarray) -> dict[str, tuple[str, np.ndarray]]:
