@@ -5,7 +5,7 @@
     python benchmarks/real_finetune.py genes WORK          # dosage-sensitive transcription factors, 5 folds over genes
     python benchmarks/real_finetune.py heads WORK          # cell type and batch of pbmc_integration
     python benchmarks/real_finetune.py cardio WORK         # day 2 against day 5 of cardiac differentiation, 5 folds
-    python benchmarks/real_finetune.py batch WORK          # hiding the batch: classes alone, an adversarial head, contrast across batches
+    python benchmarks/real_finetune.py batch WORK          # classes alone, an adversarial head, contrast across batches (`integrate`)
 
 Needs the folder of shared data (GENEFORMER_HF_SHARED). Prints every figure beside its baselines, whichever way it came out.
 """
@@ -40,6 +40,7 @@ from geneformer_hf.data.packing import pack_cells
 from geneformer_hf.hub.checkpoints import find_dictionaries, tokenizer_from_dictionaries
 from geneformer_hf.models.adapters import open_weights
 from geneformer_hf.models.attention import PACKED_ATTENTION
+from geneformer_hf.models.contrast import contrast_across
 from geneformer_hf.models.pooling import pool_cells
 
 DATA = Path(os.environ.get("GENEFORMER_HF_SHARED", Path(__file__).parents[2] / "shared")).resolve() / "data"
@@ -145,10 +146,10 @@ class BatchExperiment:
         order = np.random.default_rng(0).permutation(len(self.cells))
         self.test, self.train = np.sort(order[:1000]), np.sort(order[1000:])
 
-    def model(self, adversarial: bool) -> Any:
+    def model(self) -> Any:
         torch.manual_seed(0)
         labels = {"batch": self.batches, "cell_type": self.types}
-        config = GeneformerConfig.from_pretrained(self.folder, pooling="mean", task_labels=labels, adversarial_tasks=["batch"] if adversarial else None)
+        config = GeneformerConfig.from_pretrained(self.folder, pooling="mean", task_labels=labels)
         model = open_weights(GeneformerForMultiTaskClassification, self.folder, config, quiet=True)
         model.set_attn_implementation(PACKED_ATTENTION)
         return model
@@ -161,7 +162,7 @@ class BatchExperiment:
         return pool_cells(hidden, batch["input_ids"], None, batch["cu_seq_lens_q"], config=model.config)
 
     def run(self, kind: str, weight: float, epochs: int = 4, size: int = 48) -> Any:
-        model, rng = self.model(kind == "adversarial"), np.random.default_rng(1)
+        model, rng = self.model(), np.random.default_rng(1)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.001)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=len(self.train) // size * epochs, pct_start=0.1)
         for _ in range(epochs):
@@ -170,13 +171,15 @@ class BatchExperiment:
                 rows = order[start : start + size]
                 model.train()
                 hidden, batch = self.hidden(model, rows)
-                of_batch, of_type = model.head(hidden, batch["input_ids"], None, batch["cu_seq_lens_q"])
+                pooled = self.pooled(model, hidden, batch)
+                read = model.bert.pooler(pooled.unsqueeze(1))
+                of_batch, of_type = model.classifiers[0](ReverseGradient.apply(read)), model.classifiers[1](read)
                 types, batches = torch.from_numpy(self.type_of[rows]), torch.from_numpy(self.batch_of[rows])
                 loss = F.cross_entropy(of_type, types)
                 if kind == "adversarial":
                     loss = loss + weight * F.cross_entropy(of_batch, batches)
                 if kind == "contrastive":
-                    loss = loss + weight * contrast(self.pooled(model, hidden, batch), types, batches)
+                    loss = loss + weight * contrast_across(pooled, types, batches) / len(types)
                 loss.backward()
                 torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
                 optimizer.step()
@@ -205,22 +208,21 @@ class BatchExperiment:
         )
 
 
-def contrast(vectors: torch.Tensor, types: torch.Tensor, batches: torch.Tensor, temperature: float = 0.1) -> torch.Tensor:
-    """Supervised contrast (Khosla et al. 2020) whose positives are cells of the same type in other batches, where there are any."""
-    unit = F.normalize(vectors, dim=1)
-    itself = torch.eye(len(unit), dtype=torch.bool)
-    likeness = (unit @ unit.T / temperature).masked_fill(itself, -1e9)
-    same = (types[:, None] == types[None]) & ~itself
-    across = same & (batches[:, None] != batches[None])
-    positives = torch.where(across.any(1, keepdim=True), across, same).float()
-    logs = (likeness - torch.logsumexp(likeness, 1, keepdim=True)).masked_fill(itself, 0.0)
-    has = positives.sum(1) > 0
-    return -((positives * logs).sum(1)[has] / positives.sum(1)[has]).mean()
+class ReverseGradient(torch.autograd.Function):
+    """Passes values on and turns gradients round (Ganin et al. 2016, JMLR 17)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+        return -grad
 
 
 def batch(work: Path) -> None:
     experiment = BatchExperiment(work)
-    experiment.judge(experiment.model(adversarial=False), "checkpoint as it was")
+    experiment.judge(experiment.model(), "checkpoint as it was")
     for kind, weight in (("classes alone", 0.0), ("adversarial", 0.3), ("adversarial", 1.0), ("contrastive", 0.3), ("contrastive", 1.0)):
         experiment.judge(experiment.run(kind, weight), f"{kind} {weight or ''}")
 
