@@ -32,7 +32,7 @@ test: $(VENV)/.dev  ## install and run the quick tests, offline
 	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
 
 test-slow: $(VENV)/.dev  ## the slow tests: the whole demo, fresh processes, full-size checkpoints
-	$(OFFLINE) $(BIN)/python -m pytest -q -m slow
+	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal -m slow
 
 quality: $(VENV)/.dev  ## ruff and mypy
 	$(BIN)/ruff check .

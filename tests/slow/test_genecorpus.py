@@ -11,7 +11,7 @@ from geneformer_hf.hub.checkpoints import find_dictionaries, tokenizer_from_dict
 from geneformer_hf.models.heads import IGNORED
 from tests.tolerances import EQUALS_FREQUENCY
 
-pytestmark = [pytest.mark.slow, pytest.mark.shared, pytest.mark.timeout(1200)]
+pytestmark = [pytest.mark.slow, pytest.mark.shared, pytest.mark.timeout(2400)]
 SHAPE = {
     "hidden_size": 64,
     "num_hidden_layers": 2,
