@@ -103,8 +103,14 @@ def encode_packed(bert: Any, input_ids_t: torch.Tensor, lengths: Sequence[int], 
     starts_b = lengths_b.cumsum(0) - lengths_b
     positions_t = torch.arange(len(input_ids_t), device=device) - starts_b.repeat_interleave(lengths_b)
     hidden_te = bert.embeddings(input_ids=input_ids_t.unsqueeze(0), position_ids=positions_t.unsqueeze(0)).squeeze(0)
-    layout = None if device.type == "cpu" else _Padded(lengths_b, longest=max(lengths))
-    for layer in bert.encoder.layer[:n_layers]:
+    return run_layers(bert.encoder.layer[:n_layers], hidden_te, lengths)
+
+
+def run_layers(layers: Sequence[Any], hidden_te: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
+    """Run some layers of a BERT encoder over the hidden states of packed cells, `(t, e)`; in eval mode."""
+    device = hidden_te.device
+    layout = None if device.type == "cpu" else _Padded(torch.tensor(list(lengths), device=device), longest=max(lengths))
+    for layer in layers:
         attention = layer.attention.self
         query, key, value = attention.query(hidden_te), attention.key(hidden_te), attention.value(hidden_te)
         heads = attention.num_attention_heads
@@ -112,13 +118,34 @@ def encode_packed(bert: Any, input_ids_t: torch.Tensor, lengths: Sequence[int], 
             context_te = _cell_by_cell(query, key, value, heads, lengths)
         else:
             context_te = layout.attend(query, key, value, heads=heads)
-        # BERT's output modules without dropout; the sums are in place, as nothing else holds those tensors.
-        hidden_te = layer.attention.output.LayerNorm(layer.attention.output.dense(context_te).add_(hidden_te))
-        inner_te = layer.intermediate.dense(hidden_te)
-        activation = layer.intermediate.intermediate_act_fn
-        inner_te = inner_te.relu_() if isinstance(activation, nn.ReLU) else activation(inner_te)
-        hidden_te = layer.output.LayerNorm(layer.output.dense(inner_te).add_(hidden_te))
+        hidden_te = after_attention(layer, context_te, hidden_te)
     return hidden_te
+
+
+def first_tokens(layer: Any, hidden_te: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
+    """Run one layer for the first token of each packed cell alone, `(cells, e)`: all that a readout of `<cls>` needs of the last layer."""
+    attention = layer.attention.self
+    heads = attention.num_attention_heads
+    starts_b = torch.tensor([0, *lengths[:-1]], device=hidden_te.device).cumsum(0)
+    first_be = hidden_te[starts_b]
+    key_te, value_te, query_be = attention.key(hidden_te), attention.value(hidden_te), attention.query(first_be)
+    contexts = []
+    for query_e, key_le, value_le in zip(query_be, key_te.split(list(lengths)), value_te.split(list(lengths)), strict=True):
+        query, key, value = (x.view(1, -1, heads, x.shape[-1] // heads).transpose(1, 2) for x in (query_e, key_le, value_le))
+        contexts.append(F.scaled_dot_product_attention(query, key, value).reshape(-1))
+    return after_attention(layer, torch.stack(contexts), first_be)
+
+
+def after_attention(layer: Any, context: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+    """Return what a layer makes of what its tokens attended to, both of shape `(..., e)`.
+
+    BERT's output modules without dropout; the sums are in place, as nothing else holds those tensors.
+    """
+    hidden = layer.attention.output.LayerNorm(layer.attention.output.dense(context).add_(hidden))
+    inner = layer.intermediate.dense(hidden)
+    activation = layer.intermediate.intermediate_act_fn
+    inner = inner.relu_() if isinstance(activation, nn.ReLU) else activation(inner)
+    return layer.output.LayerNorm(layer.output.dense(inner).add_(hidden))
 
 
 def _cell_by_cell(query_te: torch.Tensor, key_te: torch.Tensor, value_te: torch.Tensor, heads: int, lengths: Sequence[int]) -> torch.Tensor:

@@ -59,6 +59,11 @@ class PackedEncoder:
         self._pool: ThreadPoolExecutor | None = None
         self._n_workers = 1
 
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """The type that is computed in, where it is not the model's own."""
+        return self._dtype
+
     @contextmanager
     def ready(self) -> Iterator[None]:
         """Put the model on the device in eval mode, and leave it, and torch's threads, as they were."""
@@ -126,7 +131,13 @@ class PackedEncoder:
         arrays = [input_ids[offsets[i] : offsets[i + 1]] for i in cells]
         ids = torch.from_numpy(np.concatenate(arrays).astype(np.int64))
         lengths = [len(a) for a in arrays]
-        lower = self._dtype in (torch.bfloat16, torch.float16)
-        with torch.inference_mode(), torch.autocast(self._device.type, dtype=self._dtype if lower else torch.bfloat16, enabled=lower):
+        with self._computing():
             hidden = encode_packed(self._model.base_model, ids.to(self._device), lengths, self._n_layers)
         return EncodedPass(cells, ids, lengths, hidden)
+
+    @contextmanager
+    def _computing(self) -> Iterator[None]:
+        """Compute without gradients, in the number type asked for; what holds on one thread says nothing of others."""
+        lower = self._dtype in (torch.bfloat16, torch.float16)
+        with torch.inference_mode(), torch.autocast(self._device.type, dtype=self._dtype if lower else torch.bfloat16, enabled=lower):
+            yield

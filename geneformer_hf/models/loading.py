@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+import xxhash
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
@@ -209,3 +211,12 @@ def require_same_vocabulary(config: GeneformerConfig, tokenizer: GeneformerToken
     if differences:
         msg = f"Model and tokenizer do not belong together: {'; '.join(differences)}. Use the tokenizer in the model's own folder."
         raise VocabularyMismatchError(msg)
+
+
+def fingerprint_of(model: Any) -> str:
+    """Return a hash of all weights of a model, adapters included."""
+    digest = xxhash.xxh3_64()
+    for name, tensor in sorted(unwrapped(model).state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()

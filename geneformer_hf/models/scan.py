@@ -1,0 +1,118 @@
+"""Hidden states of the many variants of one cell that each differ from it in one gene, with the work they share done once.
+
+Deleting gene p leaves the genes before it where they are and moves those after it up by one; moving it to the top moves those before it down by one. So over
+all variants a token enters the first layer in two ways only (three, as the gene that is moved), and its query, key and value there are computed once for
+each. What a token attends to is then the keys before p in one way and those after p in the other: sums over both sides are shared by
+neighbouring variants. From the second layer on everything differs, and every variant is run through.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .attention import after_attention
+
+VARIANTS_AT_ONCE = 16
+"""Variants whose first layer shares its sums."""
+
+
+@dataclass(frozen=True)
+class _Ways:
+    """The tokens of a cell in one of the ways they enter the first layer."""
+
+    hidden_le: torch.Tensor
+    query_hld: torch.Tensor
+    key_hld: torch.Tensor
+    value_hld: torch.Tensor
+
+    @classmethod
+    def of(cls, bert: Any, tokens_l: torch.Tensor, positions_l: torch.Tensor) -> _Ways:
+        attention = bert.encoder.layer[0].attention.self
+        hidden_le = bert.embeddings(input_ids=tokens_l[None], position_ids=positions_l[None]).squeeze(0)
+        heads = attention.num_attention_heads
+        parts = (f(hidden_le).view(len(tokens_l), heads, -1).transpose(0, 1) for f in (attention.query, attention.key, attention.value))
+        return cls(hidden_le, *parts)
+
+
+class CellScan:
+    """One cell, ready to be run without (or with at the top) each of its genes.
+
+    Args:
+        bert (`BertModel`): in eval mode.
+        tokens_l (`torch.LongTensor` of shape `(l,)`): the cell with its special tokens.
+        first_gene (`int`): position of the first gene: 1 after `<cls>`, else 0.
+        to_top (`bool`): move each gene to the top in place of deleting it.
+    """
+
+    def __init__(self, bert: Any, tokens_l: torch.Tensor, *, first_gene: int, to_top: bool) -> None:
+        self.bert, self.first_gene, self.to_top = bert, first_gene, to_top
+        places_l = torch.arange(len(tokens_l), device=tokens_l.device)
+        is_gene = places_l >= first_gene
+        self.moved: _Ways | None = None
+        if to_top:
+            # Genes before the one that is moved go down by one; the end of the cell stays.
+            self.before = _Ways.of(bert, tokens_l, (places_l + is_gene.long()).clamp(max=len(tokens_l) - 1))
+            self.after = _Ways.of(bert, tokens_l, places_l)
+            self.moved = _Ways.of(bert, tokens_l, torch.full_like(places_l, first_gene))
+        else:
+            self.before = _Ways.of(bert, tokens_l, places_l)
+            self.after = _Ways.of(bert, tokens_l, (places_l - 1).clamp(min=0))
+
+    def first_layer(self, start: int, stop: int) -> torch.Tensor | None:
+        """Return the states after the first layer of the variants of the tokens at positions `start` to `stop`, of shape `(variants, l or l - 1, e)`.
+
+        None where sums of what is left cannot be told from zero, so that the variants have to be run one by one.
+        """
+        n, length, scale = stop - start, self.before.hidden_le.shape[0], self.before.query_hld.shape[-1] ** -0.5
+        # Each token asks in the way it enters: before the chunk in one, after it in the other, within it in both.
+        query_hqd = torch.cat([self.before.query_hld[:, :stop], self.after.query_hld[:, start:]], dim=1)
+        key_hkd = torch.cat([self.before.key_hld[:, :stop], self.after.key_hld[:, start:]], dim=1)
+        value_hkd = torch.cat([self.before.value_hld[:, :stop], self.after.value_hld[:, start:]], dim=1)
+        if self.moved is not None:
+            own = slice(start, stop)
+            query_hqd = torch.cat([query_hqd, self.moved.query_hld[:, own]], dim=1)
+            key_hkd, value_hkd = torch.cat([key_hkd, self.moved.key_hld[:, own]], dim=1), torch.cat([value_hkd, self.moved.value_hld[:, own]], dim=1)
+        weights_hqk = (query_hqd * scale) @ key_hkd.transpose(1, 2)
+        weights_hqk = weights_hqk.sub_(weights_hqk.amax(-1, keepdim=True)).exp_()
+        # Keys that every variant of the chunk sees: those before it, and those after it.
+        common_k = torch.ones(key_hkd.shape[1], dtype=torch.bool, device=key_hkd.device)
+        own_before, own_after = slice(start, stop), slice(stop, stop + n)
+        own_moved = slice(stop + length - start, stop + length - start + n)
+        for own in (own_before, own_after, own_moved):
+            common_k[own] = False
+        shared_hqk = weights_hqk.masked_fill(~common_k, 0.0)
+        sums_hqd, totals_hq = shared_hqk @ value_hkd, shared_hqk.sum(-1)
+        seen_nn = torch.ones(n, n, dtype=torch.bool, device=key_hkd.device).tril(-1)
+        within = [(own_before, seen_nn), (own_after, seen_nn.T)]
+        if self.moved is not None:
+            within.append((own_moved, torch.eye(n, dtype=torch.bool, device=key_hkd.device)))
+        # (heads, queries, variants, keys of the chunk)
+        picked_hqnk = torch.cat([weights_hqk[:, :, None, own] * seen for own, seen in within], dim=-1)
+        values_hkd = torch.cat([value_hkd[:, own] for own, _ in within], dim=1)
+        sums_hqnd = sums_hqd[:, :, None] + (picked_hqnk.flatten(1, 2) @ values_hkd).unflatten(1, picked_hqnk.shape[1:3])
+        totals_hqn = totals_hq[:, :, None] + picked_hqnk.sum(-1)
+        if bool((totals_hqn < 1e-20).any()):
+            return None
+        context_qne = (sums_hqnd / totals_hqn[..., None]).permute(1, 2, 0, 3).flatten(2)
+        rows_nl, hidden_qe = self._rows(start, stop), self._hidden(start, stop)
+        context_nle = context_qne[rows_nl, torch.arange(n, device=rows_nl.device)[:, None]]
+        return after_attention(self.bert.encoder.layer[0], context_nle, hidden_qe[rows_nl])
+
+    def _rows(self, start: int, stop: int) -> torch.Tensor:
+        """Return for each variant, in the order of its tokens, which of the queries each token is; int64 of shape `(variants, l or l - 1)`."""
+        length, n = self.before.hidden_le.shape[0], stop - start
+        gone_n1 = torch.arange(start, stop, device=self.before.hidden_le.device)[:, None]
+        others_l = torch.arange(length - 1, device=gone_n1.device)
+        others_nl = others_l + (others_l >= gone_n1)
+        rows_nl = torch.where(others_nl < gone_n1, others_nl, stop - start + others_nl)
+        if self.moved is None:
+            return rows_nl
+        own_n1 = torch.arange(n, device=gone_n1.device)[:, None] + stop + length - start
+        return torch.cat([rows_nl[:, : self.first_gene], own_n1, rows_nl[:, self.first_gene :]], dim=1)
+
+    def _hidden(self, start: int, stop: int) -> torch.Tensor:
+        parts = [self.before.hidden_le[:stop], self.after.hidden_le[start:]]
+        return torch.cat([*parts, self.moved.hidden_le[start:stop]] if self.moved is not None else parts)

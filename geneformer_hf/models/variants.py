@@ -1,0 +1,150 @@
+"""Hidden states of perturbed cells: passes of bounded size, and of each pass only what a readout makes of it is kept.
+
+Perturbations of one gene each in one cell share their first layer (`CellScan`); all others are packed, variants of several cells in one pass. Both give the same
+numbers. On a CPU passes run side by side, each on its own thread.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+
+from ..device import run_with_backoff
+from .attention import encode_packed, first_tokens, run_layers
+from .encoding import PackedEncoder
+from .scan import VARIANTS_AT_ONCE, CellScan
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A cell after a change, as tokens."""
+
+    tokens: np.ndarray
+    """int64 of shape `(l,)`, special tokens included."""
+    about: Any
+    """Whatever the reader of its hidden states has to know."""
+    scan: ScannedCell | None = None
+    """The cell it differs from in one gene, if it does."""
+    position: int = -1
+    """Where that gene stands in that cell."""
+
+
+@dataclass(frozen=True)
+class ScannedCell:
+    """A cell whose genes are deleted, or moved to the top, one by one."""
+
+    tokens: np.ndarray
+    first_gene: int
+    to_top: bool
+
+
+class VariantEncoder(PackedEncoder):
+    """A model made ready to give hidden states of variants.
+
+    Args (beyond those of `PackedEncoder`):
+        only_first (`bool`): of each variant give the first token alone, `(1, e)` in place of `(l, e)`.
+    """
+
+    def __init__(self, model: Any, *, only_first: bool = False, **options: Any) -> None:
+        super().__init__(model, **options)
+        self.only_first = only_first
+
+    def read(self, variants: Iterable[Variant], reader: Callable[[Variant, torch.Tensor], T]) -> Iterator[T]:
+        """Yield what `reader` makes of each variant and its hidden states, in order; call it within `ready()`.
+
+        `reader` runs beside others on threads of their own.
+        """
+        pending: deque[Future[list[T]]] = deque()
+        scan: tuple[ScannedCell, CellScan] | None = None
+        for group in self._grouped(variants):
+            whole = group[0].scan
+            if whole is not None and (scan is None or scan[0] is not whole):
+                with self._computing():
+                    scan = (whole, self._scan_of(whole))
+            shared = scan[1] if whole is not None and scan is not None else None
+            if self._pool is None or self._n_workers == 1:
+                yield from self._read_group(group, shared, reader)
+                continue
+            pending.append(self._pool.submit(self._read_group, group, shared, reader))
+            if len(pending) > 2 * self._n_workers:
+                yield from pending.popleft().result()
+        while pending:
+            yield from pending.popleft().result()
+
+    def _grouped(self, variants: Iterable[Variant]) -> Iterator[list[Variant]]:
+        """Cut variants into groups: neighbours in one cell that share their first layer, or as many as one pass takes."""
+        group: list[Variant] = []
+        tokens = 0
+        for variant in variants:
+            if self._dtype is not None or self._n_layers == 0:
+                variant = Variant(variant.tokens, variant.about)  # noqa: PLW2901 - sums over keys are for full precision
+            if group:
+                last = group[-1]
+                if variant.scan is not None:
+                    fits = last.scan is variant.scan and variant.position == last.position + 1 and len(group) < VARIANTS_AT_ONCE
+                else:
+                    fits = last.scan is None and tokens + len(variant.tokens) <= self.tokens_per_pass and len(group) < (self._batch_size or len(group) + 1)
+                if not fits:
+                    yield group
+                    group, tokens = [], 0
+            group.append(variant)
+            tokens += len(variant.tokens)
+        if group:
+            yield group
+
+    def _scan_of(self, cell: ScannedCell) -> CellScan:
+        ids = torch.from_numpy(cell.tokens.astype(np.int64)).to(self._device)
+        return CellScan(self._model.base_model, ids, first_gene=cell.first_gene, to_top=cell.to_top)
+
+    def _read_group(self, group: list[Variant], scan: CellScan | None, reader: Callable[[Variant, torch.Tensor], T]) -> list[T]:
+        parts = run_with_backoff(lambda some: self._run_group(some, scan, reader), group)
+        if len(parts) > 1:
+            self.tokens_per_pass = max(1, self.tokens_per_pass // 2)
+        return [found for part in parts for found in part]
+
+    def _run_group(self, group: Sequence[Variant], scan: CellScan | None, reader: Callable[[Variant, torch.Tensor], T]) -> list[T]:
+        with self._computing():
+            states = None if scan is None else scan.first_layer(group[0].position, group[-1].position + 1)
+            found: list[T] = []
+            if states is None:
+                for some in self._passes(group):
+                    ids = torch.from_numpy(np.concatenate([v.tokens for v in some]).astype(np.int64)).to(self._device)
+                    lengths = [len(v.tokens) for v in some]
+                    hidden = encode_packed(self._model.base_model, ids, lengths, max(self._n_layers - self.only_first, 0))
+                    found += self._finish(some, hidden, lengths, self._n_layers - 1, reader)
+                return found
+            done = 0
+            for some in self._passes(group):
+                part = states[done : done + len(some)]
+                done += len(some)
+                lengths = [part.shape[1]] * len(some)
+                last = max(self._n_layers - self.only_first, 1)
+                hidden = run_layers(self._model.base_model.encoder.layer[1:last], part.flatten(0, 1), lengths)
+                found += self._finish(some, hidden, lengths, last, reader)
+            return found
+
+    def _finish(
+        self, some: Sequence[Variant], hidden_te: torch.Tensor, lengths: Sequence[int], layer: int, reader: Callable[[Variant, torch.Tensor], T]
+    ) -> list[T]:
+        """Run the last layer for first tokens where only those are asked for, and read."""
+        if self.only_first and 0 <= layer < self._n_layers:
+            return [reader(v, h) for v, h in zip(some, first_tokens(self._model.base_model.encoder.layer[layer], hidden_te, lengths)[:, None], strict=True)]
+        parts = hidden_te.split(list(lengths))
+        return [reader(v, h[:1] if self.only_first else h) for v, h in zip(some, parts, strict=True)]
+
+    def _passes(self, group: Sequence[Variant]) -> Iterator[Sequence[Variant]]:
+        start, tokens = 0, 0
+        for i, variant in enumerate(group):
+            if i > start and tokens + len(variant.tokens) > self.tokens_per_pass:
+                yield group[start:i]
+                start, tokens = i, 0
+            tokens += len(variant.tokens)
+        yield group[start:]
