@@ -90,3 +90,43 @@ def contrast(vectors: list[list[float]], classes: list[int], batches: list[int],
         all_of_them = sum(np.exp(unit[i] @ unit[j] / temperature) for j in others)
         total -= np.mean([np.log(np.exp(unit[i] @ unit[j] / temperature) / all_of_them) for j in partners])
     return total
+
+
+def perturbed(genes: list[int], kind: str, chosen: list[int], most: int) -> tuple[list[int], list[int]] | None:
+    """Delete or overexpress genes of a cell, token by token. Return the new genes and those before that are left to compare, or None."""
+    if kind == "delete":
+        if any(gene not in genes for gene in chosen):
+            return None
+        new, old = [gene for gene in genes if gene not in chosen], genes
+    else:
+        new = chosen + [gene for gene in genes if gene not in chosen]
+        lost = max(len(new) - most, 0)
+        new, old = new[:most], genes[: len(genes) - lost]
+    return None if not new or new == genes else (new, old)
+
+
+def shifts(model: torch.nn.Module, cell: list[int], kind: str, chosen: list[int], *, layer: int, pooling: str, states: dict[str, np.ndarray]) -> dict | None:
+    """Every readout of one change in one cell, by whole passes through the model and a cosine at a time."""
+    config = model.config
+    start = int(config.cls_token_id is not None and cell[0] == config.cls_token_id)
+    stop = len(cell) - int(config.eos_token_id is not None and cell[-1] == config.eos_token_id)
+    found = perturbed(cell[start:stop], kind, chosen, config.max_position_embeddings - start - (len(cell) - stop))
+    if found is None:
+        return None
+    new, old = found
+    vectors = {}
+    for name, genes in (("new", new), ("old", old)):
+        hidden = hidden_states(model, cell[:start] + genes + cell[stop:], layer)
+        vectors[name] = hidden[0].numpy(), {gene: hidden[start + i].numpy() for i, gene in enumerate(genes)}
+
+    def cosine(a: np.ndarray, b: np.ndarray) -> float:
+        return float(a @ b / np.linalg.norm(a) / np.linalg.norm(b))
+
+    kept = [gene for gene in new if gene in old and gene not in chosen]
+    own = {name: first if pooling == "cls" else np.mean(list(of_gene.values()), axis=0) for name, (first, of_gene) in vectors.items()}
+    genes = {gene: cosine(vectors["new"][1][gene], vectors["old"][1][gene]) for gene in kept}
+    return {
+        "cell": cosine(own["new"], own["old"]) if pooling == "cls" else float(np.mean(list(genes.values()))),
+        "gene": genes,
+        "state": {name: cosine(own["new"], vector) - cosine(own["old"], vector) for name, vector in states.items()},
+    }

@@ -1,0 +1,167 @@
+"""The table of a perturbation run: one value a row, written in parts as the run goes, whole at the end."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ..errors import CellFileError
+from .readouts import CELL, GENE, PROBABILITY, STATE
+
+SCHEMA = pa.schema(
+    [
+        pa.field("cell_id", pa.string()),
+        pa.field("kind", pa.string()),
+        # Parquet calls the items of a list so.
+        pa.field("genes", pa.list_(pa.field("element", pa.string()))),
+        pa.field("target", pa.string()),
+        pa.field("readout", pa.string()),
+        pa.field("value", pa.float32()),
+        pa.field("n_genes", pa.int32()),
+    ]
+)
+"""Columns: the cell; what was done to which genes (Ensembl ids); what was looked at (a state, an affected gene, a class; empty for the cell itself); how; what
+came out; over how many genes."""
+PLAN_KEY = b"geneformer_hf.plan"
+
+
+class TableBuilder:
+    """Turns what the perturber found into rows.
+
+    Args:
+        names_v (array of str of shape `(vocabulary,)`): Ensembl id of each token.
+        states, classes: names of the targets, in the order of the values.
+    """
+
+    def __init__(self, names_v: Sequence[str | None], *, states: Sequence[str] = (), classes: Sequence[str] = ()) -> None:
+        self._names = pa.array(names_v, pa.string())
+        self.states, self.classes = pa.array(states, pa.string()), pa.array(classes, pa.string())
+
+    def table(self, cells: Iterable[Any]) -> pa.Table:
+        """Return the rows of some perturbed cells, in order: of each cell the cell itself for all changes, then states or classes, then genes."""
+        parts = [part for cell in cells if cell.shifts for part in self._of_cell(cell)]
+        return pa.concat_tables(parts) if parts else SCHEMA.empty_table()
+
+    def _of_cell(self, cell: Any) -> Iterator[pa.Table]:
+        first = cell.shifts[0]
+        changes = np.arange(len(cell.shifts))
+        n_genes = np.array([shift.n_genes for shift in cell.shifts], dtype=np.int32)
+        if first.cell is not None:
+            values = np.array([shift.cell for shift in cell.shifts], dtype=np.float32)
+            yield self._rows(cell, changes, pa.array([""] * len(changes)), CELL, values, n_genes)
+        for readout, targets, each in (
+            (STATE, self.states, [shift.states for shift in cell.shifts]),
+            (PROBABILITY, self.classes, [shift.probabilities for shift in cell.shifts]),
+        ):
+            if each[0] is not None:
+                repeated = np.repeat(changes, len(targets))
+                target = targets.take(pa.array(np.tile(np.arange(len(targets)), len(changes))))
+                yield self._rows(cell, repeated, target, readout, np.concatenate(each), n_genes[repeated])
+        if first.genes is not None:
+            sizes = [len(shift.genes) for shift in cell.shifts]
+            repeated = np.repeat(changes, sizes)
+            affected = np.concatenate([after.tokens[after.untouched] for after in cell.cells])
+            yield self._rows(cell, repeated, self._names.take(pa.array(affected)), GENE, np.concatenate([s.genes for s in cell.shifts]), n_genes[repeated])
+
+    def _rows(self, cell: Any, change_of_row: np.ndarray, target: pa.Array, readout: str, values: np.ndarray, n_genes: np.ndarray) -> pa.Table:
+        n = len(change_of_row)
+        kinds = pa.array([change.kind for change in cell.changes]).take(pa.array(change_of_row))
+        sizes = np.array([len(change.tokens) for change in cell.changes])
+        flat = np.concatenate([np.asarray(change.tokens) for change in cell.changes])
+        starts = np.cumsum(sizes) - sizes
+        offsets = np.concatenate([[0], np.cumsum(sizes[change_of_row])]).astype(np.int32)
+        within = np.arange(offsets[-1]) - np.repeat(offsets[:-1], sizes[change_of_row])
+        genes = pa.ListArray.from_arrays(pa.array(offsets), self._names.take(pa.array(flat[np.repeat(starts[change_of_row], sizes[change_of_row]) + within])))
+        return pa.table(
+            [
+                pa.array([cell.cell_id] * n, pa.string()),
+                kinds,
+                genes,
+                target,
+                pa.array([readout] * n),
+                pa.array(values, pa.float32()),
+                pa.array(n_genes, pa.int32()),
+            ],
+            schema=SCHEMA,
+        )
+
+
+def write_part(table: pa.Table, path: Path) -> None:
+    """Write rows as Parquet."""
+    pq.write_table(table, path, compression="zstd")
+
+
+def join_parts(parts: Sequence[Path], path: Path, identity: dict[str, Any]) -> None:
+    """Write the parts one after the other into one file, which says what it was made from."""
+    schema = SCHEMA.with_metadata({PLAN_KEY: json.dumps(identity, sort_keys=True).encode()})
+    with pq.ParquetWriter(path, schema, compression="zstd") as writer:
+        for part in parts:
+            for batch in pq.ParquetFile(part).iter_batches():
+                writer.write_batch(batch)
+
+
+def plan_of(path: Path) -> dict[str, Any] | None:
+    """Return what a table was made from, or None if it does not say.
+
+    Raises:
+        CellFileError: if it is no Parquet file.
+    """
+    try:
+        metadata = pq.read_schema(path).metadata or {}
+    except (OSError, pa.ArrowInvalid) as error:
+        msg = f"{path} cannot be read as a table of perturbations ({error})."
+        raise CellFileError(msg) from error
+    return dict(json.loads(metadata[PLAN_KEY])) if PLAN_KEY in metadata else None
+
+
+def read_table(path: str | Path) -> pa.Table:
+    """Read a table that `InSilicoPerturber.run` or `geneformer-hf perturb` wrote.
+
+    Raises:
+        CellFileError: if it is another file.
+    """
+    path = Path(path)
+    if not path.is_file():
+        msg = f"{path} does not exist."
+        raise CellFileError(msg)
+    plan_of(path)
+    table = pq.read_table(path)
+    missing = [name for name in SCHEMA.names if name not in table.column_names]
+    if missing:
+        msg = f"{path} is no table of perturbations: it lacks the columns {', '.join(missing)}. Make one with `geneformer-hf perturb`."
+        raise CellFileError(msg)
+    return table.select(SCHEMA.names)
+
+
+def as_frame(table: Any) -> pd.DataFrame:
+    """Return perturbations as a data frame: from a table, a file, or several of either.
+
+    Raises:
+        CellFileError: if a file is no table of perturbations.
+    """
+    if isinstance(table, (list, tuple)):
+        return pd.concat([as_frame(one) for one in table], ignore_index=True)
+    if isinstance(table, (str, Path)):
+        table = read_table(table)
+    frame = table.to_pandas() if isinstance(table, pa.Table) else pd.DataFrame(table)
+    missing = [name for name in SCHEMA.names if name not in frame.columns]
+    if missing:
+        msg = f"the table lacks the columns {', '.join(missing)}; expected what InSilicoPerturber.run returns."
+        raise CellFileError(msg)
+    return frame
+
+
+def states_of(table: Any) -> list[str]:
+    """Return the states of a run, start and goal first, as far as its table says them."""
+    if isinstance(table, (list, tuple)):
+        return states_of(table[0]) if table else []
+    metadata = pq.read_schema(table).metadata if isinstance(table, (str, Path)) else table.schema.metadata if isinstance(table, pa.Table) else None
+    plan = json.loads(metadata[PLAN_KEY]) if metadata and PLAN_KEY in metadata else {}
+    return list((plan.get("states") or {}).get("targets", []))
