@@ -22,8 +22,13 @@ from .models import (
 from .ranking import rank_genes
 
 if TYPE_CHECKING:
+    from .analysis.effects import cooperativity, perturbation_effects
     from .analysis.embeddings import embed_cells, embed_genes, iter_gene_embeddings, state_embeddings
+    from .analysis.perturbations import Perturbation
+    from .analysis.perturbing import InSilicoPerturber
     from .analysis.predictions import CellPredictions, GenePredictions, predict
+    from .analysis.states import StateShift, StateVectors
+    from .analysis.statistics import perturbation_statistics
     from .data.builder import CellDatasetBuilder, load_cells
     from .data.corpus import tokenize_corpus
     from .data.medians import fit_gene_table
@@ -47,12 +52,17 @@ _LAZY = {
     "GenePredictions": "analysis.predictions",
     "GeneformerFineTuningArguments": "training.arguments",
     "GeneformerPretrainingArguments": "training.arguments",
+    "InSilicoPerturber": "analysis.perturbing",
+    "Perturbation": "analysis.perturbations",
     "PretrainingRun": "training.pretraining",
     "QualityRules": "data.quality",
     "SearchRun": "training.search",
     "SearchSettings": "training.search_settings",
+    "StateShift": "analysis.states",
+    "StateVectors": "analysis.states",
     "add_adapter": "models.adapters",
     "assess_quality": "data.quality",
+    "cooperativity": "analysis.effects",
     "convert_checkpoint": "hub.checkpoints",
     "embed_cells": "analysis.embeddings",
     "embed_genes": "analysis.embeddings",
@@ -64,6 +74,8 @@ _LAZY = {
     "load_model": "models.loading",
     "load_peft_model": "models.loading",
     "merge_adapter": "hub.export",
+    "perturbation_effects": "analysis.effects",
+    "perturbation_statistics": "analysis.statistics",
     "predict": "analysis.predictions",
     "pretrain": "training.pretraining",
     "search": "training.search",
@@ -89,14 +101,19 @@ __all__ = [
     "GeneformerModel",
     "GeneformerPretrainingArguments",
     "GeneformerTokenizer",
+    "InSilicoPerturber",
+    "Perturbation",
     "PretrainingRun",
     "QualityRules",
     "SearchRun",
     "SearchSettings",
+    "StateShift",
+    "StateVectors",
     "__version__",
     "add_adapter",
     "assess_quality",
     "convert_checkpoint",
+    "cooperativity",
     "embed_cells",
     "embed_genes",
     "export_checkpoint",
@@ -107,6 +124,8 @@ __all__ = [
     "load_model",
     "load_peft_model",
     "merge_adapter",
+    "perturbation_effects",
+    "perturbation_statistics",
     "predict",
     "pretrain",
     "rank_genes",

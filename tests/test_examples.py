@@ -169,6 +169,23 @@ def test_the_how_to_of_genes(labelled):
     assert "gene_class_predicted" in anndata.read_h5ad(labelled / "genes.h5ad").var
 
 
+def test_the_how_to_of_perturbation(labelled, tokenizer):
+    """The commands and the Python of docs/perturbation.md, with genes and states of the test's own cells."""
+    genes = list(tokenizer.gene_table.ensembl_ids)
+    text = (ROOT / "docs" / "perturbation.md").read_text().replace("ENSG00000000001", genes[0]).replace("ENSG00000000002", genes[1])
+    text = text.replace("--start B --goal T", "--start a --goal b")
+    cells = anndata.read_h5ad(labelled / "cells.h5ad")[:12].copy()
+    cells.obs["cell_type"] = ["a", "b"] * 6
+    cells.write_h5ad(labelled / "cells.h5ad")
+    for block in re.findall(r"```bash\n(.*?)```", text, re.S):
+        for line in block.splitlines():
+            run(["-m", "geneformer_hf"], labelled, *line.split()[1:])
+    assert (labelled / "effects.png").stat().st_size > 5000
+    assert "Shift_to_goal_end" in (labelled / "shifts.csv").read_text().splitlines()[0]
+    (block,) = re.findall(r"```python\n(.*?)```", text, re.S)
+    assert "fdr_paired" in run(["-c", block + "\nprint(*effects.columns)"], labelled)
+
+
 def test_the_yaml_of_the_how_to(folder):
     """The first block of docs/pretraining.md, with a smaller shape, and the one that names datasets."""
     run(["-m", "geneformer_hf", "tokenize"], folder, "cells.h5ad", "--model", "geneformer-v2", "--output", "tokens")

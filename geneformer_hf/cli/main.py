@@ -21,13 +21,15 @@ from .export import Export
 from .finetune import Finetune
 from .info import Info
 from .medians import Medians
+from .perturb import Perturb
 from .predict import Predict
 from .pretrain import Pretrain
 from .qc import Qc
 from .search import Search
+from .stats import Stats
 from .tokenize import Tokenize
 
-COMMANDS: tuple[type[Command], ...] = (Demo, Info, Convert, Export, Tokenize, Embed, Qc, Medians, Pretrain, Finetune, Search, Predict)
+COMMANDS: tuple[type[Command], ...] = (Demo, Info, Convert, Export, Tokenize, Embed, Qc, Medians, Pretrain, Finetune, Search, Predict, Perturb, Stats)
 
 
 def build_parser() -> argparse.ArgumentParser:

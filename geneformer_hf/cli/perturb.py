@@ -1,0 +1,156 @@
+"""`geneformer-hf perturb`."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+from typing import Any
+
+from ..errors import CellFileError, SettingError
+from .command import KINDS, Command, add_computing, add_overwrite, add_reading, describe_size
+
+
+class Perturb(Command):
+    """Delete, overexpress or shift genes in silico, and write what it does to each cell.
+
+    The table has one value a row: cell_id, kind, genes (Ensembl ids), target (a state, an affected gene or a class), readout, value, n_genes. Stopped or killed, the
+    same command goes on where it was. Several GPUs or machines: accelerate launch -m geneformer_hf perturb …
+    """
+
+    name = "perturb"
+    help = "in silico perturbation: every gene, a list, pairs; towards states; resumable"
+    when_interrupted = "what is finished is kept, and the same command goes on from there"
+
+    def add_arguments(self, parser: ArgumentParser) -> None:
+        parser.add_argument("input", type=Path, help=f"raw counts ({KINDS}), or folder of a tokenized dataset")
+        parser.add_argument("--model", required=True, help="checkpoint: folder or Hub id")
+        parser.add_argument("--output", type=Path, help="new .parquet file (needed but for --plan-only)")
+        parser.add_argument("--kind", required=True, choices=["delete", "overexpress", "inhibit", "activate"])
+        parser.add_argument("--quartiles", type=int, choices=[1, 2, 3], help="inhibit, activate: quarters of a cell's genes to shift by (default: 1)")
+        parser.add_argument("--rank", type=int, help="inhibit, activate: the rank to move to, 0 being the top")
+        parser.add_argument("--genes", required=True, help="all: each gene of each cell; Ensembl ids or symbols parted by commas; or a file with one a line")
+        how = parser.add_mutually_exclusive_group()
+        how.add_argument("--together", action="store_true", help="change all listed genes at once (default: one by one)")
+        how.add_argument("--pairs", action="store_true", help="each listed gene, and each pair of them")
+        how.add_argument("--anchor", metavar="ID", help="this gene, each listed gene, and this one with each of them")
+        parser.add_argument(
+            "--readout", choices=["cell", "gene", "probability"], default="cell", help="what is looked at (default: cell; gene: every other gene as well)"
+        )
+        parser.add_argument("--pooling", choices=["cls", "mean"], help="default: cls where the vocabulary has it, else mean")
+        parser.add_argument("--layer", type=int, default=-2, help="index into hidden_states; -1 the last layer (default: -2, the second to last)")
+        parser.add_argument("--state-column", metavar="COL", help="column that says which state a cell is in; cells of --start are perturbed")
+        parser.add_argument("--start", metavar="STATE", help="state of the cells to perturb")
+        parser.add_argument("--goal", metavar="STATE", help="state whose nearness is read")
+        parser.add_argument("--alternatives", metavar="A,B", help="other states whose nearness is read")
+        parser.add_argument("--state-vectors", type=Path, metavar="FILE", help="mean embeddings of the states (default: computed from the input)")
+        parser.add_argument("--plan-only", action="store_true", help="say what would be done and how long it takes, and stop")
+        add_reading(parser)
+        add_computing(parser)
+        add_overwrite(parser)
+
+    def run(self, args: Namespace) -> int:
+        from ..analysis.perturbation_parts import processes
+        from ..analysis.perturbing import InSilicoPerturber
+        from ..analysis.states import StateVectors
+        from ..outputs import require_apart
+
+        self._check(args)
+        perturbations = perturbations_of(args)
+        if args.output is not None:
+            require_apart(args.output, [args.input])
+        perturber = InSilicoPerturber(
+            args.model, readout=args.readout, pooling=args.pooling, layer=args.layer, states=states_of(args),
+            vectors=None if args.state_vectors is None else StateVectors.load(args.state_vectors),
+            batch_size=args.batch_size, device=args.device, dtype=args.dtype, quantization=args.quantization, base=args.base,
+        )  # fmt: skip
+        reading = {"gene_ids": args.gene_ids, "counts_layer": args.counts_layer}
+        first = processes().is_main_process
+        if first:
+            print(f"{args.input}: {perturber.plan(args.input, perturbations, **reading).describe()}.")
+        if args.plan_only:
+            return 0
+        table = perturber.run(args.input, perturbations, output=args.output, overwrite=args.overwrite, **reading)
+        if first:
+            print(f"{table.num_rows:,} values written to {args.output} ({describe_size(args.output)}).")
+            print(f"Statistics: geneformer-hf stats {args.output} --mode {_likely_mode(args)} --model {args.model} --output statistics.csv")
+        return 0
+
+    def _check(self, args: Namespace) -> None:
+        if args.output is None and not args.plan_only:
+            msg = "--output is missing; give a new .parquet file, or --plan-only."
+            raise SettingError(msg)
+        if args.output is not None and args.output.suffix != ".parquet":
+            msg = f"--output {args.output}: expected a name that ends in .parquet."
+            raise CellFileError(msg)
+        if args.genes == "all" and (args.together or args.pairs or args.anchor):
+            msg = "--genes all changes each gene of a cell by itself; --together, --pairs and --anchor need a list."
+            raise SettingError(msg)
+
+
+def perturbations_of(args: Namespace) -> Any:
+    """Return what the command line asks for."""
+    from ..analysis.perturbations import Perturbation
+
+    shift = {"quartiles": args.quartiles, "rank": args.rank}
+    if args.genes == "all":
+        return Perturbation.every(args.kind, **shift)
+    genes = listed_genes(args.genes)
+    if args.together:
+        return [Perturbation(kind=args.kind, genes=tuple(genes), **shift)]
+    if args.pairs:
+        return Perturbation.pairs(args.kind, genes, **shift)
+    if args.anchor:
+        return Perturbation.with_anchor(args.kind, args.anchor, genes, **shift)
+    return Perturbation.each(args.kind, genes, **shift)
+
+
+def listed_genes(text: str) -> list[str]:
+    """Return genes from a list parted by commas, or from a file with one a line.
+
+    Raises:
+        CellFileError
+    """
+    path = Path(text)
+    if path.is_file():
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+        except UnicodeDecodeError as error:
+            msg = f"--genes {path}: expected a text file with one gene a line ({error})."
+            raise CellFileError(msg) from error
+    elif path.suffix in (".txt", ".csv", ".tsv"):
+        msg = f"--genes {path} does not exist."
+        raise CellFileError(msg)
+    else:
+        lines = text.split(",")
+    genes = list(dict.fromkeys(line.strip() for line in lines if line.strip() and not line.startswith("#")))
+    if not genes:
+        msg = f"--genes {text}: there are no genes in it."
+        raise CellFileError(msg)
+    return genes
+
+
+def states_of(args: Namespace) -> Any:
+    """Return the states the command line asks for, or None.
+
+    Raises:
+        SettingError: if some of them are missing.
+    """
+    from ..analysis.states import StateShift
+
+    given = {"--state-column": args.state_column, "--start": args.start, "--goal": args.goal}
+    if not any(given.values()) and not args.alternatives:
+        return None
+    missing = [name for name, value in given.items() if not value]
+    if missing:
+        msg = f"{', '.join(missing)} missing: moving cells to a state needs --state-column, --start and --goal."
+        raise SettingError(msg)
+    alternatives = tuple(name.strip() for name in (args.alternatives or "").split(",") if name.strip())
+    return StateShift(column=args.state_column, start=args.start, goal=args.goal, alternatives=alternatives)
+
+
+def _likely_mode(args: Namespace) -> str:
+    if args.pairs or args.anchor:
+        return "cooperativity"
+    if args.readout == "gene":
+        return "aggregate_gene_shifts"
+    return "goal_state_shift" if args.goal else "effects"

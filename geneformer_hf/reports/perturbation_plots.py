@@ -1,0 +1,84 @@
+"""Pictures of perturbations: volcano, ranking, heat map of affected genes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from .plots import pyplot, save_figure
+
+LABELLED = 12
+SIGNIFICANT = 0.05
+
+
+def plot_volcano(effect: Sequence[float], p: Sequence[float], names: Sequence[str], path: Path, *, xlabel: str, ylabel: str, title: str) -> None:
+    """Draw effects against how sure they are; p-values (or false discovery rates) of zero stand at the top."""
+    plt = pyplot()
+    x, y = np.asarray(effect, dtype=float), np.asarray(p, dtype=float)
+    known = np.isfinite(x) & np.isfinite(y)
+    x, y, labels = x[known], y[known], np.asarray(names, dtype=object)[known]
+    smallest = y[y > 0].min() if (y > 0).any() else 1e-300
+    height = -np.log10(np.maximum(y, smallest))
+    figure, axes = plt.subplots(figsize=(7.5, 5.5), layout="constrained")
+    sure = y < SIGNIFICANT
+    axes.scatter(x[~sure], height[~sure], s=10, color="0.7", linewidth=0, rasterized=True)
+    axes.scatter(x[sure], height[sure], s=14, color="C3", linewidth=0, rasterized=True, label=f"below {SIGNIFICANT}")
+    axes.axhline(-np.log10(SIGNIFICANT), color="0.5", linewidth=0.8, linestyle=":")
+    axes.axvline(0, color="0.5", linewidth=0.8)
+    for i in np.argsort(-np.abs(x) * (height + 1e-9))[:LABELLED]:
+        axes.annotate(str(labels[i]), (x[i], height[i]), fontsize=8, xytext=(3, 3), textcoords="offset points")
+    axes.set(xlabel=xlabel, ylabel=ylabel, title=title)
+    if sure.any():
+        axes.legend(fontsize=8)
+    save_figure(plt, figure, path)
+
+
+def plot_ranking(values: Sequence[float], names: Sequence[str], path: Path, *, ylabel: str, title: str) -> None:
+    """Draw perturbations from the lowest to the highest value, with the names of those at both ends."""
+    plt = pyplot()
+    y, labels = np.asarray(values, dtype=float), np.asarray(names, dtype=object)
+    known = np.isfinite(y)
+    y, labels = y[known], labels[known]
+    order = np.argsort(y, kind="stable")
+    y, labels = y[order], labels[order]
+    figure, axes = plt.subplots(figsize=(8, 4.8), layout="constrained")
+    axes.plot(np.arange(len(y)), y, ".", color="C0", markersize=4)
+    ends = min(LABELLED, len(y) // 2 or 1)
+    for end, side in ((np.arange(ends), 1), (np.arange(len(y) - ends, len(y)), -1)):
+        for step, i in enumerate(end if side == 1 else end[::-1]):
+            # Names stand in a column beside the points, a line each.
+            place = (0.03 if side == 1 else 0.97, (0.97 if side == 1 else 0.03) - side * 0.045 * step)
+            axes.text(
+                *place,
+                f"{labels[i]}  {y[i]:.3g}",
+                transform=axes.transAxes,
+                fontsize=7,
+                va="top" if side == 1 else "bottom",
+                ha="left" if side == 1 else "right",
+            )
+    axes.set(xlabel="perturbations by rank", ylabel=ylabel, title=title)
+    save_figure(plt, figure, path)
+
+
+def plot_affected_genes(table: pd.DataFrame, path: Path, *, most: int = 30) -> None:
+    """Draw a heat map of the genes that are affected most, from `aggregate_gene_shifts`: one minus the mean cosine, perturbed genes in rows."""
+    plt = pyplot()
+    genes = table[table["Affected"].astype(str) != "cell_emb"]
+    names = {
+        kind: genes[f"{kind}name"].where(genes[f"{kind}name"].notna(), genes[f"{other}"]).astype(str)
+        for kind, other in (("Gene_", "Ensembl_ID"), ("Affected_gene_", "Affected_Ensembl_ID"))
+    }
+    wide = pd.DataFrame({"row": names["Gene_"], "column": names["Affected_gene_"], "shift": 1 - genes["Cosine_sim_mean"]}).pivot_table(
+        index="row", columns="column", values="shift"
+    )
+    wide = wide.loc[wide.mean(axis=1).sort_values(ascending=False).index[:most], wide.max(axis=0).sort_values(ascending=False).index[:most]]
+    figure, axes = plt.subplots(figsize=(3 + 0.26 * wide.shape[1], 2 + 0.22 * wide.shape[0]), layout="constrained")
+    image = axes.imshow(wide.to_numpy(), aspect="auto", cmap="viridis")
+    axes.set_xticks(range(wide.shape[1]), wide.columns, rotation=90, fontsize=7)
+    axes.set_yticks(range(wide.shape[0]), wide.index, fontsize=7)
+    axes.set(xlabel="affected gene", ylabel="perturbed gene")
+    figure.colorbar(image, ax=axes, label="1 - mean cosine")
+    save_figure(plt, figure, path)
