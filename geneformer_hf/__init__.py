@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from .analysis.perturbations import Perturbation
     from .analysis.perturbing import InSilicoPerturber
     from .analysis.predictions import CellPredictions, GenePredictions, predict
+    from .analysis.published import read_published_perturbations
     from .analysis.states import StateShift, StateVectors
     from .analysis.statistics import perturbation_statistics
     from .data.builder import CellDatasetBuilder, load_cells
@@ -76,6 +77,7 @@ _LAZY = {
     "merge_adapter": "hub.export",
     "perturbation_effects": "analysis.effects",
     "perturbation_statistics": "analysis.statistics",
+    "read_published_perturbations": "analysis.published",
     "predict": "analysis.predictions",
     "pretrain": "training.pretraining",
     "search": "training.search",
@@ -129,6 +131,7 @@ __all__ = [
     "predict",
     "pretrain",
     "rank_genes",
+    "read_published_perturbations",
     "search",
     "state_embeddings",
     "stream_cells",

@@ -1,15 +1,16 @@
-"""The restricted reader for published dictionaries: the only place where pickle is imported.
+"""The restricted reader for published dictionaries and raw values: the only place where pickle is imported.
 
-The published Geneformer dictionaries are pickles of plain ``dict``, ``str`` and ``int`` plus numpy scalars. Anything
-else in such a file is refused before it can run.
+The published Geneformer dictionaries are pickles of plain ``dict``, ``str`` and ``int`` plus numpy scalars; raw values of
+perturbations are dictionaries that make a list for a new key. Anything else in such a file is refused before it can run.
 """
 
 from __future__ import annotations
 
 import hashlib
 import pickle
+from collections import defaultdict
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -22,16 +23,26 @@ _ALLOWED = {
     ("numpy._core.multiarray", "scalar"): np._core.multiarray.scalar,  # type: ignore[attr-defined]
 }
 
+_ALLOWED_IN_RAW_VALUES = {("collections", "defaultdict"): defaultdict, ("builtins", "list"): list}
+
 _LFS_HEADER = b"version https://git-lfs.github.com/spec/"
 
 
 class _RestrictedUnpickler(pickle.Unpickler):
+    allowed: ClassVar[dict[tuple[str, str], Any]] = _ALLOWED
+
     def find_class(self, module: str, name: str) -> Any:
         try:
-            return _ALLOWED[module, name]
+            return self.allowed[module, name]
         except KeyError:
-            msg = f"the pickle asks for {module}.{name}, which no published Geneformer dictionary contains. It was refused and nothing of it was executed."
+            msg = (
+                f"the pickle asks for {module}.{name}, which no published Geneformer file of this kind contains. It was refused and nothing of it was executed."
+            )
             raise UnsafePickleError(msg) from None
+
+
+class _RawValuesUnpickler(_RestrictedUnpickler):
+    allowed: ClassVar[dict[tuple[str, str], Any]] = _ALLOWED | _ALLOWED_IN_RAW_VALUES
 
 
 def is_lfs_pointer(path: Path) -> bool:
@@ -66,17 +77,38 @@ def read_dictionary(path: Path) -> dict[str, Any]:
         UnsafePickleError: if the pickle names any class or function but numpy's scalar and dtype.
         CheckpointError: if the file is a git-lfs pointer, is damaged, or holds no dictionary with string keys.
     """
+    content = _read(path, _RestrictedUnpickler)
+    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+        msg = f"{path} holds a {type(content).__name__}; expected a dictionary from gene names to values."
+        raise CheckpointError(msg)
+    return {key: value.item() if isinstance(value, np.generic) else value for key, value in content.items()}
+
+
+def read_raw_values(path: Path) -> dict[Any, Any]:
+    """Read the raw values of a published perturbation without executing anything in the file.
+
+    Returns:
+        `dict`: as it was pickled.
+
+    Raises:
+        UnsafePickleError: if the pickle names anything but numpy's scalar and dtype, and dictionaries of lists.
+        CheckpointError: if the file is a git-lfs pointer, is damaged, or holds no dictionary.
+    """
+    content = _read(path, _RawValuesUnpickler)
+    if not isinstance(content, dict):
+        msg = f"{path} holds a {type(content).__name__}; expected a dictionary of raw values."
+        raise CheckpointError(msg)
+    return content
+
+
+def _read(path: Path, reader: type[_RestrictedUnpickler]) -> Any:
     require_content(path)
     try:
         with path.open("rb") as file:
-            content = _RestrictedUnpickler(file).load()
+            return reader(file).load()
     except UnsafePickleError as error:
         error.args = (f"{path}: {error.args[0]}",)
         raise
     except Exception as error:
         msg = f"{path} cannot be read as a pickled dictionary ({type(error).__name__}: {error}). Download it again."
         raise CheckpointError(msg) from error
-    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
-        msg = f"{path} holds a {type(content).__name__}; expected a dictionary from gene names to values."
-        raise CheckpointError(msg)
-    return {key: value.item() if isinstance(value, np.generic) else value for key, value in content.items()}

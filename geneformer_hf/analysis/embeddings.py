@@ -276,13 +276,7 @@ class Embedder:
         self.model = load_model(model, quantization=quantization, base=base, device=device)
         self.config: GeneformerConfig = self.model.config
         n_layers = resolve_layer(layer, self.config.num_hidden_layers)
-        self.pooling = pooling or ("cls" if self.config.cls_token_id is not None else "mean")
-        if self.pooling not in ("cls", "mean"):
-            msg = f"pooling {pooling!r} is not 'cls' or 'mean'."
-            raise LayerError(msg)
-        if self.pooling == "cls" and self.config.cls_token_id is None:
-            msg = f"pooling 'cls' needs a <cls> token, and this model's vocabulary of {self.config.vocab_size:,} has none (V1). Use pooling='mean' (`--pooling mean`)."
-            raise LayerError(msg)
+        self.pooling = resolve_pooling(pooling, self.config)
         if batch_size is not None and batch_size < 1:
             msg = f"batch_size is {batch_size}; expected at least 1."
             raise SettingError(msg)
@@ -369,3 +363,19 @@ def resolve_layer(layer: int, n_layers: int) -> int:
         msg = f"layer {layer} does not exist: this model has {n_layers} layers, so hidden_states reaches from {-n_layers - 1} (or 0, the input embeddings) to {n_layers} (or -1, the last)."
         raise LayerError(msg)
     return layer if layer >= 0 else n_layers + 1 + layer
+
+
+def resolve_pooling(pooling: str | None, config: GeneformerConfig) -> str:
+    """Return how cells are pooled: as asked for, else `cls` where the vocabulary has it.
+
+    Raises:
+        LayerError: if there is no such pooling, or no `<cls>`.
+    """
+    found = pooling or ("cls" if config.cls_token_id is not None else "mean")
+    if found not in ("cls", "mean"):
+        msg = f"pooling {pooling!r} is not 'cls' or 'mean'."
+        raise LayerError(msg)
+    if found == "cls" and config.cls_token_id is None:
+        msg = f"pooling 'cls' needs a <cls> token, and this model's vocabulary of {config.vocab_size:,} has none (V1). Use pooling='mean' (`--pooling mean`)."
+        raise LayerError(msg)
+    return found

@@ -15,7 +15,7 @@ import torch
 from tqdm.auto import tqdm
 
 from ..device import resolve_device, resolve_dtype
-from ..errors import LayerError, OutputExistsError, SettingError, VocabularyMismatchError
+from ..errors import OutputExistsError, SettingError, VocabularyMismatchError
 from ..models.configuration_geneformer import GeneformerConfig
 from ..models.heads import heads_of
 from ..models.loading import fingerprint_of, load_model, require_same_vocabulary, tokenizer_of
@@ -23,7 +23,7 @@ from ..models.tokenization_geneformer import GeneformerTokenizer
 from ..models.variants import ScannedCell, Variant, VariantEncoder
 from ..outputs import new_part
 from .cells import Cells, open_tokens
-from .embeddings import resolve_layer
+from .embeddings import resolve_layer, resolve_pooling
 from .perturbation_parts import mine_of, processes, shared_parts
 from .perturbation_plan import PerturbationPlan, make_plan
 from .perturbation_table import TableBuilder, plan_of, read_table, write_part
@@ -105,13 +105,7 @@ class InSilicoPerturber:
         self.model = load_model(model, quantization=quantization, base=base, device=device)
         self.config: GeneformerConfig = self.model.config
         self.readout, self.states, self.progress, self._tokenizer, self._vectors = readout, states, progress, tokenizer, vectors
-        self.pooling = pooling or ("cls" if self.config.cls_token_id is not None else "mean")
-        if self.pooling not in ("cls", "mean"):
-            msg = f"pooling {pooling!r} is not 'cls' or 'mean'."
-            raise LayerError(msg)
-        if self.pooling == "cls" and self.config.cls_token_id is None:
-            msg = f"pooling 'cls' needs a <cls> token, and this model's vocabulary of {self.config.vocab_size:,} has none (V1). Use pooling='mean' (`--pooling mean`)."
-            raise LayerError(msg)
+        self.pooling = resolve_pooling(pooling, self.config)
         self.n_layers = resolve_layer(-1 if readout == PROBABILITY else layer, self.config.num_hidden_layers)
         self.device = resolve_device(device)
         self.reader = self._reader({})

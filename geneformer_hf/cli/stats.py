@@ -23,7 +23,13 @@ class Stats(Command):
     help = "statistics of perturbations, with pictures"
 
     def add_arguments(self, parser: ArgumentParser) -> None:
-        parser.add_argument("tables", nargs="+", type=Path, metavar="TABLE", help="what perturb wrote (.parquet); several are joined")
+        parser.add_argument(
+            "tables",
+            nargs="+",
+            type=Path,
+            metavar="TABLE",
+            help="what perturb wrote (.parquet), or raw values of the published package (a folder or .pickle; needs --model); several are joined",
+        )
         parser.add_argument("--mode", required=True, choices=MODES)
         parser.add_argument("--output", required=True, type=Path, help="new .csv file")
         parser.add_argument("--null", type=Path, metavar="TABLE", help="vs_null: the table to compare with")
@@ -66,8 +72,9 @@ class Stats(Command):
                     raise CellFileError(msg)
                 require_free(path, overwrite=args.overwrite)
                 require_apart(path, [*args.tables, *([args.null] if args.null else [])])
-        table: Any = args.tables[0] if len(args.tables) == 1 else args.tables
         genes = GeneformerTokenizer.from_pretrained(args.model).gene_table if args.model else None
+        tables = [table_of(path, genes) for path in args.tables]
+        table: Any = tables[0] if len(tables) == 1 else tables
         donors = donors_of(args.donors, args.donor_column)
         if args.mode == "effects":
             found = perturbation_effects(
@@ -77,7 +84,7 @@ class Stats(Command):
             found = cooperativity(table, readout=args.readout, target=args.target, gene_table=genes)
         else:
             found = perturbation_statistics(
-                table, args.mode, gene_table=genes, null=args.null, goal=args.goal, alternatives=args.alternatives.split(",") if args.alternatives else None,
+                table, args.mode, gene_table=genes, null=None if args.null is None else table_of(args.null, genes), goal=args.goal, alternatives=args.alternatives.split(",") if args.alternatives else None,
                 genes=args.genes.split(",") if args.genes else None, donors=donors, leave_out_tested=args.leave_out_tested, order_components=args.order_components,
             )  # fmt: skip
         with new_file(args.output, overwrite=args.overwrite) as partial:
@@ -89,6 +96,22 @@ class Stats(Command):
                 draw(found, args.mode, partial)
             print(f"Picture: {args.plot}")
         return 0
+
+
+def table_of(path: Path, genes: Any) -> Any:
+    """Return a table of ours by its path, raw values of the published package as they are read.
+
+    Raises:
+        SettingError: if nothing says which genes the tokens of raw values are.
+    """
+    if not (path.is_dir() or path.suffix == ".pickle"):
+        return path
+    if genes is None:
+        msg = f"{path} holds raw values of the published package, whose genes are tokens. Pass --model, a converted checkpoint of the same vocabulary."
+        raise SettingError(msg)
+    from ..analysis.published import read_published_perturbations
+
+    return read_published_perturbations(path, genes)
 
 
 def donors_of(path: Path | None, column: str | None) -> dict[str, str] | None:

@@ -61,7 +61,7 @@ def published(path, target):
     return {key: np.sort(values) for key, values in found.items()}
 
 
-def require_equal(found, expected):
+def assert_equal(found, expected):
     assert set(found) == set(expected)
     for key, values in expected.items():
         np.testing.assert_allclose(found[key], values, atol=GOLDEN_PERTURBATION, err_msg=str(key))
@@ -71,15 +71,15 @@ def require_equal(found, expected):
 def test_every_gene(kind, golden, model, cells, v1):
     perturber = InSilicoPerturber(model, tokenizer=v1, progress=False)
     table = perturber.run(cells.select(range(6)), Perturbation.every(kind))
-    require_equal(values_of(table, v1, "cell"), published(golden / f"isp_V1_{kind}_all.csv.gz", lambda raw: [""] * len(raw)))
+    assert_equal(values_of(table, v1, "cell"), published(golden / f"isp_V1_{kind}_all.csv.gz", lambda raw: [""] * len(raw)))
 
 
 def test_every_gene_on_every_other_gene(golden, model, cells, v1):
     table = InSilicoPerturber(model, tokenizer=v1, readout="gene", progress=False).run(cells.select(range(6)), Perturbation.every("delete"))
     expected = published(golden / "isp_V1_delete_all_gene.csv.gz", lambda raw: raw["affected"])
     name_of = dict(zip(map(str, v1.gene_table.token_ids), v1.gene_table.ensembl_ids, strict=True))
-    require_equal(values_of(table, v1, "cell"), {("", tokens): values for (target, tokens), values in expected.items() if target == "cell_emb"})
-    require_equal(values_of(table, v1, "gene"), {(name_of[target], tokens): v for (target, tokens), v in expected.items() if target != "cell_emb"})
+    assert_equal(values_of(table, v1, "cell"), {("", tokens): values for (target, tokens), values in expected.items() if target == "cell_emb"})
+    assert_equal(values_of(table, v1, "gene"), {(name_of[target], tokens): v for (target, tokens), v in expected.items() if target != "cell_emb"})
 
 
 def test_a_group_of_genes(golden, model, cells, v1):
@@ -87,7 +87,7 @@ def test_a_group_of_genes(golden, model, cells, v1):
     ((_, tokens),) = expected
     genes = tuple(v1.gene_table.ensembl_of_tokens(tokens))
     table = InSilicoPerturber(model, tokenizer=v1, progress=False).run(cells.select(range(6)), [Perturbation(kind="delete", genes=genes)])
-    require_equal(values_of(table, v1, "cell"), expected)
+    assert_equal(values_of(table, v1, "cell"), expected)
 
 
 @pytest.mark.parametrize("kind", ["delete", "overexpress"])
@@ -101,4 +101,4 @@ def test_towards_states(kind, given, golden, model, cells, v1):
         vectors = StateVectors.of(model, cells, "cell_type", n_layers=2, pooling="mean", progress=False)
     chosen = cells.select([*B_CELLS, *(i for i, name in enumerate(cells["cell_type"][:]) if name in ("NK", "CD14+ Mono"))][: len(B_CELLS) + 40])
     table = InSilicoPerturber(model, tokenizer=v1, states=states, vectors=vectors, progress=False).run(chosen, Perturbation.every(kind))
-    require_equal(values_of(table, v1, "state"), published(golden / f"isp_V1_{kind}_all_states.csv.gz", lambda raw: raw["state"]))
+    assert_equal(values_of(table, v1, "state"), published(golden / f"isp_V1_{kind}_all_states.csv.gz", lambda raw: raw["state"]))

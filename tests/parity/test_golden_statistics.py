@@ -45,7 +45,7 @@ def raw(golden, gene_table):
     return read
 
 
-def require_equal(ours, path, keys):
+def assert_equal(ours, path, keys):
     """Compare row by row, by what was perturbed; the published order among equals is arbitrary."""
     theirs = pd.read_csv(path, index_col=0)
     assert list(ours.columns) == list(theirs.columns)
@@ -61,21 +61,21 @@ def require_equal(ours, path, keys):
 @pytest.mark.parametrize("kind", ["delete", "overexpress"])
 def test_mixture_model(kind, golden, raw, gene_table):
     ours = perturbation_statistics(raw(f"{kind}_all"), "mixture_model", gene_table=gene_table)
-    require_equal(ours, golden / f"stats_{kind}_all.csv.gz", ["Gene"])
+    assert_equal(ours, golden / f"stats_{kind}_all.csv.gz", ["Gene"])
     assert (ours["Impact_component"].diff().dropna() <= 0).all()
 
 
 @pytest.mark.parametrize("kind", ["delete", "overexpress"])
 def test_goal_state_shift(kind, golden, raw, gene_table):
     ours = perturbation_statistics(raw(f"{kind}_all_states", state=True), "goal_state_shift", gene_table=gene_table, goal="NK", alternatives=["CD14+ Mono"])
-    require_equal(ours, golden / f"stats_{kind}_all_states.csv.gz", ["Gene"])
+    assert_equal(ours, golden / f"stats_{kind}_all_states.csv.gz", ["Gene"])
 
 
 def test_vs_null(golden, raw, gene_table):
     ours = perturbation_statistics(raw("delete_all"), "vs_null", gene_table=gene_table, null=raw("overexpress_all"))
-    require_equal(ours, golden / "stats_vs_null.csv.gz", ["Gene"])
+    assert_equal(ours, golden / "stats_vs_null.csv.gz", ["Gene"])
 
 
 def test_aggregate_gene_shifts(golden, raw, gene_table):
     ours = perturbation_statistics(raw("delete_all_gene"), "aggregate_gene_shifts", gene_table=gene_table)
-    require_equal(ours, golden / "stats_delete_all_gene.csv.gz", ["Perturbed", "Affected"])
+    assert_equal(ours, golden / "stats_delete_all_gene.csv.gz", ["Perturbed", "Affected"])
