@@ -121,8 +121,8 @@ def labelled(folder, tokenizer):
         ("classify_genes.py", r"ROC AUC [01]\.\d\d over 60 genes  this model\n"),
         ("multitask.py", r"cell_type: accuracy [01]\.\d\d\nsex: accuracy [01]\.\d\d\nGeneformerForMultiTaskClassification \{'cell_type'"),
         ("lora.py", r"[\d,]+ of [\d,]+ parameters were trained\nembeddings \(60, 16\); a PeftModel\w*\nmerged with its base: run-merged"),
-        ("qlora.py", r"nf4 .* MB .*\nint8 .*\nnone .*"),
-        ("search_hyperparameters.py", r"(?:.*complete.*\n)(?:.*\n)+best \{.*\}, refitted in run.model"),
+        pytest.param("qlora.py", r"nf4 .* MB .*\nint8 .*\nnone .*", marks=pytest.mark.slow),
+        pytest.param("search_hyperparameters.py", r"(?:.*complete.*\n)(?:.*\n)+best \{.*\}, refitted in run.model", marks=pytest.mark.slow),
     ],
 )
 def test_fine_tuning(labelled, name, expected):
@@ -148,6 +148,7 @@ def test_the_how_to_of_fine_tuning(labelled):
     run(["-c", plain], labelled)
 
 
+@pytest.mark.slow
 def test_the_how_tos_of_adapters_and_searching(labelled):
     text = (ROOT / "docs" / "adapters.md").read_text()
     commands = [line.split("  #")[0].split() for line in re.findall(r"```bash\n(.*?)```", text, re.S)[0].splitlines()]
@@ -169,6 +170,7 @@ def test_the_how_to_of_genes(labelled):
     assert "gene_class_predicted" in anndata.read_h5ad(labelled / "genes.h5ad").var
 
 
+@pytest.mark.slow
 def test_the_how_to_of_perturbation(labelled, tokenizer):
     """The commands and the Python of docs/perturbation.md, with genes and states of the test's own cells."""
     genes = list(tokenizer.gene_table.ensembl_ids)
