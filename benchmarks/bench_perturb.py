@@ -1,6 +1,6 @@
 """Deleting genes one by one: this package against the published procedure, written naively step by step, in one run.
 
-    python benchmarks/bench_perturb.py [--genes 250 800 1200] [--variants 96] [--preset gf-6L-30M-i2048] [--device cpu] [--dtype bf16]
+    python benchmarks/bench_perturb.py [--genes 250 800 1200] [--variants 192] [--preset gf-6L-30M-i2048] [--device cpu] [--dtype bf16]
 
 The published procedure, for each cell: batches of 32 variants as lists, padded with a mask; `BertForMaskedLM` with its default attention and all hidden states;
 the original vectors gathered and repeated for each variant; cosine at each position; results appended to dictionaries. Three readouts: similarity of the cell
@@ -16,6 +16,7 @@ import resource
 import subprocess
 import sys
 import time
+from functools import partial
 
 import datasets
 import numpy as np
@@ -50,13 +51,14 @@ def state_of(config: GeneformerConfig) -> np.ndarray:
     return np.random.default_rng(5).normal(size=config.hidden_size)
 
 
-def published_way(
-    config: GeneformerConfig, weights: dict, cell: list[int], n_variants: int, readout: str, device: torch.device, dtype: torch.dtype | None
-) -> list[float]:
+def plain_bert(config: GeneformerConfig, ours: GeneformerForMaskedLM, device: torch.device, dtype: torch.dtype | None) -> BertForMaskedLM:
     known = BertConfig().to_dict()
     model = BertForMaskedLM(BertConfig(**{k: v for k, v in config.to_dict().items() if k in known and k != "model_type"})).eval()
-    model.load_state_dict(weights)
-    model = model.to(device, dtype or torch.float32)
+    model.load_state_dict(ours.state_dict(), assign=True)
+    return model.to(device, dtype or torch.float32)
+
+
+def published_way(model: BertForMaskedLM, config: GeneformerConfig, cell: list[int], n_variants: int, readout: str, device: torch.device) -> list[float]:
     first = int(config.cls_token_id is not None)
     variants = [cell[:i] + cell[i + 1 :] for i in range(first, first + n_variants)]
     state = torch.from_numpy(state_of(config)).float().to(device)
@@ -86,9 +88,9 @@ def published_way(
     return [value for values in found.values() for value in values]
 
 
-def our_way(config: GeneformerConfig, weights: dict, cell: list[int], n_variants: int, readout: str, device: torch.device, dtype: str | None) -> list[float]:
-    model = GeneformerForMaskedLM(config).eval()
-    model.load_state_dict(weights)
+def our_way(
+    model: GeneformerForMaskedLM, config: GeneformerConfig, cell: list[int], n_variants: int, readout: str, device: torch.device, dtype: str | None
+) -> list[float]:
     states = StateShift(column="state", start="a", goal="b")
     vectors = StateVectors({name: state_of(config) for name in "ab"}, fingerprint_of(model), config.num_hidden_layers - 1, "mean")
     pooling = "cls" if readout == "cls" else "mean"
@@ -108,15 +110,18 @@ def child(args: argparse.Namespace) -> None:
     """Run one way on one cell, and print what it took."""
     config, device = config_of(args), resolve_device(args.device)
     torch.manual_seed(0)
-    weights = GeneformerForMaskedLM(config).state_dict()
+    model = GeneformerForMaskedLM(config).eval()
     cell = cell_of(config, args.genes[0])
     n = min(args.variants or args.genes[0], args.genes[0])
-    way = published_way if args.way == "published way" else our_way
-    dtype = None if args.dtype is None else torch.bfloat16 if way is published_way else args.dtype
+    if args.way == "published way":
+        bert = plain_bert(config, model, device, None if args.dtype is None else torch.bfloat16)
+        way = partial(published_way, bert, config, cell, readout=args.readout, device=device)
+    else:
+        way = partial(our_way, model.to(device), config, cell, readout=args.readout, device=device, dtype=args.dtype)
     # Once to warm up.
-    way(config, weights, cell, 2, args.readout, device, dtype)
+    way(n_variants=2)
     start = time.perf_counter()
-    values = way(config, weights, cell, n, args.readout, device, dtype)
+    values = way(n_variants=n)
     if device.type != "cpu":
         torch.cuda.synchronize()
     seconds = time.perf_counter() - start
@@ -127,7 +132,7 @@ def child(args: argparse.Namespace) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--genes", type=int, nargs="+", default=[250, 800, 1200])
-    parser.add_argument("--variants", type=int, default=96)
+    parser.add_argument("--variants", type=int, default=192)
     parser.add_argument("--preset", default="gf-6L-30M-i2048")
     parser.add_argument("--readouts", nargs="+", default=["mean", "state", "cls"])
     parser.add_argument("--device")

@@ -128,12 +128,34 @@ def first_tokens(layer: Any, hidden_te: torch.Tensor, lengths: Sequence[int]) ->
     heads = attention.num_attention_heads
     starts_b = torch.tensor([0, *lengths[:-1]], device=hidden_te.device).cumsum(0)
     first_be = hidden_te[starts_b]
-    key_te, value_te, query_be = attention.key(hidden_te), attention.value(hidden_te), attention.query(first_be)
-    contexts = []
-    for query_e, key_le, value_le in zip(query_be, key_te.split(list(lengths)), value_te.split(list(lengths)), strict=True):
-        query, key, value = (x.view(1, -1, heads, x.shape[-1] // heads).transpose(1, 2) for x in (query_e, key_le, value_le))
-        contexts.append(F.scaled_dot_product_attention(query, key, value).reshape(-1))
-    return after_attention(layer, torch.stack(contexts), first_be)
+    query_bhd = attention.query(first_be).unflatten(-1, (heads, -1))
+    if hidden_te.dtype == torch.float32 and type(attention.key) is type(attention.value) is nn.Linear and not torch.is_autocast_enabled(hidden_te.device.type):
+        context_be = _one_query_each(attention, query_bhd, hidden_te, lengths)
+    else:
+        key_thd, value_thd = (f(hidden_te).unflatten(-1, (heads, -1)) for f in (attention.key, attention.value))
+        contexts = []
+        for query_hd, key_lhd, value_lhd in zip(query_bhd, key_thd.split(list(lengths)), value_thd.split(list(lengths)), strict=True):
+            contexts.append(F.scaled_dot_product_attention(query_hd[None, :, None], key_lhd.transpose(0, 1)[None], value_lhd.transpose(0, 1)[None]).flatten())
+        context_be = torch.stack(contexts)
+    return after_attention(layer, context_be, first_be)
+
+
+def _one_query_each(attention: Any, query_bhd: torch.Tensor, hidden_te: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
+    """Attend with one query for each cell, `(b, heads, d)`; returns `(b, e)`.
+
+    The weights of keys go to the query, and those of values to what it attended to, so that neither is computed for any token. A bias of the keys
+    adds the same to all scores of a query, which leaves its attention as it is.
+    """
+    heads, d = query_bhd.shape[1:]
+    key_hde, value_hde = (f.weight.unflatten(0, (heads, d)) for f in (attention.key, attention.value))
+    asked_bhe = torch.einsum("bhd,hde->bhe", query_bhd, key_hde) * d**-0.5
+    seen_bhe = torch.stack(
+        [(asked_he @ hidden_le.T).softmax(-1) @ hidden_le for asked_he, hidden_le in zip(asked_bhe, hidden_te.split(list(lengths)), strict=True)]
+    )
+    context_bhd = torch.einsum("bhe,hde->bhd", seen_bhe, value_hde)
+    if attention.value.bias is not None:
+        context_bhd = context_bhd + attention.value.bias.view(heads, d)
+    return context_bhd.flatten(1)
 
 
 def after_attention(layer: Any, context: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:

@@ -37,6 +37,25 @@ class _Ways:
         return cls(hidden_le, *parts)
 
 
+@dataclass(frozen=True)
+class FirstLayer:
+    """What the tokens of neighbouring variants attended to in the first layer."""
+
+    layer: Any
+    hidden_qe: torch.Tensor
+    """The tokens in each way they enter, `(queries, e)`."""
+    context_qne: torch.Tensor
+    """What each of those attends to in each variant, `(queries, variants, e)`."""
+    rows_nl: torch.Tensor
+    """Which of those the tokens of a variant are, in their order, `(variants, l or l - 1)`."""
+
+    def states(self, variants: slice) -> torch.Tensor:
+        """Return the states of some of the variants after the layer, `(variants, l or l - 1, e)`."""
+        rows_nl = self.rows_nl[variants]
+        places_n1 = torch.arange(variants.start, variants.start + len(rows_nl), device=rows_nl.device)[:, None]
+        return after_attention(self.layer, self.context_qne[rows_nl, places_n1], self.hidden_qe[rows_nl])
+
+
 class CellScan:
     """One cell, ready to be run without (or with at the top) each of its genes.
 
@@ -61,8 +80,8 @@ class CellScan:
             self.before = _Ways.of(bert, tokens_l, places_l)
             self.after = _Ways.of(bert, tokens_l, (places_l - 1).clamp(min=0))
 
-    def first_layer(self, start: int, stop: int) -> torch.Tensor | None:
-        """Return the states after the first layer of the variants of the tokens at positions `start` to `stop`, of shape `(variants, l or l - 1, e)`.
+    def first_layer(self, start: int, stop: int) -> FirstLayer | None:
+        """Return the first layer of the variants of the tokens at positions `start` to `stop`.
 
         None where sums of what is left cannot be told from zero, so that the variants have to be run one by one.
         """
@@ -92,14 +111,12 @@ class CellScan:
         # (heads, queries, variants, keys of the chunk)
         picked_hqnk = torch.cat([weights_hqk[:, :, None, own] * seen for own, seen in within], dim=-1)
         values_hkd = torch.cat([value_hkd[:, own] for own, _ in within], dim=1)
-        sums_hqnd = sums_hqd[:, :, None] + (picked_hqnk.flatten(1, 2) @ values_hkd).unflatten(1, picked_hqnk.shape[1:3])
+        sums_hqnd = (picked_hqnk.flatten(1, 2) @ values_hkd).unflatten(1, picked_hqnk.shape[1:3]).add_(sums_hqd[:, :, None])
         totals_hqn = totals_hq[:, :, None] + picked_hqnk.sum(-1)
         if bool((totals_hqn < 1e-20).any()):
             return None
-        context_qne = (sums_hqnd / totals_hqn[..., None]).permute(1, 2, 0, 3).flatten(2)
-        rows_nl, hidden_qe = self._rows(start, stop), self._hidden(start, stop)
-        context_nle = context_qne[rows_nl, torch.arange(n, device=rows_nl.device)[:, None]]
-        return after_attention(self.bert.encoder.layer[0], context_nle, hidden_qe[rows_nl])
+        context_qne = sums_hqnd.div_(totals_hqn[..., None]).permute(1, 2, 0, 3).flatten(2)
+        return FirstLayer(self.bert.encoder.layer[0], self._hidden(start, stop), context_qne, self._rows(start, stop))
 
     def _rows(self, start: int, stop: int) -> torch.Tensor:
         """Return for each variant, in the order of its tokens, which of the queries each token is; int64 of shape `(variants, l or l - 1)`."""

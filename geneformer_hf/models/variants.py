@@ -112,9 +112,9 @@ class VariantEncoder(PackedEncoder):
 
     def _run_group(self, group: Sequence[Variant], scan: CellScan | None, reader: Callable[[Variant, torch.Tensor], T]) -> list[T]:
         with self._computing():
-            states = None if scan is None else scan.first_layer(group[0].position, group[-1].position + 1)
+            first = None if scan is None else scan.first_layer(group[0].position, group[-1].position + 1)
             found: list[T] = []
-            if states is None:
+            if first is None:
                 for some in self._passes(group):
                     ids = torch.from_numpy(np.concatenate([v.tokens for v in some]).astype(np.int64)).to(self._device)
                     lengths = [len(v.tokens) for v in some]
@@ -123,11 +123,11 @@ class VariantEncoder(PackedEncoder):
                 return found
             done = 0
             for some in self._passes(group):
-                part = states[done : done + len(some)]
+                hidden = first.states(slice(done, done + len(some))).flatten(0, 1)
                 done += len(some)
-                lengths = [part.shape[1]] * len(some)
+                lengths = [len(v.tokens) for v in some]
                 last = max(self._n_layers - self.only_first, 1)
-                hidden = run_layers(self._model.base_model.encoder.layer[1:last], part.flatten(0, 1), lengths)
+                hidden = run_layers(self._model.base_model.encoder.layer[1:last], hidden, lengths)
                 found += self._finish(some, hidden, lengths, last, reader)
             return found
 
