@@ -8,7 +8,9 @@ neighbouring variants. From the second layer on everything differs, and every va
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -80,56 +82,54 @@ class CellScan:
             self.before = _Ways.of(bert, tokens_l, places_l)
             self.after = _Ways.of(bert, tokens_l, (places_l - 1).clamp(min=0))
 
-    def first_layer(self, start: int, stop: int) -> FirstLayer | None:
-        """Return the first layer of the variants of the tokens at positions `start` to `stop`.
+    def first_layer(self, positions: Sequence[int]) -> FirstLayer | None:
+        """Return the first layer of the variants of the tokens at some positions, in ascending order.
 
         None where sums of what is left cannot be told from zero, so that the variants have to be run one by one.
         """
-        n, length, scale = stop - start, self.before.hidden_le.shape[0], self.before.query_hld.shape[-1] ** -0.5
-        # Each token asks in the way it enters: before the chunk in one, after it in the other, within it in both.
-        query_hqd = torch.cat([self.before.query_hld[:, :stop], self.after.query_hld[:, start:]], dim=1)
-        key_hkd = torch.cat([self.before.key_hld[:, :stop], self.after.key_hld[:, start:]], dim=1)
-        value_hkd = torch.cat([self.before.value_hld[:, :stop], self.after.value_hld[:, start:]], dim=1)
-        if self.moved is not None:
-            own = slice(start, stop)
-            query_hqd = torch.cat([query_hqd, self.moved.query_hld[:, own]], dim=1)
-            key_hkd, value_hkd = torch.cat([key_hkd, self.moved.key_hld[:, own]], dim=1), torch.cat([value_hkd, self.moved.value_hld[:, own]], dim=1)
+        n, start, stop = len(positions), positions[0], positions[-1] + 1
+        length, scale = self.before.hidden_le.shape[0], self.before.query_hld.shape[-1] ** -0.5
+        # Each token asks in the way it enters: before the first of them in one, after the last in the other, in between in both.
+        query_hqd, key_hkd, value_hkd = (self._ways(name, positions) for name in ("query_hld", "key_hld", "value_hld"))
         weights_hqk = (query_hqd * scale) @ key_hkd.transpose(1, 2)
         weights_hqk = weights_hqk.sub_(weights_hqk.amax(-1, keepdim=True)).exp_()
-        # Keys that every variant of the chunk sees: those before it, and those after it.
-        common_k = torch.ones(key_hkd.shape[1], dtype=torch.bool, device=key_hkd.device)
-        own_before, own_after = slice(start, stop), slice(stop, stop + n)
-        own_moved = slice(stop + length - start, stop + length - start + n)
-        for own in (own_before, own_after, own_moved):
-            common_k[own] = False
-        shared_hqk = weights_hqk.masked_fill(~common_k, 0.0)
-        sums_hqd, totals_hq = shared_hqk @ value_hkd, shared_hqk.sum(-1)
-        seen_nn = torch.ones(n, n, dtype=torch.bool, device=key_hkd.device).tril(-1)
-        within = [(own_before, seen_nn), (own_after, seen_nn.T)]
+        sums_hqnd = query_hqd.new_empty(*query_hqd.shape[:2], n, query_hqd.shape[-1])
+        totals_hqn = query_hqd.new_empty(*sums_hqnd.shape[:3])
+        sum_hqd, total_hq = torch.zeros_like(query_hqd), torch.zeros_like(totals_hqn[..., 0])
+        for i, (low, high) in enumerate(pairwise([0, *positions])):
+            # Keys before the gene, beyond those that stand before the last gene as well.
+            sum_hqd += weights_hqk[..., low:high] @ value_hkd[:, low:high]
+            total_hq += weights_hqk[..., low:high].sum(-1)
+            sums_hqnd[:, :, i], totals_hqn[:, :, i] = sum_hqd, total_hq
+        sum_hqd, total_hq = torch.zeros_like(sum_hqd), torch.zeros_like(total_hq)
+        for i, (low, high) in reversed(list(enumerate(pairwise([stop - start + p + 1 for p in [*positions, length - 1]])))):
+            sum_hqd += weights_hqk[..., low:high] @ value_hkd[:, low:high]
+            total_hq += weights_hqk[..., low:high].sum(-1)
+            sums_hqnd[:, :, i] += sum_hqd
+            totals_hqn[:, :, i] += total_hq
         if self.moved is not None:
-            within.append((own_moved, torch.eye(n, dtype=torch.bool, device=key_hkd.device)))
-        # (heads, queries, variants, keys of the chunk)
-        picked_hqnk = torch.cat([weights_hqk[:, :, None, own] * seen for own, seen in within], dim=-1)
-        values_hkd = torch.cat([value_hkd[:, own] for own, _ in within], dim=1)
-        sums_hqnd = (picked_hqnk.flatten(1, 2) @ values_hkd).unflatten(1, picked_hqnk.shape[1:3]).add_(sums_hqd[:, :, None])
-        totals_hqn = totals_hq[:, :, None] + picked_hqnk.sum(-1)
+            own_hqn = weights_hqk[..., -n:]
+            sums_hqnd.addcmul_(own_hqn[..., None], value_hkd[:, None, -n:])
+            totals_hqn += own_hqn
         if bool((totals_hqn < 1e-20).any()):
             return None
         context_qne = sums_hqnd.div_(totals_hqn[..., None]).permute(1, 2, 0, 3).flatten(2)
-        return FirstLayer(self.bert.encoder.layer[0], self._hidden(start, stop), context_qne, self._rows(start, stop))
+        return FirstLayer(self.bert.encoder.layer[0], self._ways("hidden_le", positions), context_qne, self._rows(positions))
 
-    def _rows(self, start: int, stop: int) -> torch.Tensor:
+    def _ways(self, name: str, positions: Sequence[int]) -> torch.Tensor:
+        """Return the tokens up to the last position as they enter before it, those from the first as they enter behind it, and the moved ones."""
+        before, after = (getattr(way, name) for way in (self.before, self.after))
+        parts = [before[..., : positions[-1] + 1, :], after[..., positions[0] :, :]]
+        return torch.cat([*parts, getattr(self.moved, name)[..., list(positions), :]] if self.moved is not None else parts, dim=-2)
+
+    def _rows(self, positions: Sequence[int]) -> torch.Tensor:
         """Return for each variant, in the order of its tokens, which of the queries each token is; int64 of shape `(variants, l or l - 1)`."""
-        length, n = self.before.hidden_le.shape[0], stop - start
-        gone_n1 = torch.arange(start, stop, device=self.before.hidden_le.device)[:, None]
+        length, n, shift = self.before.hidden_le.shape[0], len(positions), positions[-1] + 1 - positions[0]
+        gone_n1 = torch.tensor(positions, device=self.before.hidden_le.device)[:, None]
         others_l = torch.arange(length - 1, device=gone_n1.device)
         others_nl = others_l + (others_l >= gone_n1)
-        rows_nl = torch.where(others_nl < gone_n1, others_nl, stop - start + others_nl)
+        rows_nl = torch.where(others_nl < gone_n1, others_nl, shift + others_nl)
         if self.moved is None:
             return rows_nl
-        own_n1 = torch.arange(n, device=gone_n1.device)[:, None] + stop + length - start
+        own_n1 = torch.arange(n, device=gone_n1.device)[:, None] + shift + length
         return torch.cat([rows_nl[:, : self.first_gene], own_n1, rows_nl[:, self.first_gene :]], dim=1)
-
-    def _hidden(self, start: int, stop: int) -> torch.Tensor:
-        parts = [self.before.hidden_le[:stop], self.after.hidden_le[start:]]
-        return torch.cat([*parts, self.moved.hidden_le[start:stop]] if self.moved is not None else parts)

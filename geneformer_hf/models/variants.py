@@ -80,7 +80,7 @@ class VariantEncoder(PackedEncoder):
             yield from pending.popleft().result()
 
     def _grouped(self, variants: Iterable[Variant]) -> Iterator[list[Variant]]:
-        """Cut variants into groups: neighbours in one cell that share their first layer, or as many as one pass takes."""
+        """Cut variants into groups: variants of one cell that share their first layer, or as many as one pass takes."""
         group: list[Variant] = []
         tokens = 0
         for variant in variants:
@@ -89,7 +89,7 @@ class VariantEncoder(PackedEncoder):
             if group:
                 last = group[-1]
                 if variant.scan is not None:
-                    fits = last.scan is variant.scan and variant.position == last.position + 1 and len(group) < VARIANTS_AT_ONCE
+                    fits = last.scan is variant.scan and variant.position > last.position and len(group) < VARIANTS_AT_ONCE
                 else:
                     fits = last.scan is None and tokens + len(variant.tokens) <= self.tokens_per_pass and len(group) < (self._batch_size or len(group) + 1)
                 if not fits:
@@ -112,7 +112,7 @@ class VariantEncoder(PackedEncoder):
 
     def _run_group(self, group: Sequence[Variant], scan: CellScan | None, reader: Callable[[Variant, torch.Tensor], T]) -> list[T]:
         with self._computing():
-            first = None if scan is None else scan.first_layer(group[0].position, group[-1].position + 1)
+            first = None if scan is None else scan.first_layer([variant.position for variant in group])
             found: list[T] = []
             if first is None:
                 for some in self._passes(group):
