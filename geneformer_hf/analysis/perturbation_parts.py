@@ -15,9 +15,10 @@ from accelerate import PartialState
 from ..errors import OutputExistsError, SettingError
 from ..outputs import PARTS, new_part, unfinished
 from .perturbation_table import join_parts
+from .states import StateVectors
 
 T = TypeVar("T")
-PLAN = "plan.json"
+PLAN, STATES = "plan.json", "states.json"
 
 
 def processes() -> PartialState:
@@ -68,6 +69,15 @@ def shared_parts(output: Path, identity: dict[str, Any], *, overwrite: bool) -> 
 
         yield work.parts, finish
     state.wait_for_everyone()
+
+
+def shared_states(folder: Path, compute: Callable[[], StateVectors]) -> StateVectors:
+    """Return vectors of states, computed by the first process for all of them, and once for a run however often it stops."""
+    state, path = processes(), folder / STATES
+    if state.is_main_process and not path.is_file():
+        compute().save(path)
+    state.wait_for_everyone()
+    return StateVectors.load(path)
 
 
 def _require_same(parts: Path, identity: dict[str, Any], output: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,13 +13,13 @@ import numpy as np
 import xxhash
 
 from ..errors import OutputError, SettingError
-from .cells import Cells
-from .perturbations import DELETE, INHIBIT, OVEREXPRESS, Change, EveryGene
+from .perturbations import DELETE, INHIBIT, OVEREXPRESS, Change, EveryGene, Screen
 from .readouts import GENE, PROBABILITY
 
+SHOWN = 20
 VARIANTS_PER_PART = 5000
 BYTES_PER_ROW = 12
-"""Of a finished table, compressed, as measured on gene readouts; others take more a row and have few."""
+"""Of a finished table, compressed; see `benchmarks/bench_perturb.py --room`."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,10 @@ class PerturbationPlan:
     reads_genes: bool
     identity: dict[str, Any]
     """What the result depends on."""
+    n_estimates: int = 0
+    """Rows of a screening for genes that are estimated."""
+    never: tuple[str, ...] = ()
+    """Perturbations that can be made in none of the cells."""
     seconds: float | None = None
     """Estimated from a few variants of a cell of middle length."""
 
@@ -48,7 +52,7 @@ class PerturbationPlan:
     @property
     def n_rows(self) -> int:
         """Rows of the table, at most."""
-        return self.n_variants * self.values_per_variant + (int((self.n_variants_n * (self.n_genes_n - 1)).sum()) if self.reads_genes else 0)
+        return self.n_estimates + self.n_variants * self.values_per_variant + (int((self.n_variants_n * (self.n_genes_n - 1)).sum()) if self.reads_genes else 0)
 
     @property
     def n_tokens(self) -> int:
@@ -62,6 +66,11 @@ class PerturbationPlan:
             f"{self.n_variants:,} variants to run, {self.n_tokens:,} tokens",
             f"{self.n_rows:,} values",
         ]
+        if self.n_estimates:
+            lines.insert(1, f"{self.n_estimates:,} genes estimated")
+        if self.never:
+            some = ", ".join(self.never[:SHOWN]) + (", …" if len(self.never) > SHOWN else "")
+            lines.append(f"{len(self.never):,} of the perturbations can be made in none of the cells: {some}")
         if self.seconds is not None:
             lines.append(f"about {_duration(self.seconds)} on this machine")
         return "; ".join(lines)
@@ -96,40 +105,57 @@ def _duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"
 
 
-def count_changes(genes: np.ndarray, wanted: EveryGene | Sequence[Change]) -> int:
-    """Return how many changes can be made in a cell, at most."""
+def count_genes(genes: np.ndarray, wanted: EveryGene, *, whole: bool = True) -> int:
+    """Return how many genes of a cell are changed, each by itself.
+
+    Args:
+        whole: of a screening, whether the cell is run in whole.
+    """
     n = len(genes)
-    if isinstance(wanted, EveryGene):
-        if wanted.kind in (DELETE, OVEREXPRESS):
-            return max(n - 1, 0) if wanted.kind == OVEREXPRESS or n == 1 else n
-        ranks = np.arange(n)
-        step = 0 if wanted.quartiles is None else round(wanted.quartiles * n / 4)
-        if wanted.kind == INHIBIT:
-            target = ranks + step if wanted.rank is None else np.maximum(ranks, wanted.rank)
-        else:
-            target = ranks - step if wanted.rank is None else np.minimum(ranks, wanted.rank)
-        return int((np.clip(target, 0, max(n - 1, 0)) != ranks).sum())
+    if wanted.kind in (DELETE, OVEREXPRESS):
+        possible = max(n - 1, 0) if wanted.kind == OVEREXPRESS or n == 1 else n
+        return possible if whole or not isinstance(wanted, Screen) else min(wanted.top, possible)
+    ranks = np.arange(n)
+    step = 0 if wanted.quartiles is None else round(wanted.quartiles * n / 4)
+    if wanted.kind == INHIBIT:
+        target = ranks + step if wanted.rank is None else np.maximum(ranks, wanted.rank)
+    else:
+        target = ranks - step if wanted.rank is None else np.minimum(ranks, wanted.rank)
+    return int((np.clip(target, 0, max(n - 1, 0)) != ranks).sum())
+
+
+def possible_in(genes: np.ndarray, wanted: Sequence[Change]) -> np.ndarray:
+    """Return which changes can be made in a cell, bool of shape `(changes,)`: at most, as a gene may be at the top already."""
     here = set(genes.tolist())
-    return sum(change.kind == OVEREXPRESS or here.issuperset(change.tokens) for change in wanted)
+    return np.array([change.kind == OVEREXPRESS or here.issuperset(change.tokens) for change in wanted])
 
 
 def make_plan(
-    tokens: Cells, genes_of: Any, wanted: EveryGene | Sequence[Change], *, rows: np.ndarray, readout: str, n_targets: int, identity: dict[str, Any]
-) -> PerturbationPlan:
+    cells: Iterable[tuple[int, str, np.ndarray]], wanted: EveryGene | Sequence[Change], *, rows: np.ndarray, readout: str, n_targets: int, identity: dict[str, Any],
+    names: Sequence[str] = (),
+) -> PerturbationPlan:  # fmt: skip
     """Count variants, cell by cell, and take the fingerprint of the cells.
 
     Args:
-        genes_of: from a chunk of cells to the gene tokens of each.
+        cells: row, id and gene tokens of each of `rows`.
+        names: of the changes, if they are listed.
 
     Raises:
         SettingError: if nothing can be done in any cell.
     """
-    digest = xxhash.xxh3_64()
+    digest = CellDigest()
     n_variants, n_genes = np.zeros(len(rows), dtype=np.int64), np.zeros(len(rows), dtype=np.int64)
     place = {int(row): i for i, row in enumerate(rows)}
-    for row, cell_id, genes in genes_of(tokens, rows):
-        digest.update(genes.astype(np.int64).tobytes() + b"|" + str(cell_id).encode() + b"\n")
-        n_variants[place[row]], n_genes[place[row]] = count_changes(genes, wanted), len(genes)
+    whole = wanted.judged_rows(rows) if isinstance(wanted, Screen) else frozenset()
+    ever = np.zeros(len(names), dtype=bool)
+    for row, cell_id, genes in cells:
+        digest.add(cell_id, genes)
+        n_genes[place[row]] = len(genes)
+        if isinstance(wanted, EveryGene):
+            n_variants[place[row]] = count_genes(genes, wanted, whole=row in whole)
+        else:
+            can = possible_in(genes, wanted)
+            n_variants[place[row]], ever = can.sum(), ever | can
     if not n_variants.sum():
         what = "a gene of it can be changed" if isinstance(wanted, EveryGene) else f"any of the {len(wanted):,} perturbations can be made in it"
         msg = f"There is nothing to do: none of {len(rows):,} cells is such that {what}. Genes that are not expressed cannot be deleted or shifted."
@@ -137,4 +163,20 @@ def make_plan(
     changes: Any = [vars(change) for change in wanted] if not isinstance(wanted, EveryGene) else vars(wanted)
     identity = identity | {"cells": digest.hexdigest(), "changes": xxhash.xxh3_64(json.dumps(changes, sort_keys=True).encode()).hexdigest()}
     values = n_targets if readout == PROBABILITY else 1 + n_targets
-    return PerturbationPlan(rows, n_variants, n_genes, values, readout == GENE, identity)
+    never = tuple(name for name, can in zip(names, ever.tolist(), strict=True) if not can)
+    return PerturbationPlan(rows, n_variants, n_genes, values, readout == GENE, identity, int(n_genes.sum()) if isinstance(wanted, Screen) else 0, never)
+
+
+class CellDigest:
+    """Fingerprint of cells: their ids and genes, in order."""
+
+    def __init__(self) -> None:
+        self._digest = xxhash.xxh3_64()
+
+    def add(self, cell_id: str, genes: np.ndarray) -> None:
+        """Take in a cell."""
+        self._digest.update(genes.astype(np.int64).tobytes() + b"|" + str(cell_id).encode() + b"\n")
+
+    def hexdigest(self) -> str:
+        """Return the fingerprint."""
+        return self._digest.hexdigest()

@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ..errors import CellFileError
+from .perturbations import Change
 from .readouts import CELL, GENE, PROBABILITY, STATE
 
 SCHEMA = pa.schema(
@@ -29,6 +30,8 @@ SCHEMA = pa.schema(
 )
 """Columns: the cell; what was done to which genes (Ensembl ids); what was looked at (a state, an affected gene, a class; empty for the cell itself); how; what
 came out; over how many genes."""
+ESTIMATED = "estimated_"
+"""Begins the names of readouts that are estimates."""
 PLAN_KEY = b"geneformer_hf.plan"
 
 
@@ -45,17 +48,27 @@ class TableBuilder:
         self.states, self.classes = pa.array(states, pa.string()), pa.array(classes, pa.string())
 
     def table(self, cells: Iterable[Any]) -> pa.Table:
-        """Return the rows of some perturbed cells, in order: of each cell the cell itself for all changes, then states or classes, then genes."""
-        parts = [part for cell in cells if cell.shifts for part in self._of_cell(cell)]
+        """Return the rows of some perturbed cells, in order: of each cell estimates, the cell itself for all changes, then states or classes, then genes."""
+        parts = [part for cell in cells for part in self._of_cell(cell)]
         return pa.concat_tables(parts) if parts else SCHEMA.empty_table()
 
     def _of_cell(self, cell: Any) -> Iterator[pa.Table]:
+        if cell.estimate is not None:
+            n = len(cell.estimate.changes)
+            target, n_genes = pa.array([cell.estimate.target] * n, pa.string()), np.full(n, cell.n_genes - 1, dtype=np.int32)
+            yield self._rows(
+                cell.cell_id, cell.estimate.changes, np.arange(n), target, ESTIMATED + cell.estimate.readout, cell.estimate.values_m.astype(np.float32), n_genes
+            )
+        if cell.shifts:
+            yield from self._of_shifts(cell)
+
+    def _of_shifts(self, cell: Any) -> Iterator[pa.Table]:
         first = cell.shifts[0]
         changes = np.arange(len(cell.shifts))
         n_genes = np.array([shift.n_genes for shift in cell.shifts], dtype=np.int32)
         if first.cell is not None:
             values = np.array([shift.cell for shift in cell.shifts], dtype=np.float32)
-            yield self._rows(cell, changes, pa.array([""] * len(changes)), CELL, values, n_genes)
+            yield self._rows(cell.cell_id, cell.changes, changes, pa.array([""] * len(changes)), CELL, values, n_genes)
         for readout, targets, each in (
             (STATE, self.states, [shift.states for shift in cell.shifts]),
             (PROBABILITY, self.classes, [shift.probabilities for shift in cell.shifts]),
@@ -63,25 +76,35 @@ class TableBuilder:
             if each[0] is not None:
                 repeated = np.repeat(changes, len(targets))
                 target = targets.take(pa.array(np.tile(np.arange(len(targets)), len(changes))))
-                yield self._rows(cell, repeated, target, readout, np.concatenate(each), n_genes[repeated])
+                yield self._rows(cell.cell_id, cell.changes, repeated, target, readout, np.concatenate(each), n_genes[repeated])
         if first.genes is not None:
             sizes = [len(shift.genes) for shift in cell.shifts]
             repeated = np.repeat(changes, sizes)
             affected = np.concatenate([after.tokens[after.untouched] for after in cell.cells])
-            yield self._rows(cell, repeated, self._names.take(pa.array(affected)), GENE, np.concatenate([s.genes for s in cell.shifts]), n_genes[repeated])
+            yield self._rows(
+                cell.cell_id,
+                cell.changes,
+                repeated,
+                self._names.take(pa.array(affected)),
+                GENE,
+                np.concatenate([s.genes for s in cell.shifts]),
+                n_genes[repeated],
+            )
 
-    def _rows(self, cell: Any, change_of_row: np.ndarray, target: pa.Array, readout: str, values: np.ndarray, n_genes: np.ndarray) -> pa.Table:
+    def _rows(
+        self, cell_id: str, changes: Sequence[Change], change_of_row: np.ndarray, target: pa.Array, readout: str, values: np.ndarray, n_genes: np.ndarray
+    ) -> pa.Table:
         n = len(change_of_row)
-        kinds = pa.array([change.kind for change in cell.changes]).take(pa.array(change_of_row))
-        sizes = np.array([len(change.tokens) for change in cell.changes])
-        flat = np.concatenate([np.asarray(change.tokens) for change in cell.changes])
+        kinds = pa.array([change.kind for change in changes]).take(pa.array(change_of_row))
+        sizes = np.array([len(change.tokens) for change in changes])
+        flat = np.concatenate([np.asarray(change.tokens) for change in changes])
         starts = np.cumsum(sizes) - sizes
         offsets = np.concatenate([[0], np.cumsum(sizes[change_of_row])]).astype(np.int32)
         within = np.arange(offsets[-1]) - np.repeat(offsets[:-1], sizes[change_of_row])
         genes = pa.ListArray.from_arrays(pa.array(offsets), self._names.take(pa.array(flat[np.repeat(starts[change_of_row], sizes[change_of_row]) + within])))
         return pa.table(
             [
-                pa.array([cell.cell_id] * n, pa.string()),
+                pa.array([cell_id] * n, pa.string()),
                 kinds,
                 genes,
                 target,

@@ -71,6 +71,11 @@ class Perturbation:
         return EveryGene(kind=kind, **shift)
 
     @classmethod
+    def screen(cls, kind: str, *, top: int = 50, towards: str | None = None, judged: int | None = None) -> Screen:
+        """Return each gene of a cell by itself, estimated for all and run for the most promising ones."""
+        return Screen(kind=kind, top=top, towards=towards, judged=judged)
+
+    @classmethod
     def pairs(cls, kind: str, genes: Sequence[str], **shift: int | None) -> list[Perturbation]:
         """Return one for each gene and one for each pair of genes, so that a pair can be held against the sum of its genes."""
         return [*cls.each(kind, genes, **shift), *(cls(kind=kind, genes=pair, **shift) for pair in combinations(genes, 2))]
@@ -177,3 +182,37 @@ class EveryGene:
     def of(self, genes: np.ndarray) -> list[Change]:
         """Return the changes of a cell with these gene tokens."""
         return [Change(self.kind, (int(token),), self.quartiles, self.rank) for token in genes]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Screen(EveryGene):
+    """Each gene of a cell by itself: what it does is estimated for all, and computed for those that do most by that estimate.
+
+    Raises:
+        SettingError: for changes other than deleting and overexpressing.
+    """
+
+    top: int = 50
+    """Genes of each cell that are run."""
+    towards: str | None = None
+    """The state to which genes are to bring the cell; None: the goal where states are asked for, else the genes that change the cell most."""
+    judged: int | None = None
+    """Cells of which all genes are run, so that the estimates can be judged; None: one in twenty, 50 at most."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        wrong = []
+        if self.kind not in (DELETE, OVEREXPRESS):
+            wrong.append(f"kind is {self.kind!r}; estimates are for delete and overexpress")
+        if self.top < 1:
+            wrong.append(f"top is {self.top}; expected 1 or more")
+        if self.judged is not None and self.judged < 0:
+            wrong.append(f"judged is {self.judged}; expected 0 or more")
+        if wrong:
+            msg = f"The screening cannot be run: {'; '.join(wrong)}."
+            raise SettingError(msg)
+
+    def judged_rows(self, rows: np.ndarray) -> frozenset[int]:
+        """Return which of some cells are run in whole, spread evenly over them."""
+        n = min(len(rows), min(50, -(-len(rows) // 20)) if self.judged is None else self.judged)
+        return frozenset(rows[np.linspace(0, len(rows) - 1, n).round().astype(int)].tolist()) if n else frozenset()

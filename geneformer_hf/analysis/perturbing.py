@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -19,22 +21,26 @@ from ..errors import OutputExistsError, SettingError, VocabularyMismatchError
 from ..models.configuration_geneformer import GeneformerConfig
 from ..models.heads import heads_of
 from ..models.loading import fingerprint_of, load_model, require_same_vocabulary, tokenizer_of
+from ..models.modeling_geneformer import GeneformerForMultiTaskClassification, GeneformerForSequenceClassification
 from ..models.tokenization_geneformer import GeneformerTokenizer
 from ..models.variants import ScannedCell, Variant, VariantEncoder
 from ..outputs import new_part
 from .cells import Cells, open_tokens
 from .embeddings import resolve_layer, resolve_pooling
-from .perturbation_parts import mine_of, processes, shared_parts
-from .perturbation_plan import PerturbationPlan, make_plan
-from .perturbation_table import TableBuilder, plan_of, read_table, write_part
-from .perturbations import DELETE, OVEREXPRESS, Change, ChangedCell, EveryGene, Perturbation, changed
+from .perturbation_parts import mine_of, processes, shared_parts, shared_states
+from .perturbation_plan import CellDigest, PerturbationPlan, make_plan
+from .perturbation_table import TableBuilder, plan_of, write_part
+from .perturbations import DELETE, OVEREXPRESS, Change, ChangedCell, EveryGene, Perturbation, Screen, changed
 from .readouts import CELL, GENE, PROBABILITY, STATE, Before, Reader, Shift, named_states
+from .screening import CellScreener, Estimate, frozen
 from .states import StateShift, StateVectors
 
 logger = logging.getLogger(__name__)
 
 CELLS_AT_ONCE = 32
 """Cells whose vectors before the change are held at the same time."""
+PASSES_TO_ESTIMATE = 12
+"""Variants that take as long as the estimates of a cell."""
 PROBED = 8
 """Variants that are run to estimate how long a plan takes."""
 
@@ -46,9 +52,12 @@ class PerturbedCell:
     row: int
     """Place of the cell among all cells."""
     cell_id: str
+    n_genes: int
     changes: list[Change]
     cells: list[ChangedCell]
     shifts: list[Shift]
+    estimate: Estimate | None = None
+    """Of a screening: what each gene would do."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +97,7 @@ class InSilicoPerturber:
         ```python
         perturber = InSilicoPerturber("geneformer-v2")
         table = perturber.run("cells.h5ad", Perturbation.each("delete", ["ENSG00000136997", "ENSG00000141510"]))
+        path = perturber.write("cells.h5ad", Perturbation.every("delete"), "deleted.parquet")
         ```
     """
 
@@ -104,7 +114,7 @@ class InSilicoPerturber:
             raise SettingError(msg)
         self.model = load_model(model, quantization=quantization, base=base, device=device)
         self.config: GeneformerConfig = self.model.config
-        self.readout, self.states, self.progress, self._tokenizer, self._vectors = readout, states, progress, tokenizer, vectors
+        self.readout, self.states, self.progress, self._tokenizer, self._given_vectors = readout, states, progress, tokenizer, vectors
         self.pooling = resolve_pooling(pooling, self.config)
         self.n_layers = resolve_layer(-1 if readout == PROBABILITY else layer, self.config.num_hidden_layers)
         self.device = resolve_device(device)
@@ -117,11 +127,7 @@ class InSilicoPerturber:
         readouts = {CELL: [CELL], GENE: [CELL, GENE], PROBABILITY: [PROBABILITY]}[self.readout] + ([STATE] if vectors else [])
         heads = []
         if self.readout == PROBABILITY:
-            if (
-                not hasattr(self.model, "head")
-                or not (hasattr(self.model, "classifier") or hasattr(self.model, "classifiers"))
-                or not hasattr(self.model, "attention_pool")
-            ):
+            if not isinstance(self.model, (GeneformerForSequenceClassification, GeneformerForMultiTaskClassification)):
                 msg = f"readout 'probability' needs a model fine-tuned for classes of cells, and this is a {type(self.model).__name__}. Fine-tune one, or read 'cell'."
                 raise SettingError(msg)
             heads = heads_of(self.config)
@@ -174,16 +180,30 @@ class InSilicoPerturber:
         if not isinstance(wanted, EveryGene) and not wanted:
             msg = "There are no perturbations. Give a list of them, or Perturbation.every('delete')."
             raise SettingError(msg)
-        rows = np.arange(tokens.n_cells)
+        if isinstance(wanted, Screen):
+            self._screened_towards(wanted)
+        rows, identity = np.arange(tokens.n_cells), self._identity()
         if self.states is not None:
             values = tokens.column(self.states.column)
             self.states.require_in(values)
             rows = np.array([row for row, value in enumerate(values) if value is not None and str(value) == self.states.start])
+            if self._given_vectors is None:
+                identity["vectors"] = self._digest_of_states(tokens, values)
         if not len(rows):
             msg = "There are no cells."
             raise SettingError(msg)
-        plan = make_plan(tokens, self._genes, wanted, rows=rows, readout=self.readout, n_targets=self._n_targets, identity=self._identity())
+        names = [] if isinstance(perturbations, EveryGene) else [f"{p.kind} {'+'.join(p.genes)}" for p in perturbations]
+        cells = ((whole.row, whole.cell_id, whole.genes) for whole in self._wholes(tokens, rows))
+        plan = make_plan(cells, wanted, rows=rows, readout=self.readout, n_targets=self._n_targets, identity=identity, names=names)
         return replace(plan, seconds=self._estimate(tokens, plan)) if probe else plan
+
+    def _digest_of_states(self, tokens: Cells, values: Sequence[Any]) -> str:
+        """Return the fingerprint of all cells that the vectors of the states are computed from."""
+        digest, labels = CellDigest(), [str(value) for value in values]
+        rows = np.array([row for row, label in enumerate(labels) if label in self.states.targets])  # type: ignore[union-attr]
+        for whole in self._wholes(tokens, rows):
+            digest.add(f"{labels[whole.row]}|{whole.cell_id}", whole.genes)
+        return digest.hexdigest()
 
     @property
     def _n_targets(self) -> int:
@@ -191,14 +211,11 @@ class InSilicoPerturber:
             return sum(len(head.names) for head in self.reader.heads)
         return 0 if self.states is None else len(self.states.targets)
 
-    def _genes(self, tokens: Cells, rows: np.ndarray) -> Iterator[tuple[int, str, np.ndarray]]:
-        for whole in self._wholes(tokens, rows):
-            yield whole.row, whole.cell_id, whole.genes
-
     def _identity(self) -> dict[str, Any]:
         """Return what the values depend on beside cells and changes."""
         states = None if self.states is None else {"column": self.states.column, "targets": list(self.states.targets)}
-        vectors = None if self._vectors is None else {name: vector.tolist() for name, vector in self._vectors.only(self.states.targets).items()}  # type: ignore[union-attr]
+        given = self._given_vectors
+        vectors = None if given is None else {name: vector.tolist() for name, vector in given.only(self.states.targets).items()}  # type: ignore[union-attr]
         return {
             "model": fingerprint_of(self.model), "layer": self.n_layers, "pooling": self.pooling, "readout": self.readout, "dtype": str(self.encoder.dtype),
             "states": states, "vectors": vectors,
@@ -220,93 +237,164 @@ class InSilicoPerturber:
         # Multiplications for a token: what grows with the cell is attention.
         work = plan.n_genes_n * (4 * e * e + 2 * e * inner + 2 * e * plan.n_genes_n.astype(np.float64))
         one = took / max(len(some), 1) / work[middle]
-        return float((work * plan.n_variants_n).sum() * one)
+        return float((work * (plan.n_variants_n + (PASSES_TO_ESTIMATE if plan.n_estimates else 0))).sum() * one)
 
     def run(
-        self, cells: Any, perturbations: EveryGene | Sequence[Perturbation], *, output: str | Path | None = None, overwrite: bool = False,
-        gene_ids: str | None = None, counts_layer: str | None = None,
+        self, cells: Any, perturbations: EveryGene | Sequence[Perturbation], *, gene_ids: str | None = None, counts_layer: str | None = None
     ) -> pa.Table:  # fmt: skip
-        """Perturb cells, and return or write what it does to them.
+        """Perturb cells, and return what it does to them.
 
         Args:
             cells (`AnnData`, `str`, `Path` or `datasets.Dataset`): as in `embed_cells`.
-            perturbations: a list of `Perturbation`, or `Perturbation.every(kind)` for each gene of each cell by itself.
-            output (`str` or `Path`, *optional*):
-                a new Parquet file. Parts are kept as the run goes: the same call goes on where it stopped, and returns at once when the file is whole. Under
-                `torchrun` or `accelerate launch` each process takes its share.
+            perturbations:
+                a list of `Perturbation`; `Perturbation.every(kind)` for each gene of each cell by itself; `Perturbation.screen(kind)` to estimate all genes and
+                run the most promising ones.
 
         Returns:
-            `pa.Table` with the columns of `SCHEMA`; with an output, the table as it lies there.
+            `pa.Table` with the columns of `SCHEMA`. Long runs are better written as they go: `write`.
+
+        Raises:
+            SettingError, UnknownGeneError, VocabularyMismatchError
+        """
+        tokens = self.open(cells, gene_ids=gene_ids, counts_layer=counts_layer)
+        plan = self._plan(tokens, perturbations, probe=False)
+        self._settle_states(lambda: self._states_of(cells, gene_ids, counts_layer))
+        return self._builder().table(self.iter_cells(tokens, perturbations, plan.rows))
+
+    def write(
+        self, cells: Any, perturbations: EveryGene | Sequence[Perturbation], output: str | Path, *, overwrite: bool = False,
+        gene_ids: str | None = None, counts_layer: str | None = None,
+    ) -> Path:  # fmt: skip
+        """Perturb cells, and write what it does to them as it goes.
+
+        Parts are kept beside the output: the same call goes on where it stopped, and returns at once when the table is whole. Under `torchrun` or
+        `accelerate launch` each process takes its share. Memory holds one part.
+
+        Args:
+            cells, perturbations: as in `run`.
+            output (`str` or `Path`): a new Parquet file.
+
+        Returns:
+            `Path` of the table, for `perturbation_statistics`, `perturbation_effects` or `pyarrow`.
 
         Raises:
             SettingError, UnknownGeneError, VocabularyMismatchError
             OutputExistsError: if the output holds the result of another plan.
             OutputError: if the disk is too small for it.
         """
-        tokens = self.open(cells, gene_ids=gene_ids, counts_layer=counts_layer)
+        tokens, output = self.open(cells, gene_ids=gene_ids, counts_layer=counts_layer), Path(output)
         plan = self._plan(tokens, perturbations, probe=False)
-        if output is None:
-            self._settle_states(cells, gene_ids=gene_ids, counts_layer=counts_layer)
-            return self._builder().table(self.iter_cells(tokens, perturbations, plan.rows))
-        output = Path(output)
         if output.is_file() and not overwrite:
             if plan_of(output) == plan.identity:
                 logger.warning("%s is whole already.", output)
-                return read_table(output)
+                return output
             msg = f"{output} exists and was made otherwise. Choose another name, or pass --overwrite (`overwrite=True`) to replace it."
             raise OutputExistsError(msg)
         plan.require_room(output.parent)
         with shared_parts(output, plan.identity, overwrite=overwrite) as (folder, finish):
-            self._settle_states(cells, gene_ids=gene_ids, counts_layer=counts_layer, folder=folder)
-            builder = self._builder()
+            self._settle_states(lambda: shared_states(folder.parent, lambda: self._states_of(cells, gene_ids, counts_layer)))
             groups = list(plan.parts())
             paths = [folder / f"cells-{int(group[0]):09d}-{int(group[-1]):09d}.parquet" for group in groups]
-            for group, path in mine_of(list(zip(groups, paths, strict=True))):
-                if not path.is_file():
+            mine = [(group, path) for group, path in mine_of(list(zip(groups, paths, strict=True))) if not path.is_file()]
+            if mine:
+                builder, whole = self._builder(), perturbations.judged_rows(plan.rows) if isinstance(perturbations, Screen) else None
+                # One pass over the cells, however many parts there are.
+                done = self.iter_cells(
+                    tokens, perturbations, np.concatenate([group for group, _ in mine]), parts=[len(group) for group, _ in mine], whole=whole
+                )
+                for group, path in mine:
+                    table = builder.table(islice(done, len(group)))
                     with new_part(path) as partial:
-                        write_part(builder.table(self.iter_cells(tokens, perturbations, group)), partial)
+                        write_part(table, partial)
             finish(paths)
-        return read_table(output)
+        return output
 
-    def _settle_states(self, cells: Any, *, gene_ids: str | None, counts_layer: str | None, folder: Path | None = None) -> None:
-        """Have the vectors of the states, computed once for all processes."""
+    def _states_of(self, cells: Any, gene_ids: str | None, counts_layer: str | None) -> StateVectors:
+        return StateVectors.of(
+            self.model, cells, self.states.column, n_layers=self.n_layers, pooling=self.pooling, tokenizer=self._tokenizer, gene_ids=gene_ids,  # type: ignore[union-attr]
+            counts_layer=counts_layer, device=self.device, progress=self.progress,
+        )  # fmt: skip
+
+    def _settle_states(self, compute: Callable[[], StateVectors]) -> None:
+        """Have the vectors of the states: those given, or computed ones."""
         if self.states is None:
             return
-        if self._vectors is None:
-            self._vectors = StateVectors.of(
-                self.model, cells, self.states.column, n_layers=self.n_layers, pooling=self.pooling, tokenizer=self._tokenizer, gene_ids=gene_ids, counts_layer=counts_layer,
-                device=self.device, progress=self.progress,
-            )  # fmt: skip
-        self._vectors.require_made_with(self.model, n_layers=self.n_layers, pooling=self.pooling)
-        self.reader = self._reader(self._vectors.only(self.states.targets))
+        vectors = self._given_vectors or compute()
+        vectors.require_made_with(self.model, n_layers=self.n_layers, pooling=self.pooling)
+        self.reader = self._reader(vectors.only(self.states.targets))
 
     def _builder(self) -> TableBuilder:
         names = self.tokenizer.gene_table.ensembl_of_tokens(range(self.config.vocab_size))
         classes = [f"{head.name}: {name}" if len(self.reader.heads) > 1 else name for head in self.reader.heads for name in head.names]
         return TableBuilder(names, states=[] if self.states is None else self.states.targets, classes=classes)
 
-    def iter_cells(self, tokens: Cells, perturbations: EveryGene | Sequence[Perturbation], rows: np.ndarray | None = None) -> Iterator[PerturbedCell]:
+    def iter_cells(
+        self, tokens: Cells, perturbations: EveryGene | Sequence[Perturbation], rows: np.ndarray | None = None, *, parts: Sequence[int] | None = None,
+        whole: frozenset[int] | None = None,
+    ) -> Iterator[PerturbedCell]:  # fmt: skip
         """Perturb cells one after the other.
 
         Args:
             rows (int64, sorted, *optional*): which cells; all otherwise.
+            parts: numbers of cells that belong together: no pass holds cells of two, so that each part has the same values whichever others are run.
+            whole: of a screening, the cells that are run in whole; told from `rows` otherwise.
 
         Yields:
             `PerturbedCell`, in the order of the cells; one without any change that could be made has none.
         """
-        listed = None if isinstance(perturbations, EveryGene) else self.changes_of(perturbations)
         wanted = np.arange(tokens.n_cells) if rows is None else rows
-        with (
-            self.encoder.ready(),
-            tqdm(total=len(wanted), unit=" cells", desc="Perturbing", disable=not (self.progress and processes().is_main_process)) as bar,
-        ):
-            batch: list[tuple[_Whole, list[Change]]] = []
-            for whole in self._wholes(tokens, wanted):
-                batch.append((whole, listed if listed is not None else perturbations.of(whole.genes)))  # type: ignore[union-attr]
-                if len(batch) == CELLS_AT_ONCE:
-                    yield from self._perturb(batch, bar)
-                    batch = []
-            yield from self._perturb(batch, bar)
+        changes_of = self._chooser(perturbations, wanted, whole)
+        with ExitStack() as stack:
+            stack.enter_context(self.encoder.ready())
+            if isinstance(perturbations, Screen):
+                stack.enter_context(frozen(self.model))
+            bar = tqdm(total=len(wanted), unit=" cells", desc="Perturbing", disable=not (self.progress and processes().is_main_process))
+            stack.enter_context(bar)
+            cells = self._wholes(tokens, wanted)
+            for batch in (batch for n in parts or [len(wanted)] for batch in _batches(islice(cells, n))):
+                chosen = list(self.encoder.beside(changes_of, batch))
+                for (estimate, _), done in zip(chosen, self._perturb([(cell, changes) for cell, (_, changes) in zip(batch, chosen, strict=True)]), strict=True):
+                    yield replace(done, estimate=estimate)
+                    bar.update()
+
+    def _chooser(
+        self, perturbations: EveryGene | Sequence[Perturbation], rows: np.ndarray, whole: frozenset[int] | None
+    ) -> Callable[[_Whole], tuple[Estimate | None, list[Change]]]:
+        """Return what says which changes are made in a cell."""
+        if not isinstance(perturbations, EveryGene):
+            listed = self.changes_of(perturbations)
+            return lambda cell: (None, listed)
+        if not isinstance(perturbations, Screen):
+            return lambda cell: (None, perturbations.of(cell.genes))
+        target = self._screened_towards(perturbations)
+        place = self.states.targets.index(target) if target else 0  # type: ignore[union-attr]
+        screener = CellScreener(
+            self.model, perturbations, n_layers=self.n_layers, pooling=self.pooling, target=target, state_e=self.reader.states_se[place] if target else None  # type: ignore[index]
+        )  # fmt: skip
+        judged = perturbations.judged_rows(rows) if whole is None else whole
+
+        def choose(cell: _Whole) -> tuple[Estimate | None, list[Change]]:
+            estimate = screener.estimate(cell.tokens, cell.first_gene, cell.n_genes)
+            if estimate is None or cell.row in judged:
+                return estimate, perturbations.of(cell.genes)
+            return estimate, [estimate.changes[i] for i in estimate.best(perturbations.top)]
+
+        return choose
+
+    def _screened_towards(self, screen: Screen) -> str:
+        """Return the state that genes are screened for; empty for how far they change the cell.
+
+        Raises:
+            SettingError
+        """
+        if self.readout == PROBABILITY:
+            msg = "screening estimates the readouts cell and state; probabilities of a classifier are read by running every gene: Perturbation.every(kind)."
+            raise SettingError(msg)
+        known = () if self.states is None else self.states.targets
+        if screen.towards is not None and screen.towards not in known:
+            msg = f"screening towards {screen.towards!r}: expected one of the states of this run ({', '.join(known) or 'there are none; give states'})."
+            raise SettingError(msg)
+        return screen.towards or ("" if self.states is None else self.states.goal)
 
     def _wholes(self, tokens: Cells, rows: np.ndarray) -> Iterator[_Whole]:
         asked = np.zeros(tokens.n_cells, dtype=bool)
@@ -323,7 +411,7 @@ class InSilicoPerturber:
                 end = int(self.config.eos_token_id is not None and len(ids) > first and int(ids[-1]) == self.config.eos_token_id)
                 yield _Whole(chunk.start + i, chunk.cell_ids[i], ids, first, len(ids) - first - end)
 
-    def _perturb(self, batch: Sequence[tuple[_Whole, list[Change]]], bar: tqdm | None = None) -> Iterator[PerturbedCell]:
+    def _perturb(self, batch: Sequence[tuple[_Whole, Sequence[Change]]]) -> Iterator[PerturbedCell]:
         """Run some cells before their changes, then after them."""
         jobs: list[list[tuple[Change, ChangedCell]]] = []
         wholes: list[Variant] = []
@@ -338,9 +426,7 @@ class InSilicoPerturber:
         shifts = self.encoder.read(variants, lambda v, hidden: self.reader.after(v.about[0], v.about[1], v.tokens, hidden))
         for place, (whole, _) in enumerate(batch):
             mine = jobs[place]
-            yield PerturbedCell(whole.row, whole.cell_id, [c for c, _ in mine], [a for _, a in mine], [next(shifts) for _ in mine])
-            if bar is not None:
-                bar.update()
+            yield PerturbedCell(whole.row, whole.cell_id, whole.n_genes, [c for c, _ in mine], [a for _, a in mine], [next(shifts) for _ in mine])
 
     def _variants(self, place: int, whole: _Whole, jobs: Sequence[tuple[Change, ChangedCell]], before: dict[tuple[int, int], Before]) -> Iterator[Variant]:
         scans = {kind: ScannedCell(whole.tokens, whole.first_gene, kind == OVEREXPRESS) for kind in (DELETE, OVEREXPRESS)}
@@ -348,3 +434,8 @@ class InSilicoPerturber:
             tokens, about = whole.around(after.tokens), (before[place, after.n_lost], after)
             ranks = np.flatnonzero(whole.genes == change.tokens[0]).tolist() if len(change.tokens) == 1 and change.kind in scans else []
             yield Variant(tokens, about, scans[change.kind], whole.first_gene + ranks[0]) if ranks else Variant(tokens, about)
+
+
+def _batches(cells: Iterator[_Whole]) -> Iterator[list[_Whole]]:
+    while batch := list(islice(cells, CELLS_AT_ONCE)):
+        yield batch

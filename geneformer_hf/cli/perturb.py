@@ -43,14 +43,22 @@ class Perturb(Command):
         parser.add_argument("--goal", metavar="STATE", help="state whose nearness is read")
         parser.add_argument("--alternatives", metavar="A,B", help="other states whose nearness is read")
         parser.add_argument("--state-vectors", type=Path, metavar="FILE", help="mean embeddings of the states (default: computed from the input)")
+        parser.add_argument("--screen", action="store_true", help="with --genes all: estimate each gene, and run the most promising ones of each cell")
+        parser.add_argument("--top", type=int, default=50, metavar="K", help="--screen: genes of each cell that are run (default: 50)")
+        parser.add_argument(
+            "--judged", type=int, metavar="N", help="--screen: cells run in whole, to judge the estimates by (default: one in twenty, 50 at most)"
+        )
         parser.add_argument("--plan-only", action="store_true", help="say what would be done and how long it takes, and stop")
         add_reading(parser)
         add_computing(parser)
         add_overwrite(parser)
 
     def run(self, args: Namespace) -> int:
+        import pyarrow.parquet as pq
+
         from ..analysis.perturbation_parts import processes
         from ..analysis.perturbing import InSilicoPerturber
+        from ..analysis.screening import screening_quality
         from ..analysis.states import StateVectors
         from ..outputs import require_apart
 
@@ -69,9 +77,11 @@ class Perturb(Command):
             print(f"{args.input}: {perturber.plan(args.input, perturbations, **reading).describe()}.")
         if args.plan_only:
             return 0
-        table = perturber.run(args.input, perturbations, output=args.output, overwrite=args.overwrite, **reading)
+        perturber.write(args.input, perturbations, args.output, overwrite=args.overwrite, **reading)
         if first:
-            print(f"{table.num_rows:,} values written to {args.output} ({describe_size(args.output)}).")
+            print(f"{pq.read_metadata(args.output).num_rows:,} values written to {args.output} ({describe_size(args.output)}).")
+            if args.screen and (quality := screening_quality(args.output, top=args.top)):
+                print(f"Screening: {quality.describe()}.")
             print(f"Statistics: geneformer-hf stats {args.output} --mode {_likely_mode(args)} --model {args.model} --output statistics.csv")
         return 0
 
@@ -85,6 +95,9 @@ class Perturb(Command):
         if args.genes == "all" and (args.together or args.pairs or args.anchor):
             msg = "--genes all changes each gene of a cell by itself; --together, --pairs and --anchor need a list."
             raise SettingError(msg)
+        if args.screen and args.genes != "all":
+            msg = "--screen looks for genes among all those of a cell; it needs --genes all."
+            raise SettingError(msg)
 
 
 def perturbations_of(args: Namespace) -> Any:
@@ -92,6 +105,8 @@ def perturbations_of(args: Namespace) -> Any:
     from ..analysis.perturbations import Perturbation
 
     shift = {"quartiles": args.quartiles, "rank": args.rank}
+    if args.screen:
+        return Perturbation.screen(args.kind, top=args.top, judged=args.judged)
     if args.genes == "all":
         return Perturbation.every(args.kind, **shift)
     genes = listed_genes(args.genes)

@@ -7,11 +7,11 @@ without waiting for each other. On an accelerator passes follow each other, cell
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -19,6 +19,9 @@ import torch
 from ..device import run_with_backoff
 from ..errors import SettingError
 from .attention import encode_packed
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 TOKENS_PER_PASS = 65_536
 TOKENS_PER_PASS_ON_CPU = 2048
@@ -97,16 +100,21 @@ class PackedEncoder:
         lengths = np.diff(offsets)
         if self._device.type != "cpu":
             cells = cells[np.argsort(-lengths[cells], kind="stable")]
-        pending: deque[Future[list[EncodedPass]]] = deque()
-        for group in self._groups(cells, lengths):
-            if self._pool is None or self._n_workers == 1:
-                yield from self._run(input_ids, offsets, group)
-                continue
-            pending.append(self._pool.submit(self._run, input_ids, offsets, group))
+        for passes in self.beside(lambda group: self._run(input_ids, offsets, group), self._groups(cells, lengths)):
+            yield from passes
+
+    def beside(self, function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
+        """Yield what a function of the model makes of each item, in order, on a CPU several side by side; call it within `ready()`."""
+        if self._pool is None or self._n_workers == 1:
+            yield from map(function, items)
+            return
+        pending: deque[Future[R]] = deque()
+        for item in items:
+            pending.append(self._pool.submit(function, item))
             if len(pending) > 2 * self._n_workers:
-                yield from pending.popleft().result()
+                yield pending.popleft().result()
         while pending:
-            yield from pending.popleft().result()
+            yield pending.popleft().result()
 
     def _groups(self, cells: np.ndarray, lengths: np.ndarray) -> Iterator[np.ndarray]:
         """Cut cells into passes; the bound is read anew each time, because it shrinks when memory runs out."""

@@ -1,8 +1,12 @@
-"""How a readout of a cell changes, to first order, with what enters the encoder: one pass forward, a few backward, for all genes at once.
+"""What deleting each gene of a cell, or moving it to the top, does to readouts: to first order, from a few passes for all genes at once.
 
-Two things happen when a gene is deleted: nobody attends to it any more, and the genes after it move up by one. The first is told by a gate on each key, the
-derivative by which says what closing it would do; the second by the gradient with respect to the embedding of each position. Moving a gene to the top
-changes positions alone.
+Three things happen when gene p goes: nobody attends to it any more, the genes on one side of it stand one rank off, and, moved to the top, it is attended to there.
+
+- A gene that goes, or comes, is one of many that are attended to, so that its weight is nearly infinitesimal: the derivative by the weight of a key tells its effect.
+- Ranks are another matter. A gene one rank off enters the encoder with another position vector, by no means near the one it had. All variants lie on one path
+  though, from no gene off to all of them off: readouts are computed exactly at a few places of it, and the derivative half way says what happens in between.
+
+Derivatives are taken with every gene half way between its two ways to enter, which is the middle of the path.
 """
 
 from __future__ import annotations
@@ -11,60 +15,205 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
-from .attention import after_attention
+from .attention import after_attention, first_tokens, run_layers
+from .scan import CellScan
+
+ANCHORS = 5
+"""Places of the path at which readouts are exact."""
 
 
 @dataclass(frozen=True)
-class FirstOrder:
-    """What some readouts of a cell change by, to first order."""
+class Slope:
+    """How one readout changes, to first order."""
 
-    values_k: torch.Tensor
-    """`(k,)`: the readouts as they are."""
-    deleted_km: torch.Tensor
-    """`(k, genes)`: what deleting each gene adds."""
-    to_top_km: torch.Tensor
-    """`(k, genes)`: what moving each gene to the top adds."""
+    along_c: np.ndarray
+    """float64 of shape `(genes + 1,)`: on the path, by the number of genes that are entered as those before the changed one are; from 0."""
+    own_m: np.ndarray
+    """float64 of shape `(genes,)`: with each gene gone from its place, and come to the top."""
+
+    def values(self, places: np.ndarray, exact: np.ndarray) -> np.ndarray:
+        """Return the readout of each variant, `(genes,)`, from its exact values at some places of the path."""
+        rest_c = np.interp(np.arange(len(self.along_c)), places, exact - self.along_c[places])
+        path_c = self.along_c + rest_c
+        return (path_c[:-1] + path_c[1:]) / 2 + self.own_m
 
 
-def first_order(
-    bert: Any, tokens_l: torch.Tensor, *, first_gene: int, n_genes: int, n_layers: int, readouts: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-) -> FirstOrder:
-    """Estimate what deleting each gene, or moving it to the top, does to readouts.
+class ScanEstimate:
+    """The path that the variants of one cell lie on.
 
     Args:
-        bert (`BertModel`): in eval mode.
-        tokens_l (`torch.LongTensor` of shape `(l,)`): the cell with its special tokens.
-        first_gene, n_genes: where its genes stand.
-        n_layers: layers to run.
-        readouts: from hidden states of shape `(l, e)` and the weight of each position, `(l,)`, in a mean to readouts of shape `(k,)`.
+        scan (`CellScan`): the cell; it says whether genes are deleted or moved to the top.
+        n_genes (`int`): genes of the cell, 4 at least.
+        n_layers (`int`): layers to run, 1 at least.
+        only_first (`bool`): readouts look at the first token alone; hidden states have one row then.
     """
-    length, table = len(tokens_l), bert.embeddings.position_embeddings.weight
-    embeddings = bert.embeddings
-    with torch.enable_grad():
-        entered_le = (embeddings.word_embeddings(tokens_l) + embeddings.token_type_embeddings.weight[0] + table[:length]).detach().requires_grad_()
-        gate_l = torch.zeros(length, device=tokens_l.device, requires_grad=True)
-        hidden_le = embeddings.LayerNorm(entered_le)
-        for layer in bert.encoder.layer[:n_layers]:
-            attention = layer.attention.self
-            heads = attention.num_attention_heads
-            query, key, value = (f(hidden_le).view(1, length, heads, -1).transpose(1, 2) for f in (attention.query, attention.key, attention.value))
-            context = F.scaled_dot_product_attention(query, key, value, attn_mask=gate_l.expand(1, 1, length, length))
-            hidden_le = after_attention(layer, context.transpose(1, 2).reshape(length, -1), hidden_le)
-        values_k = readouts(hidden_le, gate_l.exp())
-        by_entered_kle, by_gate_kl = torch.autograd.grad(
-            values_k, (entered_le, gate_l), torch.eye(len(values_k), device=values_k.device, dtype=values_k.dtype), is_grads_batched=True
-        )
-    genes = slice(first_gene, first_gene + n_genes)
-    with torch.no_grad():
-        up_le, down_le = (table[:length].roll(step, 0) - table[:length] for step in (1, -1))
-        moved_up_kl = (by_entered_kle * up_le).sum(-1)
-        # Whatever stands behind a gene that is deleted moves up, the end of the cell as well.
-        behind_kl = moved_up_kl.flip(1).cumsum(1).flip(1) - moved_up_kl
-        deleted_km = (behind_kl - by_gate_kl)[:, genes]
-        moved_down_km = (by_entered_kle * down_le).sum(-1)[:, genes]
-        before_km = moved_down_km.cumsum(1) - moved_down_km
-        own_km = (by_entered_kle * (table[first_gene] - table[:length])).sum(-1)[:, genes]
-        return FirstOrder(values_k.detach(), deleted_km, before_km + own_km)
+
+    def __init__(self, scan: CellScan, *, n_genes: int, n_layers: int, only_first: bool) -> None:
+        self._layers = scan.bert.encoder.layer[:n_layers]
+        self._only_first, self._first_gene, self._n_genes = only_first, scan.first_gene, n_genes
+        self._genes = slice(scan.first_gene, scan.first_gene + n_genes)
+        self._before_le, self._after_le = scan.before.hidden_le, scan.after.hidden_le
+        self._top_me = None if scan.moved is None else scan.moved.hidden_le[self._genes]
+        # One gene stays at the top all along, so that each other one takes its place there.
+        self._at_top = scan.first_gene + n_genes // 2
+        self.length = len(self._before_le)
+        """Tokens of the cell."""
+        self.places = np.round(np.linspace(0, n_genes, ANCHORS)).astype(int)
+        """Places of the path with exact values, `(anchors,)`."""
+
+    def _entered(self, n_before: float | None) -> torch.Tensor:
+        """Return what enters the encoder with some genes as those before a changed one are; None: all half way."""
+        ranks_l = torch.arange(len(self._before_le), device=self._before_le.device) - self._first_gene
+        share_l = torch.full_like(ranks_l, 0.5, dtype=torch.float32) if n_before is None else (ranks_l < n_before).float()
+        share_l[: self._first_gene], share_l[self._genes.stop :] = 1.0, 0.0
+        entered_le = torch.lerp(self._after_le, self._before_le, share_l[:, None].to(self._after_le.dtype))
+        if self._top_me is not None:
+            entered_le[self._at_top] = self._top_me[self._at_top - self._first_gene]
+        return entered_le
+
+    def original_states(self) -> torch.Tensor:
+        """Return the hidden states of the cell as it is, `(l, e)` or `(1, e)`."""
+        return self._run(self._before_le if self._top_me is None else self._after_le)
+
+    def anchor_states(self) -> list[torch.Tensor]:
+        """Return the hidden states at each of the places."""
+        return [self._run(self._entered(place)) for place in self.places.tolist()]
+
+    @torch.no_grad()
+    def _run(self, hidden_le: torch.Tensor) -> torch.Tensor:
+        length = [len(hidden_le)]
+        if self._only_first:
+            return first_tokens(self._layers[-1], run_layers(self._layers[:-1], hidden_le, length), length)
+        return run_layers(self._layers, hidden_le, length)
+
+    def slopes(self, readouts: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> list[Slope]:
+        """Differentiate readouts half way.
+
+        Args:
+            readouts:
+                from hidden states, `(x, e)`, and the weight each has in a mean, `(x,)`, to `(k,)`. Behind the l tokens of the cell come its genes at
+                the top, with weight 0, where genes are moved there; with `only_first` there is the first token alone.
+        """
+        with torch.enable_grad():
+            entered_le = self._entered(None).requires_grad_()
+            hidden_xe, ghosts_me, passed = entered_le, self._top_me, []
+            for i, layer in enumerate(self._layers):
+                first = self._only_first and i == len(self._layers) - 1
+                one = _Layer.run(layer, hidden_xe, ghosts_me, at_top=self._at_top, first_gene=self._first_gene, only_first=first)
+                passed.append(one)
+                hidden_xe = after_attention(layer, one.context_xe, hidden_xe[:1] if first else hidden_xe)
+                ghosts_me = one.of_ghosts(ghosts_me)
+            n_ghosts = 0 if ghosts_me is None else len(ghosts_me)
+            weight_x = torch.cat([hidden_xe.new_ones(len(hidden_xe)), hidden_xe.new_zeros(n_ghosts)]).requires_grad_()
+            values_k = readouts(hidden_xe if ghosts_me is None else torch.cat([hidden_xe, ghosts_me]), weight_x)
+            wanted = [entered_le, weight_x, *(one.context_xe for one in passed)]
+            gradients = [torch.autograd.grad(value, wanted, retain_graph=True, allow_unused=True) for value in values_k]
+        own_kx = torch.zeros(len(values_k), self.length + (0 if self._top_me is None else self._n_genes), device=entered_le.device)
+        with torch.no_grad():
+            for own_x, gradient in zip(own_kx, gradients, strict=True):
+                if gradient[1] is not None and not self._only_first:
+                    own_x[: len(gradient[1])] += gradient[1]
+            for i, one in enumerate(passed):
+                one.add_by_weight(own_kx, torch.stack([gradient[2 + i] for gradient in gradients]))
+            step_le = self._before_le - self._after_le
+            return [self._slope((gradient[0] * step_le).sum(-1), own_x) for gradient, own_x in zip(gradients, own_kx, strict=True)]
+
+    def _slope(self, by_step_l: torch.Tensor, own_x: torch.Tensor) -> Slope:
+        by_step_m = by_step_l[self._genes].double().cpu().numpy()
+        gone_m = own_x[self._genes].double().cpu().numpy()
+        own_m = -gone_m
+        if self._top_me is not None:
+            place = self._at_top - self._first_gene
+            # The one that stood there goes, this one comes; what stood there was nowhere else.
+            own_m[place] = 0
+            own_m += own_x[self.length :].double().cpu().numpy() - gone_m[place]
+            by_step_m[place] = 0
+        return Slope(np.concatenate([[0], by_step_m.cumsum()]), own_m)
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """One layer of the middle of the path, with what derivatives by the weight of keys need."""
+
+    layer: Any
+    query_hxd: torch.Tensor
+    key_hld: torch.Tensor
+    value_hld: torch.Tensor
+    context_xe: torch.Tensor
+    """Where the graph goes on."""
+    ghost_key_hmd: torch.Tensor | None
+    ghost_value_hmd: torch.Tensor | None
+    ghost_context_me: torch.Tensor | None
+
+    @classmethod
+    def run(cls, layer: Any, hidden_le: torch.Tensor, ghosts_me: torch.Tensor | None, *, at_top: int, first_gene: int, only_first: bool) -> _Layer:
+        attention = layer.attention.self
+        heads = attention.num_attention_heads
+
+        def parted(x: torch.Tensor) -> torch.Tensor:
+            return x.unflatten(-1, (heads, -1)).transpose(0, 1)
+
+        query, key, value = attention.query(hidden_le[:1] if only_first else hidden_le), attention.key(hidden_le), attention.value(hidden_le)
+        query, key, value = parted(query), parted(key), parted(value)
+        context_xe = F.scaled_dot_product_attention(query[None], key[None], value[None])[0].transpose(0, 1).flatten(1)
+        ghosts: list[torch.Tensor | None] = [None, None, None]
+        if ghosts_me is not None:
+            with torch.no_grad():
+                ghost_key, ghost_value = parted(attention.key(ghosts_me)), parted(attention.value(ghosts_me))
+                context = None if only_first else _of_ghosts(parted(attention.query(ghosts_me)), ghost_key, ghost_value, key, value, at_top, first_gene)
+                ghosts = [ghost_key, ghost_value, context]
+        return cls(layer, query.detach(), key.detach(), value.detach(), context_xe, *ghosts)
+
+    @torch.no_grad()
+    def of_ghosts(self, ghosts_me: torch.Tensor | None) -> torch.Tensor | None:
+        """Return the states of the genes at the top after the layer, if there are any that go on."""
+        if ghosts_me is None or self.ghost_context_me is None:
+            return None
+        return after_attention(self.layer, self.ghost_context_me, ghosts_me)
+
+    def add_by_weight(self, found_kx: torch.Tensor, by_context_kxe: torch.Tensor) -> None:
+        """Add the derivatives of readouts by the weight of each key, real ones first: attention goes to it, and from all others."""
+        d, scale = self.query_hxd.shape[-1], self.query_hxd.shape[-1] ** -0.5
+        for head, query_xd in enumerate(self.query_hxd):
+            own = slice(head * d, (head + 1) * d)
+            by_context_kxd, context_xd = by_context_kxe[..., own], self.context_xe[:, own].detach()
+            common_kx1 = (by_context_kxd * context_xd).sum(-1, keepdim=True)
+            scores_xl = (query_xd * scale) @ self.key_hld[head].T
+            total_x1 = scores_xl.logsumexp(-1, keepdim=True)
+            start = 0
+            for key_yd, value_yd, scores_xy in (
+                (self.key_hld[head], self.value_hld[head], scores_xl),
+                (None if self.ghost_key_hmd is None else self.ghost_key_hmd[head], None if self.ghost_value_hmd is None else self.ghost_value_hmd[head], None),
+            ):
+                if key_yd is None:
+                    continue
+                weight_xy = ((query_xd * scale) @ key_yd.T if scores_xy is None else scores_xy).sub_(total_x1).exp_()
+                for found_x, by_context_xd, common_x1 in zip(found_kx, by_context_kxd, common_kx1, strict=True):
+                    # sum over x of weight (derivative . value - derivative . context)
+                    found_x[start : start + len(key_yd)] += ((weight_xy.T @ by_context_xd) * value_yd).sum(-1) - (weight_xy * common_x1).sum(0)
+                start += len(key_yd)
+
+
+def _of_ghosts(
+    query_hmd: torch.Tensor,
+    key_hmd: torch.Tensor,
+    value_hmd: torch.Tensor,
+    real_key_hld: torch.Tensor,
+    real_value_hld: torch.Tensor,
+    at_top: int,
+    first_gene: int,
+) -> torch.Tensor:
+    """Return what each gene attends to at the top, `(m, e)`: itself in place of what stands there, and all others."""
+    scale, places_m = query_hmd.shape[-1] ** -0.5, torch.arange(query_hmd.shape[1], device=query_hmd.device)
+    found = []
+    for query_md, key_md, value_md, real_key_ld, real_value_ld in zip(query_hmd, key_hmd, value_hmd, real_key_hld, real_value_hld, strict=True):
+        scores_ml = (query_md * scale) @ real_key_ld.T
+        scores_ml[places_m, first_gene + places_m] = -torch.inf
+        scores_ml[:, at_top] = (query_md * key_md).sum(-1) * scale
+        weight_ml = scores_ml.softmax(-1)
+        found.append(weight_ml @ real_value_ld + weight_ml[:, at_top, None] * (value_md - real_value_ld[at_top]))
+    return torch.stack(found, dim=1).flatten(1)

@@ -6,9 +6,7 @@ numbers. On a CPU passes run side by side, each on its own thread.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -62,22 +60,18 @@ class VariantEncoder(PackedEncoder):
 
         `reader` runs beside others on threads of their own.
         """
-        pending: deque[Future[list[T]]] = deque()
-        scan: tuple[ScannedCell, CellScan] | None = None
-        for group in self._grouped(variants):
-            whole = group[0].scan
-            if whole is not None and (scan is None or scan[0] is not whole):
+        for found in self.beside(lambda job: self._read_group(*job, reader), self._with_scans(self._grouped(variants))):
+            yield from found
+
+    def _with_scans(self, groups: Iterable[list[Variant]]) -> Iterator[tuple[list[Variant], CellScan | None]]:
+        cell: ScannedCell | None = None
+        scan: CellScan | None = None
+        for group in groups:
+            if (whole := group[0].scan) is not cell:
+                cell = whole
                 with self._computing():
-                    scan = (whole, self._scan_of(whole))
-            shared = scan[1] if whole is not None and scan is not None else None
-            if self._pool is None or self._n_workers == 1:
-                yield from self._read_group(group, shared, reader)
-                continue
-            pending.append(self._pool.submit(self._read_group, group, shared, reader))
-            if len(pending) > 2 * self._n_workers:
-                yield from pending.popleft().result()
-        while pending:
-            yield from pending.popleft().result()
+                    scan = None if whole is None else self._scan_of(whole)
+            yield group, scan
 
     def _grouped(self, variants: Iterable[Variant]) -> Iterator[list[Variant]]:
         """Cut variants into groups: variants of one cell that share their first layer, or as many as one pass takes."""

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from geneformer_hf import Perturbation
-from geneformer_hf.analysis.perturbation_plan import count_changes
+from geneformer_hf.analysis.perturbation_plan import count_genes
 from geneformer_hf.analysis.perturbations import KINDS, Change, changed
 from geneformer_hf.errors import SettingError
 from geneformer_hf.models.attention import encode_packed
@@ -65,7 +65,7 @@ def test_a_scan_counts_what_can_be_changed(kind, n):
     for shift in [{}] if kind in ("delete", "overexpress") else [{}, {"quartiles": 3}, {"rank": 2}]:
         every = Perturbation.every(kind, **shift)
         possible = sum(changed(genes, change, most=8) is not None for change in every.of(genes))
-        assert count_changes(genes, every) == possible
+        assert count_genes(genes, every) == possible
 
 
 @pytest.mark.parametrize(
@@ -99,10 +99,12 @@ def test_the_shared_first_layer_equals_variants_one_by_one(tokenizer, specials, 
     first = int(specials)
     cell = torch.cat([torch.tensor([2]), cell, torch.tensor([3])]) if specials else cell
     scan = CellScan(model, cell, first_gene=first, to_top=to_top)
-    for start, stop in ((first, first + 16), (first + 16, first + 17), (first + 17, first + 30)):
+    for ranks in (range(16), [16], range(17, 30), [0, 3, 4, 11, 29], [2, 28]):
+        positions = [first + rank for rank in ranks]
         with torch.inference_mode():
-            found = scan.first_layer(start, stop)
-            for states, p in zip(found, range(start, stop), strict=True):
+            layer = scan.first_layer(positions)
+            found = torch.cat([layer.states(slice(i, i + 3)) for i in range(0, len(positions), 3)])
+            for states, p in zip(found, positions, strict=True):
                 rest = torch.cat([cell[:p], cell[p + 1 :]])
                 tokens = torch.cat([rest[:first], cell[p : p + 1], rest[first:]]) if to_top else rest
                 torch.testing.assert_close(states, encode_packed(model, tokens, [len(tokens)], 1), atol=NAIVE_TWIN, rtol=0)
@@ -117,4 +119,4 @@ def test_sums_that_vanish_are_told(tokenizer):
             getattr(model.encoder.layer[0].attention.self, name).weight.mul_(400)
     cell = torch.arange(4, 24)
     with torch.inference_mode():
-        assert CellScan(model, cell, first_gene=0, to_top=False).first_layer(0, 16) is None
+        assert CellScan(model, cell, first_gene=0, to_top=False).first_layer(list(range(16))) is None

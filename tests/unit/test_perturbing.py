@@ -155,7 +155,7 @@ def test_a_run_into_a_file_goes_on_where_it_stopped(model, tokenizer, tmp_path, 
     monkeypatch.setattr(perturbation_plan, "VARIANTS_PER_PART", 40)
     cells, wanted = make_dataset(tokenizer), Perturbation.every("delete")
     perturber = InSilicoPerturber(model, tokenizer=tokenizer, progress=False)
-    whole, n_written = perturber.run(cells, wanted, output=tmp_path / "whole.parquet"), []
+    whole, n_written = pq.read_table(perturber.write(cells, wanted, tmp_path / "whole.parquet")), []
     write = perturbing.write_part
 
     def stop_at_the_third(table, path):
@@ -166,30 +166,30 @@ def test_a_run_into_a_file_goes_on_where_it_stopped(model, tokenizer, tmp_path, 
 
     monkeypatch.setattr(perturbing, "write_part", stop_at_the_third)
     with pytest.raises(KeyboardInterrupt):
-        perturber.run(cells, wanted, output=tmp_path / "out.parquet")
+        perturber.write(cells, wanted, tmp_path / "out.parquet")
     assert not (tmp_path / "out.parquet").exists()
     with pytest.raises(OutputExistsError, match=r"holds finished parts of another plan for .*out.parquet \(other changes\)"):
-        perturber.run(cells, Perturbation.every("overexpress"), output=tmp_path / "out.parquet")
+        perturber.write(cells, Perturbation.every("overexpress"), tmp_path / "out.parquet")
     again = []
     monkeypatch.setattr(perturbing, "write_part", lambda table, path: (again.append(path), write(table, path)))
-    found = perturber.run(cells, wanted, output=tmp_path / "out.parquet")
-    assert found.equals(whole)
+    found = perturber.write(cells, wanted, tmp_path / "out.parquet")
+    assert pq.read_table(found).equals(whole)
     assert len(again) == len(list(perturber.plan(cells, wanted, probe=False).parts())) - 2
     assert {p.name for p in tmp_path.iterdir()} == {"whole.parquet", "out.parquet"}
     monkeypatch.setattr(perturber, "iter_cells", None)
-    assert perturber.run(cells, wanted, output=tmp_path / "out.parquet").equals(whole)
+    assert pq.read_table(perturber.write(cells, wanted, tmp_path / "out.parquet")).equals(whole)
 
 
 def test_an_output_of_another_plan_is_kept(model, tokenizer, tmp_path):
     cells = make_dataset(tokenizer)
     perturber = InSilicoPerturber(model, tokenizer=tokenizer, progress=False)
-    perturber.run(cells, Perturbation.every("delete"), output=tmp_path / "out.parquet")
+    perturber.write(cells, Perturbation.every("delete"), tmp_path / "out.parquet")
     before = (tmp_path / "out.parquet").read_bytes()
     for other, wanted in ((cells.select(range(4)), Perturbation.every("delete")), (cells, Perturbation.every("overexpress"))):
         with pytest.raises(OutputExistsError, match="exists and was made otherwise"):
-            perturber.run(other, wanted, output=tmp_path / "out.parquet")
+            perturber.write(other, wanted, tmp_path / "out.parquet")
     assert (tmp_path / "out.parquet").read_bytes() == before
-    perturber.run(cells, Perturbation.every("overexpress"), output=tmp_path / "out.parquet", overwrite=True)
+    perturber.write(cells, Perturbation.every("overexpress"), tmp_path / "out.parquet", overwrite=True)
     assert set(pq.read_table(tmp_path / "out.parquet")["kind"].to_pylist()) == {"overexpress"}
 
 
@@ -272,9 +272,7 @@ def test_cells_without_special_tokens_in_a_model_that_has_them(model, tokenizer)
 def test_a_plan_too_large_for_the_disk(model, tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr(perturbation_plan.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 10}))
     with pytest.raises(OutputError, match=r"The table will have .* rows, about 0.0 GB with its parts, and .* has 0.0 GB left"):
-        InSilicoPerturber(model, tokenizer=tokenizer, progress=False).run(
-            make_dataset(tokenizer), Perturbation.every("delete"), output=tmp_path / "out.parquet"
-        )
+        InSilicoPerturber(model, tokenizer=tokenizer, progress=False).write(make_dataset(tokenizer), Perturbation.every("delete"), tmp_path / "out.parquet")
 
 
 def test_the_order_of_cells_changes_nothing(model, tokenizer):
