@@ -71,9 +71,9 @@ class Perturbation:
         return EveryGene(kind=kind, **shift)
 
     @classmethod
-    def screen(cls, kind: str, *, top: int = 50, towards: str | None = None, judged: int | None = None) -> Screen:
+    def screen(cls, kind: str, *, top: int = 50, towards: str | None = None, judged: int | None = None, anchors: int = 5) -> Screen:
         """Return each gene of a cell by itself, estimated for all and run for the most promising ones."""
-        return Screen(kind=kind, top=top, towards=towards, judged=judged)
+        return Screen(kind=kind, top=top, towards=towards, judged=judged, anchors=anchors)
 
     @classmethod
     def pairs(cls, kind: str, genes: Sequence[str], **shift: int | None) -> list[Perturbation]:
@@ -198,6 +198,8 @@ class Screen(EveryGene):
     """The state to which genes are to bring the cell; None: the goal where states are asked for, else the genes that change the cell most."""
     judged: int | None = None
     """Cells of which all genes are run, so that the estimates can be judged; None: one in twenty, 50 at most."""
+    anchors: int = 5
+    """Exact passes for each cell that the estimates lean on: more are better and slower."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -206,6 +208,8 @@ class Screen(EveryGene):
             wrong.append(f"kind is {self.kind!r}; estimates are for delete and overexpress")
         if self.top < 1:
             wrong.append(f"top is {self.top}; expected 1 or more")
+        if self.anchors < 2:
+            wrong.append(f"anchors is {self.anchors}; expected 2 or more")
         if self.judged is not None and self.judged < 0:
             wrong.append(f"judged is {self.judged}; expected 0 or more")
         if wrong:

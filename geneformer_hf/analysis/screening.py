@@ -66,7 +66,7 @@ class CellScreener:
             ids_l = torch.from_numpy(tokens.astype(np.int64)).to(device)
             scan = CellScan(self._model.base_model, ids_l, first_gene=first_gene, to_top=self._screen.kind == OVEREXPRESS)
         only_first = self._pooling == "cls"
-        path = ScanEstimate(scan, n_genes=n_genes, n_layers=self._n_layers, only_first=only_first)
+        path = ScanEstimate(scan, n_genes=n_genes, n_layers=self._n_layers, anchors=self._screen.anchors, only_first=only_first)
         look = _Look(path, slice(first_gene, first_gene + n_genes), only_first)
         values = look.at_itself() if self._state_e is None else look.at_state(self._state_e)
         genes = tokens[first_gene : first_gene + n_genes]
@@ -96,8 +96,8 @@ class _Look:
             return (F.normalize(own_e.float(), dim=0) @ state_e)[None]
 
         with torch.no_grad():
-            exact = np.array([float(readout(hidden, hidden.new_ones(len(hidden)))) for hidden in self.path.anchor_states()])
-            original = self.path.original_states()
+            exact = np.array([float(readout(hidden, hidden.new_ones(len(hidden)))) for hidden in self.path.anchor_states])
+            original = self.path.original_states
             before = float(readout(original, original.new_ones(len(original))))
         return self.path.slopes(readout)[0].values(self.path.places, exact) - before
 
@@ -108,12 +108,12 @@ class _Look:
         readouts, and its likeness is made up of how far it goes in each.
         """
         looked_at = slice(0, 1) if self.only_first else self.genes
-        before_xe = F.normalize(self.path.original_states()[looked_at].float(), dim=1)
+        before_xe = F.normalize(self.path.original_states[looked_at].float(), dim=1)
 
         def way(hidden_xe: torch.Tensor) -> torch.Tensor:
             return (F.normalize(hidden_xe[looked_at].float(), dim=1) - before_xe) / len(before_xe) ** 0.5
 
-        ways_ad = torch.stack([way(hidden).flatten() for hidden in self.path.anchor_states()])
+        ways_ad = torch.stack([way(hidden).flatten() for hidden in self.path.anchor_states])
         directions_kd = torch.linalg.svd(ways_ad, full_matrices=False).Vh[:DIRECTIONS]
         directions_kxe = directions_kd.unflatten(1, before_xe.shape)
 

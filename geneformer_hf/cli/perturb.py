@@ -106,7 +106,7 @@ def perturbations_of(args: Namespace) -> Any:
 
     shift = {"quartiles": args.quartiles, "rank": args.rank}
     if args.screen:
-        return Perturbation.screen(args.kind, top=args.top, judged=args.judged)
+        return Perturbation.screen(args.kind, top=args.top, judged=args.judged, anchors=args.anchors)
     if args.genes == "all":
         return Perturbation.every(args.kind, **shift)
     genes = listed_genes(args.genes)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -21,9 +22,6 @@ import torch.nn.functional as F
 
 from .attention import after_attention, first_tokens, run_layers
 from .scan import CellScan
-
-ANCHORS = 5
-"""Places of the path at which readouts are exact."""
 
 
 @dataclass(frozen=True)
@@ -49,10 +47,11 @@ class ScanEstimate:
         scan (`CellScan`): the cell; it says whether genes are deleted or moved to the top.
         n_genes (`int`): genes of the cell, 4 at least.
         n_layers (`int`): layers to run, 1 at least.
+        anchors (`int`): places of the path at which readouts are exact, 2 at least.
         only_first (`bool`): readouts look at the first token alone; hidden states have one row then.
     """
 
-    def __init__(self, scan: CellScan, *, n_genes: int, n_layers: int, only_first: bool) -> None:
+    def __init__(self, scan: CellScan, *, n_genes: int, n_layers: int, anchors: int, only_first: bool) -> None:
         self._layers = scan.bert.encoder.layer[:n_layers]
         self._only_first, self._first_gene, self._n_genes = only_first, scan.first_gene, n_genes
         self._genes = slice(scan.first_gene, scan.first_gene + n_genes)
@@ -62,7 +61,7 @@ class ScanEstimate:
         self._at_top = scan.first_gene + n_genes // 2
         self.length = len(self._before_le)
         """Tokens of the cell."""
-        self.places = np.round(np.linspace(0, n_genes, ANCHORS)).astype(int)
+        self.places = np.round(np.linspace(0, n_genes, anchors)).astype(int)
         """Places of the path with exact values, `(anchors,)`."""
 
     def _entered(self, n_before: float | None) -> torch.Tensor:
@@ -75,13 +74,18 @@ class ScanEstimate:
             entered_le[self._at_top] = self._top_me[self._at_top - self._first_gene]
         return entered_le
 
-    def original_states(self) -> torch.Tensor:
-        """Return the hidden states of the cell as it is, `(l, e)` or `(1, e)`."""
-        return self._run(self._before_le if self._top_me is None else self._after_le)
-
+    @cached_property
     def anchor_states(self) -> list[torch.Tensor]:
-        """Return the hidden states at each of the places."""
+        """Hidden states at each of the places, `(l, e)` or `(1, e)`."""
         return [self._run(self._entered(place)) for place in self.places.tolist()]
+
+    @cached_property
+    def original_states(self) -> torch.Tensor:
+        """Hidden states of the cell as it is."""
+        if self._top_me is None and self._genes.stop == self.length:
+            # Nothing stands behind the genes, and none of them is off.
+            return self.anchor_states[-1]
+        return self._run(self._before_le if self._top_me is None else self._after_le)
 
     @torch.no_grad()
     def _run(self, hidden_le: torch.Tensor) -> torch.Tensor:
@@ -180,22 +184,21 @@ class _Layer:
         d, scale = self.query_hxd.shape[-1], self.query_hxd.shape[-1] ** -0.5
         for head, query_xd in enumerate(self.query_hxd):
             own = slice(head * d, (head + 1) * d)
-            by_context_kxd, context_xd = by_context_kxe[..., own], self.context_xe[:, own].detach()
-            common_kx1 = (by_context_kxd * context_xd).sum(-1, keepdim=True)
-            scores_xl = (query_xd * scale) @ self.key_hld[head].T
+            by_context_kxd = by_context_kxe[..., own]
+            # What a key of value v adds to a readout: weight times (derivative . v - derivative . context), over all that attend.
+            less_kx1 = -(by_context_kxd * self.context_xe[:, own].detach()).sum(-1, keepdim=True)
+            asked_kxd1 = torch.cat([by_context_kxd, less_kx1], dim=-1)
+            scaled_xd = query_xd * scale
+            scores_xl = scaled_xd @ self.key_hld[head].T
             total_x1 = scores_xl.logsumexp(-1, keepdim=True)
-            start = 0
-            for key_yd, value_yd, scores_xy in (
-                (self.key_hld[head], self.value_hld[head], scores_xl),
-                (None if self.ghost_key_hmd is None else self.ghost_key_hmd[head], None if self.ghost_value_hmd is None else self.ghost_value_hmd[head], None),
-            ):
-                if key_yd is None:
-                    continue
-                weight_xy = ((query_xd * scale) @ key_yd.T if scores_xy is None else scores_xy).sub_(total_x1).exp_()
-                for found_x, by_context_xd, common_x1 in zip(found_kx, by_context_kxd, common_kx1, strict=True):
-                    # sum over x of weight (derivative . value - derivative . context)
-                    found_x[start : start + len(key_yd)] += ((weight_xy.T @ by_context_xd) * value_yd).sum(-1) - (weight_xy * common_x1).sum(0)
-                start += len(key_yd)
+            self._add(found_kx[:, : scores_xl.shape[1]], scores_xl, total_x1, asked_kxd1, self.value_hld[head])
+            if self.ghost_key_hmd is not None and self.ghost_value_hmd is not None:
+                self._add(found_kx[:, scores_xl.shape[1] :], scaled_xd @ self.ghost_key_hmd[head].T, total_x1, asked_kxd1, self.ghost_value_hmd[head])
+
+    @staticmethod
+    def _add(found_ky: torch.Tensor, scores_xy: torch.Tensor, total_x1: torch.Tensor, asked_kxd1: torch.Tensor, value_yd: torch.Tensor) -> None:
+        answer_kyd1 = scores_xy.sub_(total_x1).exp_().T @ asked_kxd1
+        found_ky += (answer_kyd1[..., :-1] * value_yd).sum(-1) + answer_kyd1[..., -1]
 
 
 def _of_ghosts(

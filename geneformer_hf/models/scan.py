@@ -17,8 +17,10 @@ import torch
 
 from .attention import after_attention
 
-VARIANTS_AT_ONCE = 16
+VARIANTS_AT_ONCE = 25
 """Variants whose first layer shares its sums."""
+QUERIES_AT_ONCE = 256
+"""Tokens whose sums are looked at together: what they attend to stays in the cache of a core."""
 
 
 @dataclass(frozen=True)
@@ -41,21 +43,18 @@ class _Ways:
 
 @dataclass(frozen=True)
 class FirstLayer:
-    """What the tokens of neighbouring variants attended to in the first layer."""
+    """What the tokens of some variants attended to in the first layer."""
 
     layer: Any
     hidden_qe: torch.Tensor
     """The tokens in each way they enter, `(queries, e)`."""
-    context_qne: torch.Tensor
-    """What each of those attends to in each variant, `(queries, variants, e)`."""
     rows_nl: torch.Tensor
     """Which of those the tokens of a variant are, in their order, `(variants, l or l - 1)`."""
+    context_nle: torch.Tensor
 
     def states(self, variants: slice) -> torch.Tensor:
         """Return the states of some of the variants after the layer, `(variants, l or l - 1, e)`."""
-        rows_nl = self.rows_nl[variants]
-        places_n1 = torch.arange(variants.start, variants.start + len(rows_nl), device=rows_nl.device)[:, None]
-        return after_attention(self.layer, self.context_qne[rows_nl, places_n1], self.hidden_qe[rows_nl])
+        return after_attention(self.layer, self.context_nle[variants], self.hidden_qe[self.rows_nl[variants]])
 
 
 class CellScan:
@@ -87,22 +86,55 @@ class CellScan:
 
         None where sums of what is left cannot be told from zero, so that the variants have to be run one by one.
         """
-        n, start, stop = len(positions), positions[0], positions[-1] + 1
-        length, scale = self.before.hidden_le.shape[0], self.before.query_hld.shape[-1] ** -0.5
-        # Each token asks in the way it enters: before the first of them in one, after the last in the other, in between in both.
-        query_hqd, key_hkd, value_hkd = (self._ways(name, positions) for name in ("query_hld", "key_hld", "value_hld"))
+        n, length = len(positions), self.before.hidden_le.shape[0]
+        context_nle = self.before.hidden_le.new_empty(n, length - (self.moved is None), self.before.hidden_le.shape[1])
+        for start in range(0, length, QUERIES_AT_ONCE):
+            block = range(start, min(start + QUERIES_AT_ONCE, length))
+            for way, variants in (
+                # Tokens enter in one way where they stand before the gene, in the other behind it.
+                (self.before, [k for k, p in enumerate(positions) if p > block.start]),
+                (self.after, [k for k, p in enumerate(positions) if p < block.stop - 1]),
+            ):
+                if not variants:
+                    continue
+                seen_qne = self._attend(way.query_hld[:, block.start : block.stop], [positions[k] for k in variants])
+                if seen_qne is None:
+                    return None
+                for seen_qe, k in zip(seen_qne.unbind(1), variants, strict=True):
+                    own = slice(block.start, min(block.stop, positions[k])) if way is self.before else slice(max(block.start, positions[k] + 1), block.stop)
+                    context_nle[k, self._places(own, positions[k])] = seen_qe[own.start - block.start : own.stop - block.start]
+        if self.moved is not None:
+            top_qne = self._attend(self.moved.query_hld[:, list(positions)], positions)
+            if top_qne is None:
+                return None
+            context_nle[:, self.first_gene] = top_qne.diagonal(dim1=0, dim2=1).T
+        return FirstLayer(self.bert.encoder.layer[0], self._hidden(positions), self._rows(positions), context_nle)
+
+    def _places(self, tokens: slice, gone: int) -> torch.Tensor:
+        """Return where some tokens stand in the variant of one."""
+        places = torch.arange(tokens.start, tokens.stop, device=self.before.hidden_le.device)
+        if self.moved is None:
+            return places - (places > gone).long()
+        return places + ((places >= self.first_gene) & (places < gone)).long()
+
+    def _attend(self, query_hqd: torch.Tensor, positions: Sequence[int]) -> torch.Tensor | None:
+        """Return what some queries attend to in the variants of some positions, `(queries, variants, e)`; None where it cannot be told from zero."""
+        n, first, last, scale = len(positions), positions[0], positions[-1], query_hqd.shape[-1] ** -0.5
+        ways = [(self.before, slice(0, last)), (self.after, slice(first + 1, None))] + ([(self.moved, list(positions))] if self.moved is not None else [])
+        key_hkd, value_hkd = (torch.cat([getattr(way, name)[:, keys] for way, keys in ways], dim=1) for name in ("key_hld", "value_hld"))
         weights_hqk = (query_hqd * scale) @ key_hkd.transpose(1, 2)
         weights_hqk = weights_hqk.sub_(weights_hqk.amax(-1, keepdim=True)).exp_()
         sums_hqnd = query_hqd.new_empty(*query_hqd.shape[:2], n, query_hqd.shape[-1])
         totals_hqn = query_hqd.new_empty(*sums_hqnd.shape[:3])
         sum_hqd, total_hq = torch.zeros_like(query_hqd), torch.zeros_like(totals_hqn[..., 0])
         for i, (low, high) in enumerate(pairwise([0, *positions])):
-            # Keys before the gene, beyond those that stand before the last gene as well.
+            # Keys before the gene are those before the last gene, and some.
             sum_hqd += weights_hqk[..., low:high] @ value_hkd[:, low:high]
             total_hq += weights_hqk[..., low:high].sum(-1)
             sums_hqnd[:, :, i], totals_hqn[:, :, i] = sum_hqd, total_hq
         sum_hqd, total_hq = torch.zeros_like(sum_hqd), torch.zeros_like(total_hq)
-        for i, (low, high) in reversed(list(enumerate(pairwise([stop - start + p + 1 for p in [*positions, length - 1]])))):
+        ends = [last - first + p for p in [*positions, self.before.hidden_le.shape[0] - 1]]
+        for i, (low, high) in reversed(list(enumerate(pairwise(ends)))):
             sum_hqd += weights_hqk[..., low:high] @ value_hkd[:, low:high]
             total_hq += weights_hqk[..., low:high].sum(-1)
             sums_hqnd[:, :, i] += sum_hqd
@@ -113,17 +145,15 @@ class CellScan:
             totals_hqn += own_hqn
         if bool((totals_hqn < 1e-20).any()):
             return None
-        context_qne = sums_hqnd.div_(totals_hqn[..., None]).permute(1, 2, 0, 3).flatten(2)
-        return FirstLayer(self.bert.encoder.layer[0], self._ways("hidden_le", positions), context_qne, self._rows(positions))
+        return sums_hqnd.div_(totals_hqn[..., None]).permute(1, 2, 0, 3).flatten(2)
 
-    def _ways(self, name: str, positions: Sequence[int]) -> torch.Tensor:
+    def _hidden(self, positions: Sequence[int]) -> torch.Tensor:
         """Return the tokens up to the last position as they enter before it, those from the first as they enter behind it, and the moved ones."""
-        before, after = (getattr(way, name) for way in (self.before, self.after))
-        parts = [before[..., : positions[-1] + 1, :], after[..., positions[0] :, :]]
-        return torch.cat([*parts, getattr(self.moved, name)[..., list(positions), :]] if self.moved is not None else parts, dim=-2)
+        parts = [self.before.hidden_le[: positions[-1] + 1], self.after.hidden_le[positions[0] :]]
+        return torch.cat([*parts, self.moved.hidden_le[list(positions)]] if self.moved is not None else parts)
 
     def _rows(self, positions: Sequence[int]) -> torch.Tensor:
-        """Return for each variant, in the order of its tokens, which of the queries each token is; int64 of shape `(variants, l or l - 1)`."""
+        """Return for each variant, in the order of its tokens, which of those each token is; int64 of shape `(variants, l or l - 1)`."""
         length, n, shift = self.before.hidden_le.shape[0], len(positions), positions[-1] + 1 - positions[0]
         gone_n1 = torch.tensor(positions, device=self.before.hidden_le.device)[:, None]
         others_l = torch.arange(length - 1, device=gone_n1.device)
