@@ -4,7 +4,7 @@
     python benchmarks/bench_screen.py --model FOLDER --input cells.h5ad --state-column condition [--judged 50]
 
 Speed: generated cells, random weights, two readouts (shift towards a state by `mean` in V1; similarity by `cls`, the same shape with V2's vocabulary). The exact
-scan is run on the first 192 genes of each cell and counted up to all; estimates, and the 50 best genes, are run as they are.
+scan is run on the first 96 genes of each cell and counted up to all; estimates, and the 50 best genes, are run as they are; of two times the shorter counts.
 Quality: all genes of the judged cells are run, and their ranks compared.
 """
 
@@ -25,57 +25,56 @@ from geneformer_hf.analysis.screening import CellScreener, frozen, screening_qua
 from geneformer_hf.device import resolve_device
 from geneformer_hf.models.loading import fingerprint_of, tokenizer_of
 
-ESTIMATE_BAR, SCREEN_BAR, RECALL_BAR, TOP, SCANNED = 100, 0.8, 0.8, 50, 192
+ESTIMATE_BAR, SCREEN_BAR, RECALL_BAR, TOP, SCANNED, TIMES = 100, 0.8, 0.8, 50, 96, 2
 
 
 def timed(work) -> float:
-    start = time.perf_counter()
-    for _ in work():
-        pass
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
+    """Return the shortest of a few times, in seconds: others use the machine as well."""
+    times = []
+    for _ in range(TIMES):
+        start = time.perf_counter()
+        for _ in work():
+            pass
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return min(times)
 
 
-def speed(args: argparse.Namespace) -> None:
-    device = resolve_device(args.device)
-    for readout in ("state", "cls"):
-        config = config_of(argparse.Namespace(preset=args.preset, readout=readout))
-        torch.manual_seed(0)
-        model = GeneformerForMaskedLM(config).eval().to(device)
-        vectors = StateVectors({name: state_of(config) for name in "ab"}, fingerprint_of(model), config.num_hidden_layers - 1, "mean")
-        given = {"states": StateShift(column="state", start="a", goal="b"), "vectors": vectors} if readout == "state" else {}
-        perturber = InSilicoPerturber(model, pooling="cls" if readout == "cls" else "mean", device=device, progress=False, **given)
-        if given:
-            perturber.reader = perturber._reader(vectors.only(("a", "b")))
-        for n_genes in args.genes:
-            cells = datasets.Dataset.from_dict({"input_ids": [cell_of(config, n_genes)] * args.cells})
-            tokens, rows = perturber.open(cells), np.arange(args.cells)
-            wholes = list(perturber._wholes(tokens, rows))
-            screen = Perturbation.screen("delete", top=TOP, judged=0)
-            state = perturber.reader.states_se[1] if given else None
-            screener = CellScreener(model, screen, n_layers=perturber.n_layers, pooling=perturber.pooling, target="b" if given else "", state_e=state)
-            changes = [Change("delete", (int(token),)) for token in wholes[0].genes[:SCANNED]]
-            perturber.changes_of = lambda wanted, changes=changes: changes
+def speed_of(args: argparse.Namespace, readout: str, n_genes: int) -> None:
+    """Time the exact scan, the estimates, and the estimates with the best genes run."""
+    config, device = config_of(argparse.Namespace(preset=args.preset, readout=readout)), resolve_device(args.device)
+    torch.manual_seed(0)
+    model = GeneformerForMaskedLM(config).eval().to(device)
+    vectors = StateVectors({name: state_of(config) for name in "ab"}, fingerprint_of(model), config.num_hidden_layers - 1, "mean")
+    given = {"states": StateShift(column="state", start="a", goal="b"), "vectors": vectors} if readout == "state" else {}
+    perturber = InSilicoPerturber(model, pooling="cls" if readout == "cls" else "mean", device=device, progress=False, **given)
+    if given:
+        perturber.reader = perturber._reader(vectors.only(("a", "b")))
+    tokens = perturber.open(datasets.Dataset.from_dict({"input_ids": [cell_of(config, n_genes)] * args.cells}))
+    wholes = list(perturber._wholes(tokens, np.arange(args.cells)))
+    screen = Perturbation.screen("delete", top=TOP, judged=0, anchors=args.anchors)
+    state = perturber.reader.states_se[1] if given else None
+    screener = CellScreener(model, screen, n_layers=perturber.n_layers, pooling=perturber.pooling, target="b" if given else "", state_e=state)
+    perturber.changes_of = lambda wanted: [Change("delete", (int(token),)) for token in wholes[0].genes[:SCANNED]]
 
-            def estimates(wholes=wholes, screener=screener):
-                with perturber.encoder.ready(), frozen(model):
-                    yield from perturber.encoder.beside(lambda cell: screener.estimate(cell.tokens, cell.first_gene, cell.n_genes), wholes)
+    def estimates():
+        with perturber.encoder.ready(), frozen(model):
+            yield from perturber.encoder.beside(lambda cell: screener.estimate(cell.tokens, cell.first_gene, cell.n_genes), wholes)
 
-            list(estimates())
-            exact = timed(lambda: perturber.iter_cells(tokens, [])) * n_genes / SCANNED
-            estimated = timed(estimates)
-            screened = timed(lambda: perturber.iter_cells(tokens, screen))
-            print(
-                f"{readout:6} {n_genes:5,} genes, {args.cells} cells: all genes {exact:7.1f} s; estimates {estimated:6.2f} s, {exact / estimated:4.0f} times; with the exact top {TOP} "
-                f"{screened:6.2f} s, {exact / screened:4.1f} times, of G/53 {exact / screened / (n_genes / 53):.2f}",
-                flush=True,
-            )
-            for claim, ratio, bar in (
-                (f"estimates against the exact scan, {readout}, {n_genes} genes", exact / estimated, ESTIMATE_BAR),
-                (f"screening with exact top {TOP} against the exact scan, {readout}, {n_genes} genes", exact / screened, SCREEN_BAR * n_genes / 53),
-            ):
-                print(json.dumps({"claim": claim, "ratio": ratio, "bar": bar, "holds": ratio >= bar}))
+    list(estimates())
+    exact = timed(lambda: perturber.iter_cells(tokens, [])) * n_genes / SCANNED
+    estimated, screened = timed(estimates), timed(lambda: perturber.iter_cells(tokens, screen))
+    print(
+        f"{readout:6} {n_genes:5,} genes, {args.cells} cells: all genes {exact:7.1f} s; estimates {estimated:6.2f} s, {exact / estimated:4.0f} times; "
+        f"with the exact top {TOP} {screened:6.2f} s, {exact / screened:4.1f} times, of G/53 {exact / screened / (n_genes / 53):.2f}",
+        flush=True,
+    )
+    for claim, ratio, bar in (
+        (f"estimates against the exact scan, {readout}, {n_genes} genes", exact / estimated, ESTIMATE_BAR),
+        (f"screening with exact top {TOP} against the exact scan, {readout}, {n_genes} genes", exact / screened, SCREEN_BAR * n_genes / 53),
+    ):
+        print(json.dumps({"claim": claim, "ratio": ratio, "bar": bar, "holds": ratio >= bar}))
 
 
 def quality(args: argparse.Namespace) -> None:
@@ -120,9 +119,14 @@ def main() -> None:
     parser.add_argument("--input")
     parser.add_argument("--state-column")
     parser.add_argument("--judged", type=int, default=50)
-    parser.add_argument("--anchors", type=int, default=5)
+    parser.add_argument("--anchors", type=int, default=4)
     args = parser.parse_args()
-    quality(args) if args.model else speed(args)
+    if args.model:
+        quality(args)
+        return
+    for readout in ("state", "cls"):
+        for n_genes in args.genes:
+            speed_of(args, readout, n_genes)
 
 
 if __name__ == "__main__":

@@ -71,7 +71,7 @@ class Perturbation:
         return EveryGene(kind=kind, **shift)
 
     @classmethod
-    def screen(cls, kind: str, *, top: int = 50, towards: str | None = None, judged: int | None = None, anchors: int = 5) -> Screen:
+    def screen(cls, kind: str, *, top: int = 50, towards: str | None = None, judged: int | None = None, anchors: int = 4) -> Screen:
         """Return each gene of a cell by itself, estimated for all and run for the most promising ones."""
         return Screen(kind=kind, top=top, towards=towards, judged=judged, anchors=anchors)
 
@@ -198,7 +198,7 @@ class Screen(EveryGene):
     """The state to which genes are to bring the cell; None: the goal where states are asked for, else the genes that change the cell most."""
     judged: int | None = None
     """Cells of which all genes are run, so that the estimates can be judged; None: one in twenty, 50 at most."""
-    anchors: int = 5
+    anchors: int = 4
     """Exact passes for each cell that the estimates lean on: more are better and slower."""
 
     def __post_init__(self) -> None:
