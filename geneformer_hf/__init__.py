@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from .analysis.perturbing import InSilicoPerturber
     from .analysis.predictions import CellPredictions, GenePredictions, predict
     from .analysis.published import read_published_perturbations
+    from .analysis.screening import screening_quality
     from .analysis.states import StateShift, StateVectors
     from .analysis.statistics import perturbation_statistics
     from .data.builder import CellDatasetBuilder, load_cells
@@ -78,6 +79,7 @@ _LAZY = {
     "perturbation_effects": "analysis.effects",
     "perturbation_statistics": "analysis.statistics",
     "read_published_perturbations": "analysis.published",
+    "screening_quality": "analysis.screening",
     "predict": "analysis.predictions",
     "pretrain": "training.pretraining",
     "search": "training.search",
@@ -132,6 +134,7 @@ __all__ = [
     "pretrain",
     "rank_genes",
     "read_published_perturbations",
+    "screening_quality",
     "search",
     "state_embeddings",
     "stream_cells",

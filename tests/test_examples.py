@@ -32,6 +32,11 @@ ARGUMENTS = {
     "lora.py": ["cells.h5ad", "geneformer-v2", "run"],
     "qlora.py": ["cells.h5ad", "geneformer-v2", "run"],
     "search_hyperparameters.py": ["cells.h5ad", "geneformer-v2", "run"],
+    "deletion_scan.py": ["cells.h5ad", "geneformer-v2", "deleted.parquet", "deleted.png"],
+    "goal_states.py": ["cells.h5ad", "geneformer-v2", "state", "a", "b", "overexpress", "towards"],
+    "combinations.py": ["cells.h5ad", "geneformer-v2", "pairs.csv"],
+    "screen_genes.py": ["cells.h5ad", "geneformer-v2", "screened.parquet"],
+    "affected_genes.py": ["cells.h5ad", "geneformer-v2", "affected.csv", "affected.png"],
 }
 
 
@@ -168,6 +173,46 @@ def test_the_how_to_of_genes(labelled):
     for line in commands:
         run(["-m", "geneformer_hf"], labelled, *line.split("  #")[0].split()[1:])
     assert "gene_class_predicted" in anndata.read_h5ad(labelled / "genes.h5ad").var
+
+
+@pytest.fixture
+def in_two_states(folder):
+    cells = anndata.read_h5ad(folder / "cells.h5ad")[:16].copy()
+    cells.obs["state"] = ["a", "b"] * 8
+    cells.write_h5ad(folder / "cells.h5ad")
+    return folder
+
+
+def test_deletion_scan(in_two_states):
+    printed = run([ROOT / "examples" / "deletion_scan.py"], in_two_states, *ARGUMENTS["deletion_scan.py"])
+    assert "16 cells of " in printed
+    assert "Ensembl_ID Gene_name" in printed
+    assert (in_two_states / "deleted.png").stat().st_size > 5000
+
+
+def test_goal_states(in_two_states, tokenizer):
+    known = list(tokenizer.gene_table.ensembl_ids)[:3]
+    printed = run([ROOT / "examples" / "goal_states.py"], in_two_states, *ARGUMENTS["goal_states.py"], *known)
+    assert re.search(r"\d+ genes; nearest to b: ENSG", printed)
+    assert re.search(r"\d of 3 known genes can be ranked; they stand above \d+% of the others", printed)
+    assert {p.name for p in (in_two_states / "towards").iterdir()} == {"shifts.parquet", "ranking.csv", "ranking.png"}
+
+
+def test_combinations(in_two_states, tokenizer):
+    printed = run([ROOT / "examples" / "combinations.py"], in_two_states, *ARGUMENTS["combinations.py"], *list(tokenizer.gene_table.ensembl_ids)[:3])
+    assert len(printed.splitlines()) == 1 + 3
+    assert "excess" in (in_two_states / "pairs.csv").read_text()
+
+
+def test_screen_genes(in_two_states):
+    printed = run([ROOT / "examples" / "screen_genes.py"], in_two_states, *ARGUMENTS["screen_genes.py"])
+    assert re.search(r"of 1 cells: rank correlation -?\d\.\d\d, \d+% of the exact top 10", printed)
+
+
+def test_affected_genes(in_two_states, tokenizer):
+    printed = run([ROOT / "examples" / "affected_genes.py"], in_two_states, *ARGUMENTS["affected_genes.py"], *list(tokenizer.gene_table.ensembl_ids)[:2])
+    assert "Cosine_sim_mean" in printed
+    assert (in_two_states / "affected.png").stat().st_size > 5000
 
 
 @pytest.mark.slow

@@ -37,7 +37,10 @@ class Stats(Command):
         parser.add_argument("--alternatives", metavar="A,B", help="goal_state_shift: other states (default: those of the run)")
         parser.add_argument("--genes", help="aggregate_data: what was perturbed, Ensembl ids parted by commas")
         parser.add_argument(
-            "--readout", choices=["cell", "state", "gene", "probability"], default="cell", help="effects, cooperativity: which values (default: cell)"
+            "--readout",
+            choices=["cell", "state", "gene", "probability", "estimated_cell", "estimated_state"],
+            default="cell",
+            help="effects, cooperativity: which values (default: cell)",
         )
         parser.add_argument("--target", default="", help="effects, cooperativity: of which state, gene or class")
         parser.add_argument(

@@ -30,6 +30,7 @@ def plot_volcano(effect: Sequence[float], p: Sequence[float], names: Sequence[st
     axes.axvline(0, color="0.5", linewidth=0.8)
     for i in np.argsort(-np.abs(x) * (height + 1e-9))[:LABELLED]:
         axes.annotate(str(labels[i]), (x[i], height[i]), fontsize=8, xytext=(3, 3), textcoords="offset points")
+    axes.margins(0.12)
     axes.set(xlabel=xlabel, ylabel=ylabel, title=title)
     if sure.any():
         axes.legend(fontsize=8)

@@ -1,0 +1,83 @@
+"""In silico treatment, differentiation and regulation on real cells, with known genes looked up in the rankings, whatever comes out.
+
+    python benchmarks/real_perturb.py kang WORK --model MODEL      # control -> interferon beta, in 200 control cells: interferon-stimulated genes
+    python benchmarks/real_perturb.py cardio WORK --model MODEL    # day 2 -> day 5 of cardiac differentiation: cardiac genes
+    python benchmarks/real_perturb.py targets WORK --model MODEL   # which genes change when STAT1, IRF8 or SPI1 is deleted from monocyte-like cells
+
+Needs the folder of shared data (GENEFORMER_HF_SHARED), and a model with V2's vocabulary, such as `benchmarks/real_finetune.py pretrain` makes. With --finetune
+the model first learns to tell the two states apart, on other cells than those that are perturbed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+import anndata
+import numpy as np
+
+from geneformer_hf import GeneformerFineTuningArguments, finetune
+
+ROOT = Path(__file__).parents[1]
+DATA = Path(os.environ.get("GENEFORMER_HF_SHARED", ROOT.parent / "shared")).resolve() / "data"
+sys.path.insert(0, str(ROOT / "examples"))
+import affected_genes
+import goal_states
+
+# Induced by type I interferon in blood cells: the genes every study of GSE96583 names, and more of the same families.
+INTERFERON = ["ISG15", "ISG20", "IFI6", "IFI16", "IFI35", "IFI44", "IFI44L", "IFIT1", "IFIT2", "IFIT3", "IFITM1", "IFITM2", "IFITM3", "MX1", "MX2", "OAS1", "OAS2", "OAS3", "OASL", "STAT1", "STAT2", "IRF1", "IRF7", "LY6E", "BST2", "XAF1", "EPSTI1", "TNFSF10", "CXCL10", "CCL8", "RSAD2", "HERC5", "SAMD9L", "PLSCR1", "TRIM22", "PSMB9", "TAP1", "NMI", "SP110", "UBE2L6", "GBP1", "GBP4", "DDX58", "EIF2AK2", "PARP14"]
+CARDIAC = ["GATA4", "GATA5", "GATA6", "HAND1", "HAND2", "NKX2-5", "TBX5", "TBX20", "TBX3", "MEF2C", "ISL1", "MESP1", "BMP4", "BMP2", "BMP5", "PDGFRA", "KDR", "TNNT2", "TNNI1", "TNNC1", "MYL7", "MYL4", "MYL3", "MYH6", "MYH7", "ACTC1", "ACTA2", "TPM1", "PLN", "RYR2", "NPPA", "NPPB", "TTN", "DES", "MEIS1", "MEIS2", "FOXF1", "FOXH1", "ZFPM1", "WNT11", "SFRP5", "ID2", "IRX4"]
+PERTURBED = {"kang": 200, "cardio": 300}
+
+
+def write_cells(work: Path, part: str) -> tuple[Path, Path, str, str, str]:
+    """Write the cells to perturb, with as many of the goal, and those to learn from."""
+    name, column, start, goal = {
+        "kang": ("kang_ifnb/kang_ctrl_stim_2000", "condition", "ctrl", "stim"),
+        "cardio": ("cardio_scgps/cardio_day2_day5_recovered_counts", "day", "2", "5"),
+    }[part]
+    cells = anndata.read_h5ad(DATA / f"{name}.h5ad")
+    values = cells.obs[column].astype(str)
+    rng = np.random.default_rng(0)
+    chosen = np.concatenate([rng.permutation(np.flatnonzero(values == state))[: PERTURBED[part]] for state in (start, goal)])
+    cells.obs[column] = values
+    work.mkdir(parents=True, exist_ok=True)
+    cells[np.sort(chosen)].copy().write_h5ad(work / f"{part}.h5ad")
+    cells[np.setdiff1d(np.arange(cells.n_obs), chosen)].copy().write_h5ad(work / f"{part}_learnt.h5ad")
+    return work / f"{part}.h5ad", work / f"{part}_learnt.h5ad", column, start, goal
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=["kang", "cardio", "targets"])
+    parser.add_argument("work", type=Path)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--finetune", action="store_true")
+    args = parser.parse_args()
+    if args.part == "targets":
+        cells, *_ = write_cells(args.work, "kang")
+        affected_genes.main(
+            str(cells), args.model, str(args.work / "affected.csv"), str(args.work / "affected.png"), "ENSG00000115415", "ENSG00000140968", "ENSG00000066336"
+        )
+        return
+    cells, learnt, column, start, goal = write_cells(args.work, args.part)
+    model = args.model
+    if args.finetune:
+        model = str(args.work / f"{args.part}_model")
+        run = finetune(
+            GeneformerFineTuningArguments(
+                output_dir=model, from_checkpoint=args.model, train_data=[str(learnt)], label_column=column, num_train_epochs=3, learning_rate=5e-4, seed=0
+            )
+        )
+        print(run.figures["heads"][column])
+        model = str(Path(model) / "model")
+    for kind in ("overexpress", "delete"):
+        print(f"\n{args.part}, {kind}, {start} -> {goal}{', fine-tuned' if args.finetune else ''}")
+        output = args.work / f"{args.part}_{kind}{'_tuned' if args.finetune else ''}"
+        goal_states.main(str(cells), model, column, start, goal, kind, str(output), *(INTERFERON if args.part == "kang" else CARDIAC))
+
+
+if __name__ == "__main__":
+    main()

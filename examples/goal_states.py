@@ -1,0 +1,40 @@
+"""Which genes bring cells of one state nearer to another, and are known ones among them?
+
+    python goal_states.py CELLS.h5ad MODEL COLUMN START GOAL KIND OUTPUT [KNOWN_GENE …]
+
+KIND is delete or overexpress; OUTPUT a new folder for the table, the ranking and a picture.
+"""
+
+import sys
+from pathlib import Path
+
+from scipy.stats import mannwhitneyu
+
+from geneformer_hf import InSilicoPerturber, Perturbation, StateShift, perturbation_effects
+from geneformer_hf.reports.perturbation_plots import plot_volcano
+
+
+def main(cells: str, model: str, column: str, start: str, goal: str, kind: str, output: str, *known: str) -> None:
+    perturber = InSilicoPerturber(model, states=StateShift(column=column, start=start, goal=goal))
+    folder = Path(output)
+    folder.mkdir(exist_ok=True)
+    table = perturber.write(cells, Perturbation.every(kind), folder / "shifts.parquet")
+    effects = perturbation_effects(table, readout="state", target=goal, gene_table=perturber.tokenizer.gene_table)
+    # Genes of a few cells have large effects by chance.
+    effects = effects[effects["n_cells"] >= 6].sort_values("effect", ascending=False).reset_index(drop=True)
+    effects.to_csv(folder / "ranking.csv", index=False)
+    names = effects["Gene_name"].fillna(effects["Ensembl_ID"])
+    print(f"{len(effects):,} genes; nearest to {goal}: {', '.join(names.head(10))}")
+    plot_volcano(
+        effects["effect"], effects["fdr_paired"], list(names), folder / "ranking.png",
+        xlabel=f"nearer to {goal}, against other genes of the same cells", ylabel="-log10 FDR", title=f"{kind} in {start}",
+    )  # fmt: skip
+    among = names.isin(known) | effects["Ensembl_ID"].isin(known)
+    if among.any() and not among.all():
+        area = mannwhitneyu(effects["effect"][among], effects["effect"][~among]).statistic / (among.sum() * (~among).sum())
+        print(f"{among.sum()} of {len(known)} known genes can be ranked; they stand above {area:.0%} of the others (by chance 50%)")
+        print("  ".join(f"{name} {rank:,}" for rank, name in zip(effects.index[among] + 1, names[among], strict=True)))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
