@@ -6,7 +6,9 @@ KIND is delete or overexpress; OUTPUT a new folder for the table, the ranking an
 """
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from scipy.stats import mannwhitneyu
 
@@ -15,25 +17,28 @@ from geneformer_hf.reports.perturbation_plots import plot_volcano
 
 
 def main(cells: str, model: str, column: str, start: str, goal: str, kind: str, output: str, *known: str) -> None:
-    perturber = InSilicoPerturber(model, states=StateShift(column=column, start=start, goal=goal))
-    folder = Path(output)
+    rank(cells, model, StateShift(column=column, start=start, goal=goal), Perturbation.every(kind), Path(output), known)
+
+
+def rank(cells: str, model: str, states: StateShift, perturbations: Any, folder: Path, known: Sequence[str] = ()) -> None:
+    perturber = InSilicoPerturber(model, states=states)
     folder.mkdir(exist_ok=True)
-    table = perturber.write(cells, Perturbation.every(kind), folder / "shifts.parquet")
-    effects = perturbation_effects(table, readout="state", target=goal, gene_table=perturber.tokenizer.gene_table)
+    table = perturber.write(cells, perturbations, folder / "shifts.parquet")
+    effects = perturbation_effects(table, readout="state", target=states.goal, gene_table=perturber.tokenizer.gene_table)
     # Genes of a few cells have large effects by chance.
     effects = effects[effects["n_cells"] >= 6].sort_values("effect", ascending=False).reset_index(drop=True)
     effects.to_csv(folder / "ranking.csv", index=False)
     names = effects["Gene_name"].fillna(effects["Ensembl_ID"])
-    print(f"{len(effects):,} genes; nearest to {goal}: {', '.join(names.head(10))}")
+    print(f"{len(effects):,} genes; nearest to {states.goal}: {', '.join(names.head(10))}")
     plot_volcano(
-        effects["effect"], effects["fdr_paired"], list(names), folder / "ranking.png",
-        xlabel=f"nearer to {goal}, against other genes of the same cells", ylabel="-log10 FDR", title=f"{kind} in {start}",
+        effects["effect"], effects["fdr_paired"], list(names), folder / "ranking.png", xlabel=f"nearer to {states.goal}, against other genes of the same cells",
+        ylabel="-log10 FDR", title=f"each gene changed in cells of {states.start}",
     )  # fmt: skip
     among = names.isin(known) | effects["Ensembl_ID"].isin(known)
     if among.any() and not among.all():
         area = mannwhitneyu(effects["effect"][among], effects["effect"][~among]).statistic / (among.sum() * (~among).sum())
         print(f"{among.sum()} of {len(known)} known genes can be ranked; they stand above {area:.0%} of the others (by chance 50%)")
-        print("  ".join(f"{name} {rank:,}" for rank, name in zip(effects.index[among] + 1, names[among], strict=True)))
+        print("  ".join(f"{name} {place:,}" for place, name in zip(effects.index[among] + 1, names[among], strict=True)))
 
 
 if __name__ == "__main__":

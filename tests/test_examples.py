@@ -193,7 +193,7 @@ def test_deletion_scan(in_two_states):
 def test_goal_states(in_two_states, tokenizer):
     known = list(tokenizer.gene_table.ensembl_ids)[:3]
     printed = run([ROOT / "examples" / "goal_states.py"], in_two_states, *ARGUMENTS["goal_states.py"], *known)
-    assert re.search(r"\d+ genes; nearest to b: ENSG", printed)
+    assert re.search(r"\d+ genes; nearest to b: SYM", printed)
     assert re.search(r"\d of 3 known genes can be ranked; they stand above \d+% of the others", printed)
     assert {p.name for p in (in_two_states / "towards").iterdir()} == {"shifts.parquet", "ranking.csv", "ranking.png"}
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +18,14 @@ from ..errors import OutputError, SettingError
 from .perturbations import DELETE, INHIBIT, OVEREXPRESS, Change, EveryGene, Screen
 from .readouts import GENE, PROBABILITY
 
+logger = logging.getLogger(__name__)
+
 SHOWN = 20
 VARIANTS_PER_PART = 5000
+ROWS_PER_PART = 2_000_000
+"""A part is held in memory before it is written."""
 BYTES_PER_ROW = 12
-"""Of a finished table, compressed; see `benchmarks/bench_perturb.py --room`."""
+"""Of a finished table, compressed: 4 of gene readouts to 9 of few values were measured."""
 
 
 @dataclass(frozen=True)
@@ -37,8 +43,8 @@ class PerturbationPlan:
     reads_genes: bool
     identity: dict[str, Any]
     """What the result depends on."""
-    n_estimates: int = 0
-    """Rows of a screening for genes that are estimated."""
+    estimates: bool = False
+    """Whether each gene is estimated as well."""
     never: tuple[str, ...] = ()
     """Perturbations that can be made in none of the cells."""
     seconds: float | None = None
@@ -50,9 +56,14 @@ class PerturbationPlan:
         return int(self.n_variants_n.sum())
 
     @property
+    def n_rows_n(self) -> np.ndarray:
+        """Rows of each cell, at most, int64 of shape `(n,)`."""
+        return self.n_variants_n * (self.values_per_variant + (self.n_genes_n - 1 if self.reads_genes else 0)) + (self.n_genes_n if self.estimates else 0)
+
+    @property
     def n_rows(self) -> int:
         """Rows of the table, at most."""
-        return self.n_estimates + self.n_variants * self.values_per_variant + (int((self.n_variants_n * (self.n_genes_n - 1)).sum()) if self.reads_genes else 0)
+        return int(self.n_rows_n.sum())
 
     @property
     def n_tokens(self) -> int:
@@ -66,8 +77,8 @@ class PerturbationPlan:
             f"{self.n_variants:,} variants to run, {self.n_tokens:,} tokens",
             f"{self.n_rows:,} values",
         ]
-        if self.n_estimates:
-            lines.insert(1, f"{self.n_estimates:,} genes estimated")
+        if self.estimates:
+            lines.insert(1, f"{int(self.n_genes_n.sum()):,} genes estimated")
         if self.never:
             some = ", ".join(self.never[:SHOWN]) + (", …" if len(self.never) > SHOWN else "")
             lines.append(f"{len(self.never):,} of the perturbations can be made in none of the cells: {some}")
@@ -77,7 +88,7 @@ class PerturbationPlan:
 
     def parts(self) -> Iterator[np.ndarray]:
         """Yield the cells in parts that are written by themselves, always the same ones."""
-        bounds = np.cumsum(self.n_variants_n) // VARIANTS_PER_PART
+        bounds = np.cumsum(self.n_variants_n) // VARIANTS_PER_PART + np.cumsum(self.n_rows_n) // ROWS_PER_PART
         for group in np.split(self.rows, np.flatnonzero(np.diff(bounds)) + 1):
             if len(group):
                 yield group
@@ -147,15 +158,25 @@ def make_plan(
     n_variants, n_genes = np.zeros(len(rows), dtype=np.int64), np.zeros(len(rows), dtype=np.int64)
     place = {int(row): i for i, row in enumerate(rows)}
     whole = wanted.judged_rows(rows) if isinstance(wanted, Screen) else frozenset()
+    ids: Counter[str] = Counter()
     ever = np.zeros(len(names), dtype=bool)
     for row, cell_id, genes in cells:
         digest.add(cell_id, genes)
+        ids[cell_id] += 1
         n_genes[place[row]] = len(genes)
         if isinstance(wanted, EveryGene):
             n_variants[place[row]] = count_genes(genes, wanted, whole=row in whole)
         else:
             can = possible_in(genes, wanted)
             n_variants[place[row]], ever = can.sum(), ever | can
+    if len(ids) < len(rows):
+        again = [f"{name} ({n} times)" for name, n in ids.most_common(3)]
+        logger.warning(
+            "%d of %d cells share their id with another (%s): statistics will take those of one id for one cell.",
+            len(rows) - len(ids),
+            len(rows),
+            ", ".join(again),
+        )
     if not n_variants.sum():
         what = "a gene of it can be changed" if isinstance(wanted, EveryGene) else f"any of the {len(wanted):,} perturbations can be made in it"
         msg = f"There is nothing to do: none of {len(rows):,} cells is such that {what}. Genes that are not expressed cannot be deleted or shifted."
@@ -164,7 +185,7 @@ def make_plan(
     identity = identity | {"cells": digest.hexdigest(), "changes": xxhash.xxh3_64(json.dumps(changes, sort_keys=True).encode()).hexdigest()}
     values = n_targets if readout == PROBABILITY else 1 + n_targets
     never = tuple(name for name, can in zip(names, ever.tolist(), strict=True) if not can)
-    return PerturbationPlan(rows, n_variants, n_genes, values, readout == GENE, identity, int(n_genes.sum()) if isinstance(wanted, Screen) else 0, never)
+    return PerturbationPlan(rows, n_variants, n_genes, values, readout == GENE, identity, isinstance(wanted, Screen), never)
 
 
 class CellDigest:

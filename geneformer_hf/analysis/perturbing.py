@@ -237,7 +237,7 @@ class InSilicoPerturber:
         # Multiplications for a token: what grows with the cell is attention.
         work = plan.n_genes_n * (4 * e * e + 2 * e * inner + 2 * e * plan.n_genes_n.astype(np.float64))
         one = took / max(len(some), 1) / work[middle]
-        return float((work * (plan.n_variants_n + (PASSES_TO_ESTIMATE if plan.n_estimates else 0))).sum() * one)
+        return float((work * (plan.n_variants_n + (PASSES_TO_ESTIMATE if plan.estimates else 0))).sum() * one)
 
     def run(
         self, cells: Any, perturbations: EveryGene | Sequence[Perturbation], *, gene_ids: str | None = None, counts_layer: str | None = None

@@ -12,10 +12,11 @@ import torch
 from geneformer_hf import GeneformerForSequenceClassification, InSilicoPerturber, Perturbation, StateShift, StateVectors
 from geneformer_hf.analysis import perturbation_plan, perturbing
 from geneformer_hf.errors import CellFileError, LayerError, OutputError, OutputExistsError, SettingError, UnknownGeneError, VocabularyMismatchError
+from geneformer_hf.models import variants
 from geneformer_hf.models.loading import fingerprint_of
 from tests import reference
 from tests.conftest import ensembl, tiny_config
-from tests.tolerances import NAIVE_TWIN, SAME_MODEL
+from tests.tolerances import BF16_PERTURBATION, NAIVE_TWIN, SAME_MODEL
 
 LAYER, PASSES = -2, 2
 
@@ -273,6 +274,67 @@ def test_a_plan_too_large_for_the_disk(model, tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr(perturbation_plan.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 10}))
     with pytest.raises(OutputError, match=r"The table will have .* rows, about 0.0 GB with its parts, and .* has 0.0 GB left"):
         InSilicoPerturber(model, tokenizer=tokenizer, progress=False).write(make_dataset(tokenizer), Perturbation.every("delete"), tmp_path / "out.parquet")
+
+
+@pytest.mark.parametrize("asked", ["every", "pairs"])
+def test_out_of_memory_passes_are_halved(model, tokenizer, monkeypatch, asked):
+    cells, wanted = make_dataset(tokenizer), LISTS[asked](list(tokenizer.gene_table.ensembl_ids), "delete")
+    perturber = InSilicoPerturber(model, tokenizer=tokenizer, pooling="mean", progress=False)
+    whole, refused = perturber.run(cells, wanted), []
+    for name in ("encode_packed", "run_layers"):
+        run = getattr(variants, name)
+
+        def small_only(layers, states, lengths, *rest, run=run):
+            if len(lengths) > 2:
+                refused.append(len(lengths))
+                raise torch.OutOfMemoryError
+            return run(layers, states, lengths, *rest)
+
+        monkeypatch.setattr(variants, name, small_only)
+    again = InSilicoPerturber(model, tokenizer=tokenizer, pooling="mean", progress=False).run(cells, wanted)
+    assert refused
+    assert again.drop_columns("value").equals(whole.drop_columns("value"))
+    np.testing.assert_allclose(again["value"].to_numpy(), whole["value"].to_numpy(), atol=SAME_MODEL)
+
+
+def test_half_precision_is_near(model, tokenizer):
+    cells, wanted = make_dataset(tokenizer), Perturbation.every("delete")
+    full, half = (InSilicoPerturber(model, tokenizer=tokenizer, dtype=dtype, progress=False).run(cells, wanted)["value"].to_numpy() for dtype in (None, "bf16"))
+    assert 0 < np.abs(full - half).max() < BF16_PERTURBATION
+
+
+def test_listed_genes_that_no_cell_expresses_are_named(model, tokenizer):
+    cells = datasets.Dataset.from_dict({"input_ids": [[2, 4, 5, 6, 3]]})
+    plan = InSilicoPerturber(model, tokenizer=tokenizer, progress=False).plan(cells, Perturbation.each("delete", [ensembl(1), ensembl(40)]))
+    assert plan.never == (f"delete {ensembl(40)}",)
+    assert f"1 of the perturbations can be made in none of the cells: delete {ensembl(40)}" in plan.describe()
+
+
+def test_cells_of_one_id_are_told(model, tokenizer, caplog):
+    cells = datasets.Dataset.from_dict({"input_ids": [[2, 4, 5, 6, 3]] * 3, "cell_id": ["x", "x", "y"]})
+    InSilicoPerturber(model, tokenizer=tokenizer, progress=False).run(cells, Perturbation.every("delete"))
+    assert "1 of 3 cells share their id with another (x (2 times)" in caplog.text
+
+
+def test_parts_are_bounded_by_rows(model, tokenizer, monkeypatch):
+    perturber = InSilicoPerturber(model, tokenizer=tokenizer, readout="gene", pooling="mean", progress=False)
+    monkeypatch.setattr(perturbation_plan, "ROWS_PER_PART", 1000)
+    plan = perturber.plan(make_dataset(tokenizer), Perturbation.every("delete"), probe=False)
+    parts = list(plan.parts())
+    assert len(parts) > 2
+    np.testing.assert_array_equal(np.concatenate(parts), plan.rows)
+    assert all(plan.n_rows_n[part].sum() <= 1000 or len(part) == 1 for part in parts)
+
+
+def test_the_goal_cells_belong_to_the_plan(model, tokenizer, tmp_path):
+    """Other cells in the goal give other vectors, so that finished parts are of another plan."""
+    cells = make_dataset(tokenizer)
+    perturber = InSilicoPerturber(model, tokenizer=tokenizer, states=StateShift(column="state", start="c", goal="a"), progress=False)
+    perturber.write(cells, Perturbation.every("delete"), tmp_path / "out.parquet")
+    rows = cells.to_list()
+    rows[0]["input_ids"] = rows[3]["input_ids"]
+    with pytest.raises(OutputExistsError, match="exists and was made otherwise"):
+        perturber.write(datasets.Dataset.from_list(rows), Perturbation.every("delete"), tmp_path / "out.parquet")
 
 
 def test_the_order_of_cells_changes_nothing(model, tokenizer):
