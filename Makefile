@@ -45,6 +45,8 @@ bench: $(VENV)/.dev  ## the benchmarks; each ends with JSON lines of its claims
 	$(OFFLINE) $(BIN)/python benchmarks/bench_embed.py
 	$(OFFLINE) $(BIN)/python benchmarks/bench_pretrain.py
 	$(OFFLINE) $(BIN)/python benchmarks/bench_finetune.py
+	$(OFFLINE) $(BIN)/python benchmarks/bench_perturb.py
+	$(OFFLINE) $(BIN)/python benchmarks/bench_screen.py
 
 clean:  ## remove the virtual environment and caches
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache demo_output *.egg-info

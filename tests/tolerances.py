@@ -30,5 +30,5 @@ GOLDEN_PERTURBATION = 2e-5
 """Against the published package's cosines of perturbed cells; measured 1e-5 on single genes, 5e-7 on cells."""
 STATISTICS = 1e-9
 """Means and p-values against published tables of the same raw values."""
-BF16_PERTURBATION = 2e-2
-"""Cosines of perturbed cells in bfloat16 against float32 on a tiny model; measured 6e-3 there, 1e-3 on a trained one."""
+BF16_PERTURBATION = 1e-2
+"""Cosines of perturbed cells in bfloat16 against float32; measured 4e-3 on a tiny model and on a trained one."""

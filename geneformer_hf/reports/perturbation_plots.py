@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -28,13 +29,25 @@ def plot_volcano(effect: Sequence[float], p: Sequence[float], names: Sequence[st
     axes.scatter(x[sure], height[sure], s=14, color="C3", linewidth=0, rasterized=True, label=f"below {SIGNIFICANT}")
     axes.axhline(-np.log10(SIGNIFICANT), color="0.5", linewidth=0.8, linestyle=":")
     axes.axvline(0, color="0.5", linewidth=0.8)
-    for i in np.argsort(-np.abs(x) * (height + 1e-9))[:LABELLED]:
-        axes.annotate(str(labels[i]), (x[i], height[i]), fontsize=8, xytext=(3, 3), textcoords="offset points")
     axes.margins(0.12)
     axes.set(xlabel=xlabel, ylabel=ylabel, title=title)
     if sure.any():
         axes.legend(fontsize=8)
+    _label(figure, axes, x, height, labels, np.argsort(-np.abs(x) * (height + 1e-9)))
     save_figure(plt, figure, path)
+
+
+def _label(figure: Any, axes: Any, x: np.ndarray, y: np.ndarray, labels: np.ndarray, order: np.ndarray) -> None:
+    """Name points in an order of importance; a name that would cover another is left out."""
+    figure.draw_without_rendering()
+    taken: list[Any] = []
+    for i in order[: 3 * LABELLED]:
+        name = axes.annotate(str(labels[i]), (x[i], y[i]), fontsize=8, xytext=(3, 3), textcoords="offset points")
+        place = name.get_window_extent()
+        if len(taken) == LABELLED or any(place.overlaps(other) for other in taken):
+            name.remove()
+        else:
+            taken.append(place)
 
 
 def plot_ranking(values: Sequence[float], names: Sequence[str], path: Path, *, ylabel: str, title: str) -> None:
