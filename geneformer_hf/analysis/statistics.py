@@ -7,6 +7,7 @@ of a mixture for the one with an impact. Each has a remedy, off by default so th
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,8 +18,10 @@ from scipy.stats import false_discovery_control, norm
 
 from ..errors import MissingExtraError, SettingError
 from ..genes import GeneTable
-from .perturbation_table import as_frame, states_of
+from .perturbation_table import ESTIMATED, as_frame, states_of
 from .readouts import CELL, GENE, STATE
+
+logger = logging.getLogger(__name__)
 
 MODES = ("goal_state_shift", "vs_null", "mixture_model", "aggregate_data", "aggregate_gene_shifts")
 CELL_EMBEDDING = "cell_emb"
@@ -140,6 +143,11 @@ def only_readout(frame: pd.DataFrame, readout: str, target: str | None = None) -
         kinds = ", ".join(f"{name}{f' of {of}' if of else ''}" for name, of in pairs)
         msg = f"the table has no values of readout {readout!r}{f' for {target!r}' if target is not None else ''}. It has: {kinds or 'nothing'}{', gene' if (frame['readout'] == GENE).any() else ''}."
         raise SettingError(msg)
+    if not readout.startswith(ESTIMATED) and frame["readout"].str.startswith(ESTIMATED).any():
+        logger.warning(
+            "The table is of a screening: it has exact values of those genes alone that looked best in each cell, and a test of such a choice finds too much. "
+            "Read %s%s for all genes, or run those of interest in every cell.", ESTIMATED, readout,
+        )  # fmt: skip
     return found
 
 

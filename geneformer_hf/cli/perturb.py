@@ -18,7 +18,7 @@ class Perturb(Command):
     """
 
     name = "perturb"
-    help = "in silico perturbation: every gene, a list, pairs; towards states; resumable"
+    help = "in silico perturbation: every gene, a list, pairs, the most promising; towards states; resumable"
     when_interrupted = "what is finished is kept, and the same command goes on from there"
 
     def add_arguments(self, parser: ArgumentParser) -> None:
@@ -48,6 +48,7 @@ class Perturb(Command):
         parser.add_argument(
             "--judged", type=int, metavar="N", help="--screen: cells run in whole, to judge the estimates by (default: one in twenty, 50 at most)"
         )
+        parser.add_argument("--anchors", type=int, default=4, metavar="N", help="--screen: exact passes that the estimates of a cell lean on (default: 4)")
         parser.add_argument("--plan-only", action="store_true", help="say what would be done and how long it takes, and stop")
         add_reading(parser)
         add_computing(parser)
@@ -82,7 +83,7 @@ class Perturb(Command):
             print(f"{pq.read_metadata(args.output).num_rows:,} values written to {args.output} ({describe_size(args.output)}).")
             if args.screen and (quality := screening_quality(args.output, top=args.top)):
                 print(f"Screening: {quality.describe()}.")
-            print(f"Statistics: geneformer-hf stats {args.output} --mode {_likely_mode(args)} --model {args.model} --output statistics.csv")
+            print(f"Statistics: geneformer-hf stats {args.output} {_likely_statistics(args)} --model {args.model} --output statistics.csv")
         return 0
 
     def _check(self, args: Namespace) -> None:
@@ -97,6 +98,9 @@ class Perturb(Command):
             raise SettingError(msg)
         if args.screen and args.genes != "all":
             msg = "--screen looks for genes among all those of a cell; it needs --genes all."
+            raise SettingError(msg)
+        if args.screen and (args.rank is not None or args.quartiles is not None):
+            msg = "--rank and --quartiles shift genes, and --screen estimates deleting and overexpressing them. Leave them out, or --screen."
             raise SettingError(msg)
 
 
@@ -163,9 +167,11 @@ def states_of(args: Namespace) -> Any:
     return StateShift(column=args.state_column, start=args.start, goal=args.goal, alternatives=alternatives)
 
 
-def _likely_mode(args: Namespace) -> str:
+def _likely_statistics(args: Namespace) -> str:
+    if args.screen:
+        return "--mode effects --readout " + (f"estimated_state --target {args.goal}" if args.goal else "estimated_cell")
     if args.pairs or args.anchor:
-        return "cooperativity"
+        return "--mode cooperativity"
     if args.readout == "gene":
-        return "aggregate_gene_shifts"
-    return "goal_state_shift" if args.goal else "effects"
+        return "--mode aggregate_gene_shifts"
+    return "--mode goal_state_shift" if args.goal else "--mode effects"

@@ -51,6 +51,20 @@ def test_pairs_and_their_statistics(run, folder, genes):
     assert (folder / "pairs.png").stat().st_size > 5000
 
 
+def test_screening(run, folder, caplog):
+    screen = ("--screen", "--top", "3", "--judged", "2", "--output", "@screened.parquet")
+    printed = run(*PERTURB, "delete", "--genes", "all", *screen)
+    assert "genes estimated" in printed
+    assert "Screening: estimates against exact values of all genes of 2 cells: rank correlation" in printed
+    assert "of the exact top 3" in printed
+    assert "--mode effects --readout estimated_cell" in printed
+    statistics = ("stats", "@screened.parquet", "--mode", "effects", "--permutations", "0")
+    run(*statistics, "--readout", "estimated_cell", "--output", "@estimated.csv")
+    assert "of a screening" not in caplog.text
+    run(*statistics, "--output", "@exact.csv")
+    assert "The table is of a screening" in caplog.text
+
+
 def test_towards_a_state_with_donors(run, folder):
     run(*PERTURB, "overexpress", "--genes", "all", "--state-column", "cell_type", "--start", "a", "--goal", "b", "--output", "@out.parquet")
     donors = ("--donors", "@cells.h5ad", "--donor-column", "donor")
@@ -105,6 +119,9 @@ def test_raw_values_of_the_published_package(run, folder):
         ((*PERTURB, "delete", "--genes", "NOGENE", "--output", "@x.parquet"), "NOGENE"),
         ((*PERTURB, "delete", "--genes", "all", "--goal", "b", "--output", "@x.parquet"), "--state-column, --start missing"),
         ((*PERTURB, "delete", "--genes", "all", "--rank", "3", "--output", "@x.parquet"), "quartiles and rank are for inhibit and activate"),
+        ((*PERTURB, "delete", "--genes", "A,B", "--screen", "--output", "@x.parquet"), "--screen looks for genes among all those of a cell"),
+        ((*PERTURB, "delete", "--genes", "all", "--screen", "--rank", "3", "--output", "@x.parquet"), "--rank and --quartiles shift genes"),
+        ((*PERTURB, "inhibit", "--genes", "all", "--screen", "--output", "@x.parquet"), "estimates are for delete and overexpress"),
         ((*PERTURB, "delete", "--genes", "all", "--readout", "probability", "--output", "@x.parquet"), "needs a model fine-tuned for classes of cells"),
         (("stats", "@cells.h5ad", "--mode", "effects", "--output", "@x.csv"), "cannot be read as a table of perturbations"),
         (("stats", "@none.parquet", "--mode", "effects", "--output", "@x.csv"), "does not exist"),
