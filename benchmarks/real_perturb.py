@@ -1,6 +1,7 @@
 """In silico treatment, differentiation and regulation on real cells, with known genes looked up in the rankings, whatever comes out.
 
     python benchmarks/real_perturb.py kang WORK --model MODEL      # control -> interferon beta, in 200 control cells: interferon-stimulated genes
+    python benchmarks/real_perturb.py treatment WORK --model MODEL # the same by a classifier: every gene of the cells put on top of 60 control cells
     python benchmarks/real_perturb.py cardio WORK --model MODEL    # day 2 -> day 5 of differentiation: every transcription factor put on top, cardiac ones among them
     python benchmarks/real_perturb.py targets WORK --model MODEL   # which genes change when STAT1, IRF8 or SPI1 is deleted from monocyte-like cells
 
@@ -15,11 +16,12 @@ import importlib.util
 import os
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import anndata
 import numpy as np
 
-from geneformer_hf import GeneformerFineTuningArguments, GeneformerTokenizer, Perturbation, StateShift, finetune
+from geneformer_hf import GeneformerFineTuningArguments, GeneformerTokenizer, InSilicoPerturber, Perturbation, StateShift, finetune
 
 ROOT = Path(__file__).parents[1]
 DATA = Path(os.environ.get("GENEFORMER_HF_SHARED", ROOT.parent / "shared")).resolve() / "data"
@@ -111,7 +113,7 @@ CARDIAC = [
     "ID2",
     "ZFPM2",
 ]
-PERTURBED = {"kang": 200, "cardio": 60}
+PERTURBED = {"kang": 200, "treatment": 60, "cardio": 60}
 
 
 def example(name: str) -> ModuleType:
@@ -125,6 +127,7 @@ def example(name: str) -> ModuleType:
 def write_cells(work: Path, part: str) -> tuple[Path, Path, str, str, str]:
     """Write the cells to perturb, with as many of the goal, and those to learn from."""
     name, column, start, goal = {
+        "treatment": ("kang_ifnb/kang_ctrl_stim_2000", "condition", "ctrl", "stim"),
         "kang": ("kang_ifnb/kang_ctrl_stim_2000", "condition", "ctrl", "stim"),
         "cardio": ("cardio_scgps/cardio_day2_day5_recovered_counts", "day", "2", "5"),
     }[part]
@@ -141,7 +144,7 @@ def write_cells(work: Path, part: str) -> tuple[Path, Path, str, str, str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=["kang", "cardio", "targets"])
+    parser.add_argument("part", choices=["kang", "treatment", "cardio", "targets"])
     parser.add_argument("work", type=Path)
     parser.add_argument("--model", required=True)
     parser.add_argument("--finetune", action="store_true")
@@ -153,7 +156,7 @@ def main() -> None:
         return
     cells, learnt, column, start, goal = write_cells(args.work, args.part)
     model = args.model
-    if args.finetune:
+    if args.finetune or args.part == "treatment":
         model = str(args.work / f"{args.part}_model")
         arguments = GeneformerFineTuningArguments(
             output_dir=model,
@@ -169,17 +172,31 @@ def main() -> None:
         for what, found in finetune(arguments).figures["heads"][column].items():
             print(f"  {what}: accuracy {found['accuracy']:.3f}")
         model = str(Path(model) / "model")
-    states, tuned = StateShift(column=column, start=start, goal=goal), ", fine-tuned" if args.finetune else ""
     table = GeneformerTokenizer.from_pretrained(args.model).gene_table
-    known, kinds = (INTERFERON, ("overexpress", "delete")) if args.part == "kang" else (CARDIAC, ("overexpress",))
-    for kind in kinds:
+    known = CARDIAC if args.part == "cardio" else INTERFERON
+    ranked = example("goal_states").rank
+    if args.part == "treatment":
+        adata = anndata.read_h5ad(cells)
+        names = set(adata.var_names[np.asarray((adata.X > 0).mean(axis=0)).ravel() >= 0.05]) | set(known)
+        print(f"\ntreatment: {len(names):,} genes, each put on top of every {start} cell; probability of {goal}")
+        wanted = Perturbation.each("overexpress", genes_named(table, names))
+        only_start = adata[adata.obs[column] == start].copy()
+        ranked(only_start, InSilicoPerturber(model, readout="probability"), "probability", goal, wanted, args.work / "treatment", known)
+        return
+    states = StateShift(column=column, start=start, goal=goal)
+    for kind in ("overexpress",) if args.part == "cardio" else ("overexpress", "delete"):
         wanted = Perturbation.every(kind)
         if args.part == "cardio":
             # Hardly any of them is among the genes that both days were measured for: they come from outside, as in reprogramming.
             factors = {line.strip() for line in (DATA / "gene_labels" / "allTFs_hg38.txt").read_text().split()} | set(CARDIAC)
-            wanted = Perturbation.each(kind, [gene for gene, name in zip(table.ensembl_ids, table.symbols, strict=True) if name in factors])
-        print(f"\n{args.part}, {kind}, {start} -> {goal}{tuned}")
-        example("goal_states").rank(str(cells), model, states, wanted, args.work / f"{args.part}_{kind}{'_tuned' if args.finetune else ''}", known)
+            wanted = Perturbation.each(kind, genes_named(table, factors))
+        print(f"\n{args.part}, {kind}, {start} -> {goal}{', fine-tuned' if args.finetune else ''}")
+        folder = args.work / f"{args.part}_{kind}{'_tuned' if args.finetune else ''}"
+        ranked(str(cells), InSilicoPerturber(model, states=states), "state", goal, wanted, folder, known)
+
+
+def genes_named(table: Any, names: set[str]) -> list[str]:
+    return [gene for gene, name in zip(table.ensembl_ids, table.symbols, strict=True) if name in names]
 
 
 if __name__ == "__main__":

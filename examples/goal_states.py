@@ -17,22 +17,22 @@ from geneformer_hf.reports.perturbation_plots import plot_volcano
 
 
 def main(cells: str, model: str, column: str, start: str, goal: str, kind: str, output: str, *known: str) -> None:
-    rank(cells, model, StateShift(column=column, start=start, goal=goal), Perturbation.every(kind), Path(output), known)
+    perturber = InSilicoPerturber(model, states=StateShift(column=column, start=start, goal=goal))
+    rank(cells, perturber, "state", goal, Perturbation.every(kind), Path(output), known)
 
 
-def rank(cells: str, model: str, states: StateShift, perturbations: Any, folder: Path, known: Sequence[str] = ()) -> None:
-    perturber = InSilicoPerturber(model, states=states)
+def rank(cells: Any, perturber: InSilicoPerturber, readout: str, goal: str, perturbations: Any, folder: Path, known: Sequence[str] = ()) -> None:
     folder.mkdir(exist_ok=True)
     table = perturber.write(cells, perturbations, folder / "shifts.parquet")
-    effects = perturbation_effects(table, readout="state", target=states.goal, gene_table=perturber.tokenizer.gene_table)
+    effects = perturbation_effects(table, readout=readout, target=goal, gene_table=perturber.tokenizer.gene_table)
     # Genes of a few cells have large effects by chance.
     effects = effects[effects["n_cells"] >= 6].sort_values("effect", ascending=False).reset_index(drop=True)
     effects.to_csv(folder / "ranking.csv", index=False)
     names = effects["Gene_name"].fillna(effects["Ensembl_ID"])
-    print(f"{len(effects):,} genes; nearest to {states.goal}: {', '.join(names.head(10))}")
+    print(f"{len(effects):,} genes; nearest to {goal}: {', '.join(names.head(10))}")
     plot_volcano(
-        effects["effect"], effects["fdr_paired"], list(names), folder / "ranking.png", xlabel=f"nearer to {states.goal}, against other genes of the same cells",
-        ylabel="-log10 FDR", title=f"each gene changed in cells of {states.start}",
+        effects["effect"], effects["fdr_paired"], list(names), folder / "ranking.png", xlabel=f"nearer to {goal}, against other genes of the same cells",
+        ylabel="-log10 FDR", title=f"{len(effects):,} genes",
     )  # fmt: skip
     among = names.isin(known) | effects["Ensembl_ID"].isin(known)
     if among.any() and not among.all():
