@@ -114,15 +114,15 @@ class _Look:
             return (F.normalize(hidden_xe[looked_at].float(), dim=1) - before_xe) / len(before_xe) ** 0.5
 
         ways_ad = torch.stack([way(hidden).flatten() for hidden in self.path.anchor_states])
-        directions_kd = torch.linalg.svd(ways_ad, full_matrices=False).Vh[:DIRECTIONS]
+        directions_kd = torch.linalg.svd(ways_ad.cpu(), full_matrices=False).Vh[:DIRECTIONS].to(ways_ad.device)
         directions_kxe = directions_kd.unflatten(1, before_xe.shape)
 
         def readouts(hidden_xe: torch.Tensor, weight_x: torch.Tensor) -> torch.Tensor:
             weight_x1 = 1.0 if self.only_first else weight_x[looked_at, None]
             return (directions_kxe * (way(hidden_xe) * weight_x1)).sum((1, 2))
 
-        gone_ak = (ways_ad @ directions_kd.T).double().cpu().numpy()
-        rest_a = (ways_ad.double().square().sum(1).cpu().numpy() - (gone_ak**2).sum(1)) / 2
+        gone_ak = (ways_ad @ directions_kd.T).cpu().double().numpy()
+        rest_a = (ways_ad.cpu().double().square().sum(1).numpy() - (gone_ak**2).sum(1)) / 2
         slopes = self.path.slopes(readouts)
         gone_km = np.stack([slope.values(self.path.places, gone_a) for slope, gone_a in zip(slopes, gone_ak.T, strict=True)])
         between = np.arange(gone_km.shape[1]) + 0.5

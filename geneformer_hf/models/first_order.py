@@ -127,14 +127,14 @@ class ScanEstimate:
             return [self._slope((gradient[0] * step_le).sum(-1), own_x) for gradient, own_x in zip(gradients, own_kx, strict=True)]
 
     def _slope(self, by_step_l: torch.Tensor, own_x: torch.Tensor) -> Slope:
-        by_step_m = by_step_l[self._genes].double().cpu().numpy()
-        gone_m = own_x[self._genes].double().cpu().numpy()
+        by_step_m = by_step_l[self._genes].cpu().double().numpy()
+        gone_m = own_x[self._genes].cpu().double().numpy()
         own_m = -gone_m
         if self._top_me is not None:
             place = self._at_top - self._first_gene
             # The one that stood there goes, this one comes; what stood there was nowhere else.
             own_m[place] = 0
-            own_m += own_x[self.length :].double().cpu().numpy() - gone_m[place]
+            own_m += own_x[self.length :].cpu().double().numpy() - gone_m[place]
             by_step_m[place] = 0
         return Slope(np.concatenate([[0], by_step_m.cumsum()]), own_m)
 
