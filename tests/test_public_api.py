@@ -9,6 +9,7 @@ PUBLIC = {
     "CellPredictions", "FineTuningRun", "GenePredictions", "GeneformerFineTuningArguments", "SearchRun", "SearchSettings", "add_adapter", "finetune", "load_model", "load_peft_model",
     "merge_adapter", "predict", "search",
     "InSilicoPerturber", "Perturbation", "StateShift", "StateVectors", "cooperativity", "perturbation_effects", "perturbation_statistics", "read_published_perturbations",
+    "screening_quality",
     "assess_quality",
     "convert_checkpoint", "embed_cells", "embed_genes", "export_checkpoint", "fit_gene_table", "iter_gene_embeddings", "load_cells", "pretrain", "rank_genes",
     "state_embeddings", "stream_cells", "stream_tokens", "tokenize_corpus",
