@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -41,6 +42,8 @@ CELLS_AT_ONCE = 32
 """Cells whose vectors before the change are held at the same time."""
 PASSES_TO_ESTIMATE = 12
 """Variants that take as long as the estimates of a cell."""
+FEWEST_TO_SHARE = 4
+"""Variants of one cell for which sharing their first layer is worth it."""
 PROBED = 8
 """Variants that are run to estimate how long a plan takes."""
 
@@ -429,7 +432,9 @@ class InSilicoPerturber:
             yield PerturbedCell(whole.row, whole.cell_id, whole.n_genes, [c for c, _ in mine], [a for _, a in mine], [next(shifts) for _ in mine])
 
     def _variants(self, place: int, whole: _Whole, jobs: Sequence[tuple[Change, ChangedCell]], before: dict[tuple[int, int], Before]) -> Iterator[Variant]:
-        scans = {kind: ScannedCell(whole.tokens, whole.first_gene, kind == OVEREXPRESS) for kind in (DELETE, OVEREXPRESS)}
+        single = Counter(change.kind for change, _ in jobs if len(change.tokens) == 1)
+        # Getting a cell ready to share costs about as much as one variant saves.
+        scans = {kind: ScannedCell(whole.tokens, whole.first_gene, kind == OVEREXPRESS) for kind in (DELETE, OVEREXPRESS) if single[kind] >= FEWEST_TO_SHARE}
         for change, after in jobs:
             tokens, about = whole.around(after.tokens), (before[place, after.n_lost], after)
             ranks = np.flatnonzero(whole.genes == change.tokens[0]).tolist() if len(change.tokens) == 1 and change.kind in scans else []

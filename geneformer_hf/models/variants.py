@@ -78,8 +78,9 @@ class VariantEncoder(PackedEncoder):
         group: list[Variant] = []
         tokens = 0
         for variant in variants:
-            if self._dtype is not None or self._n_layers == 0:
-                variant = Variant(variant.tokens, variant.about)  # noqa: PLW2901 - sums over keys are for full precision
+            if self._dtype is not None or self._n_layers == 0 or self._device.type != "cpu":
+                # Sums over keys are for full precision, and of many small steps: an accelerator is better off with large passes.
+                variant = Variant(variant.tokens, variant.about)  # noqa: PLW2901
             if group:
                 last = group[-1]
                 if variant.scan is not None:

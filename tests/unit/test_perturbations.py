@@ -8,6 +8,7 @@ from geneformer_hf import Perturbation
 from geneformer_hf.analysis.perturbation_plan import count_genes
 from geneformer_hf.analysis.perturbations import KINDS, Change, changed
 from geneformer_hf.errors import SettingError
+from geneformer_hf.models import scan as scan_module
 from geneformer_hf.models.attention import encode_packed
 from geneformer_hf.models.modeling_geneformer import GeneformerModel
 from geneformer_hf.models.scan import CellScan
@@ -92,7 +93,9 @@ def test_pairs_and_anchors_come_with_their_single_genes():
 
 @pytest.mark.parametrize("specials", [False, True], ids=["v1", "v2"])
 @pytest.mark.parametrize("to_top", [False, True], ids=["deleted", "moved_to_the_top"])
-def test_the_shared_first_layer_equals_variants_one_by_one(tokenizer, specials, to_top):
+@pytest.mark.parametrize("queries", [256, 7], ids=["one_block", "blocks"])
+def test_the_shared_first_layer_equals_variants_one_by_one(tokenizer, specials, to_top, queries, monkeypatch):
+    monkeypatch.setattr(scan_module, "QUERIES_AT_ONCE", queries)
     torch.manual_seed(0)
     model = GeneformerModel(tiny_config(tokenizer, initializer_range=0.3)).eval()
     cell = torch.randperm(40)[:30] + 4
