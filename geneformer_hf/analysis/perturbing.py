@@ -393,6 +393,9 @@ class InSilicoPerturber:
         if self.readout == PROBABILITY:
             msg = "screening estimates the readouts cell and state; probabilities of a classifier are read by running every gene: Perturbation.every(kind)."
             raise SettingError(msg)
+        if self.n_layers == 0:
+            msg = "screening looks at what layers make of a cell, and layer is 0, the embedding layer. Choose a later one."
+            raise SettingError(msg)
         known = () if self.states is None else self.states.targets
         if screen.towards is not None and screen.towards not in known:
             msg = f"screening towards {screen.towards!r}: expected one of the states of this run ({', '.join(known) or 'there are none; give states'})."

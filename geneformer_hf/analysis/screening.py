@@ -11,7 +11,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from ..errors import SettingError
 from ..models.first_order import ScanEstimate
 from ..models.scan import CellScan
 from .perturbation_table import ESTIMATED, as_frame
@@ -51,9 +50,6 @@ class CellScreener:
     """
 
     def __init__(self, model: Any, screen: Screen, *, n_layers: int, pooling: str, target: str, state_e: torch.Tensor | None) -> None:
-        if n_layers < 1:
-            msg = "screening looks at what layers make of a cell, and layer is 0, the embedding layer. Choose a later one."
-            raise SettingError(msg)
         self._model, self._screen, self._n_layers, self._pooling = model, screen, n_layers, pooling
         self._target, self._state_e = target, state_e
 

@@ -44,11 +44,11 @@ class Perturb(Command):
         parser.add_argument("--alternatives", metavar="A,B", help="other states whose nearness is read")
         parser.add_argument("--state-vectors", type=Path, metavar="FILE", help="mean embeddings of the states (default: computed from the input)")
         parser.add_argument("--screen", action="store_true", help="with --genes all: estimate each gene, and run the most promising ones of each cell")
-        parser.add_argument("--top", type=int, default=50, metavar="K", help="--screen: genes of each cell that are run (default: 50)")
+        parser.add_argument("--top", type=int, metavar="K", help="--screen: genes of each cell that are run (default: 50)")
         parser.add_argument(
             "--judged", type=int, metavar="N", help="--screen: cells run in whole, to judge the estimates by (default: one in twenty, 50 at most)"
         )
-        parser.add_argument("--anchors", type=int, default=4, metavar="N", help="--screen: exact passes that the estimates of a cell lean on (default: 4)")
+        parser.add_argument("--anchors", type=int, metavar="N", help="--screen: exact passes that the estimates of a cell lean on (default: 4)")
         parser.add_argument("--plan-only", action="store_true", help="say what would be done and how long it takes, and stop")
         add_reading(parser)
         add_computing(parser)
@@ -81,7 +81,7 @@ class Perturb(Command):
         perturber.write(args.input, perturbations, args.output, overwrite=args.overwrite, **reading)
         if first:
             print(f"{pq.read_metadata(args.output).num_rows:,} values written to {args.output} ({describe_size(args.output)}).")
-            if args.screen and (quality := screening_quality(args.output, top=args.top)):
+            if args.screen and (quality := screening_quality(args.output, top=perturbations.top)):
                 print(f"Screening: {quality.describe()}.")
             print(f"Statistics: geneformer-hf stats {args.output} {_likely_statistics(args)} --model {args.model} --output statistics.csv")
         return 0
@@ -95,6 +95,9 @@ class Perturb(Command):
             raise CellFileError(msg)
         if args.genes == "all" and (args.together or args.pairs or args.anchor):
             msg = "--genes all changes each gene of a cell by itself; --together, --pairs and --anchor need a list."
+            raise SettingError(msg)
+        if not args.screen and any(value is not None for value in (args.top, args.judged, args.anchors)):
+            msg = "--top, --judged and --anchors are settings of a screening; add --screen, or leave them out."
             raise SettingError(msg)
         if args.screen and args.genes != "all":
             msg = "--screen looks for genes among all those of a cell; it needs --genes all."
@@ -110,7 +113,8 @@ def perturbations_of(args: Namespace) -> Any:
 
     shift = {"quartiles": args.quartiles, "rank": args.rank}
     if args.screen:
-        return Perturbation.screen(args.kind, top=args.top, judged=args.judged, anchors=args.anchors)
+        given = {name: value for name in ("top", "judged", "anchors") if (value := getattr(args, name)) is not None}
+        return Perturbation.screen(args.kind, **given)
     if args.genes == "all":
         return Perturbation.every(args.kind, **shift)
     genes = listed_genes(args.genes)

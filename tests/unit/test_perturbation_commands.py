@@ -119,6 +119,7 @@ def test_raw_values_of_the_published_package(run, folder):
         ((*PERTURB, "delete", "--genes", "NOGENE", "--output", "@x.parquet"), "NOGENE"),
         ((*PERTURB, "delete", "--genes", "all", "--goal", "b", "--output", "@x.parquet"), "--state-column, --start missing"),
         ((*PERTURB, "delete", "--genes", "all", "--rank", "3", "--output", "@x.parquet"), "quartiles and rank are for inhibit and activate"),
+        ((*PERTURB, "delete", "--genes", "all", "--top", "3", "--output", "@x.parquet"), "--top, --judged and --anchors are settings of a screening"),
         ((*PERTURB, "delete", "--genes", "A,B", "--screen", "--output", "@x.parquet"), "--screen looks for genes among all those of a cell"),
         ((*PERTURB, "delete", "--genes", "all", "--screen", "--rank", "3", "--output", "@x.parquet"), "--rank and --quartiles shift genes"),
         ((*PERTURB, "inhibit", "--genes", "all", "--screen", "--output", "@x.parquet"), "estimates are for delete and overexpress"),
