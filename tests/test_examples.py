@@ -68,7 +68,7 @@ def run(code, folder, *arguments):
         patch.chdir(folder)
         patch.setattr(sys, "argv", [str(what), *words])
         if kind == "-c":
-            exec(compile(what, "<block>", "exec"), {"__name__": "__main__"})  # noqa: S102: the documents' own blocks
+            exec(compile(what, "<block>", "exec"), {"__name__": "__main__"})
         elif kind == "-m":
             with pytest.raises(SystemExit) as ended:
                 runpy.run_module(what, run_name="__main__", alter_sys=True)

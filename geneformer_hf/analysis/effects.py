@@ -12,9 +12,9 @@ from scipy.stats import wilcoxon
 
 from ..errors import SettingError
 from ..genes import GeneTable
-from .perturbation_table import as_frame
+from .perturbation_table import rows_of
 from .readouts import CELL
-from .statistics import GeneNames, fdr_of, only_readout
+from .statistics import GeneNames, fdr_of
 
 LEAST_UNITS = 6
 """Cells or donors below which a signed-rank test cannot come out under 0.05 and is not made."""
@@ -44,7 +44,7 @@ def perturbation_effects(
     Raises:
         SettingError: if the table has no such values, or cells without a donor.
     """
-    frame = only_readout(as_frame(table), readout, target)
+    frame = rows_of(table, readout, target)
     cells, cell_names = pd.factorize(frame["cell_id"])
     keys = [tuple(genes) for genes in frame["genes"]]
     codes, genes = pd.factorize(np.fromiter(keys, dtype=object, count=len(keys)))
@@ -139,7 +139,7 @@ def cooperativity(table: Any, *, readout: str = CELL, target: str = "", confiden
     Raises:
         SettingError: if there is no pair with both of its genes alone (`Perturbation.pairs`, `Perturbation.with_anchor`).
     """
-    frame = only_readout(as_frame(table), readout, target)
+    frame = rows_of(table, readout, target)
     values = frame["value"].to_numpy(dtype=np.float64)
     shift = 1 - values if readout in (CELL, "gene") else values
     keyed = pd.DataFrame({"genes": [tuple(genes) for genes in frame["genes"]], "cell": frame["cell_id"].to_numpy(), "shift": shift})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,14 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from ..errors import CellFileError
+from ..errors import CellFileError, SettingError
 from .perturbations import Change
 from .readouts import CELL, GENE, PROBABILITY, STATE
+
+logger = logging.getLogger(__name__)
 
 SCHEMA = pa.schema(
     [
@@ -30,6 +34,7 @@ SCHEMA = pa.schema(
 )
 """Columns: the cell; what was done to which genes (Ensembl ids); what was looked at (a state, an affected gene, a class; empty for the cell itself); how; what
 came out; over how many genes."""
+_PRECISE = SCHEMA.set(SCHEMA.get_field_index("value"), pa.field("value", pa.float64()))
 ESTIMATED = "estimated_"
 """Begins the names of readouts that are estimates."""
 PLAN_KEY = b"geneformer_hf.plan"
@@ -144,41 +149,82 @@ def plan_of(path: Path) -> dict[str, Any] | None:
     return dict(json.loads(metadata[PLAN_KEY])) if PLAN_KEY in metadata else None
 
 
-def read_table(path: str | Path) -> pa.Table:
-    """Read a table that `InSilicoPerturber.run` or `geneformer-hf perturb` wrote.
-
-    Raises:
-        CellFileError: if it is another file.
-    """
-    path = Path(path)
+def _open(path: Path) -> pq.ParquetFile:
     if not path.is_file():
         msg = f"{path} does not exist."
         raise CellFileError(msg)
     plan_of(path)
-    table = pq.read_table(path)
-    missing = [name for name in SCHEMA.names if name not in table.column_names]
+    file = pq.ParquetFile(path)
+    missing = [name for name in SCHEMA.names if name not in file.schema_arrow.names]
     if missing:
+        file.close()
         msg = f"{path} is no table of perturbations: it lacks the columns {', '.join(missing)}. Make one with `geneformer-hf perturb`."
         raise CellFileError(msg)
-    return table.select(SCHEMA.names)
+    return file
 
 
-def as_frame(table: Any) -> pd.DataFrame:
-    """Return perturbations as a data frame: from a table, a file, or several of either.
+def batches_of(table: Any) -> Iterator[pa.RecordBatch]:
+    """Yield the rows of perturbations, some at a time: of a table, a data frame, a file, or several of any.
 
     Raises:
-        CellFileError: if a file is no table of perturbations.
+        CellFileError: if one is no table of perturbations.
     """
     if isinstance(table, (list, tuple)):
-        return pd.concat([as_frame(one) for one in table], ignore_index=True)
-    if isinstance(table, (str, Path)):
-        table = read_table(table)
-    frame = table.to_pandas() if isinstance(table, pa.Table) else pd.DataFrame(table)
-    missing = [name for name in SCHEMA.names if name not in frame.columns]
-    if missing:
-        msg = f"the table lacks the columns {', '.join(missing)}; expected what InSilicoPerturber.run returns."
-        raise CellFileError(msg)
-    return frame
+        for one in table:
+            yield from batches_of(one)
+    elif isinstance(table, (str, Path)):
+        with _open(Path(table)) as file:
+            yield from file.iter_batches(columns=SCHEMA.names)
+    else:
+        names = table.column_names if isinstance(table, pa.Table) else list(table.columns)
+        missing = [name for name in SCHEMA.names if name not in names]
+        if missing:
+            msg = f"the table lacks the columns {', '.join(missing)}; expected what InSilicoPerturber.run returns."
+            raise CellFileError(msg)
+        if isinstance(table, pd.DataFrame):
+            table = pa.Table.from_pandas(table, schema=_PRECISE, preserve_index=False)
+        yield from table.select(SCHEMA.names).to_batches()
+
+
+def _kinds(batch: pa.RecordBatch) -> dict[tuple[str, str], None]:
+    """Return the readouts and their targets, those of affected genes as one."""
+    columns = {"readout": batch["readout"], "target": pc.if_else(pc.equal(batch["readout"], GENE), "", batch["target"])}
+    found = pa.table(columns).group_by(list(columns), use_threads=False).aggregate([])
+    return dict.fromkeys(zip(*(found[name].to_pylist() for name in columns), strict=True))
+
+
+def kinds_of(table: Any) -> list[tuple[str, str]]:
+    """Return the readouts and their targets in the order of their appearance, those of affected genes as one with an empty target."""
+    return list({kind: None for batch in batches_of(table) for kind in _kinds(batch)})
+
+
+def rows_of(table: Any, readout: str, target: str | None = None, *, chosen: bool = False) -> pd.DataFrame:
+    """Return the rows of one readout (and target) of perturbations, and keep no others in memory: those of affected genes may be very many.
+
+    Exact rows of a screening are warned of, unless the caller knows that they were `chosen`.
+
+    Raises:
+        CellFileError: if it is no table of perturbations.
+        SettingError: if it has no such rows.
+    """
+    kept: list[pa.RecordBatch] = []
+    others: dict[tuple[str, str], None] = {}
+    for batch in batches_of(table):
+        mine = pc.equal(batch["readout"], readout)
+        if target is not None:
+            mine = pc.and_(mine, pc.equal(batch["target"], target))
+        kept.append(batch.filter(mine))
+        others |= _kinds(batch)
+    if not any(batch.num_rows for batch in kept):
+        kinds = ", ".join(f"{name}{f' of {of}' if of else ''}" for name, of in others)
+        msg = f"the table has no values of readout {readout!r}{f' for {target!r}' if target is not None else ''}. It has: {kinds or 'nothing'}."
+        raise SettingError(msg)
+    if not chosen and not readout.startswith(ESTIMATED) and any(name.startswith(ESTIMATED) for name, _ in others):
+        logger.warning(
+            "The table is of a screening: it has exact values of those genes alone that looked best in each cell, and a test of such a choice finds too much. "
+            "Read %s%s for all genes, or run those of interest in every cell.", ESTIMATED, readout,
+        )  # fmt: skip
+    return pa.Table.from_batches(kept).to_pandas()
 
 
 def states_of(table: Any) -> list[str]:

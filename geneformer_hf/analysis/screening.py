@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from ..models.first_order import ScanEstimate
 from ..models.scan import CellScan
-from .perturbation_table import ESTIMATED, as_frame
+from .perturbation_table import ESTIMATED, kinds_of, rows_of
 from .perturbations import OVEREXPRESS, Change, Screen
 from .readouts import CELL, STATE
 
@@ -167,12 +167,12 @@ def screening_quality(table: Any, *, top: int = 50) -> ScreeningQuality | None:
     Returns:
         `ScreeningQuality`, or None if no cell was run in whole.
     """
-    frame = as_frame(table)
-    estimated = frame[frame.readout.str.startswith(ESTIMATED)]
-    if estimated.empty:
+    kinds = kinds_of(table)
+    of_estimates = [kind for kind in kinds if kind[0].startswith(ESTIMATED)]
+    if not of_estimates or (of_estimates[0][0].removeprefix(ESTIMATED), of_estimates[0][1]) not in kinds:
         return None
-    readout, target = estimated.readout.iloc[0].removeprefix(ESTIMATED), estimated.target.iloc[0]
-    exact = frame[(frame.readout == readout) & (frame.target == target)]
+    readout, target = of_estimates[0][0].removeprefix(ESTIMATED), of_estimates[0][1]
+    estimated, exact = rows_of(table, ESTIMATED + readout, target), rows_of(table, readout, target, chosen=True)
     keys = ["cell_id", "gene"]
     estimated, exact = (part.assign(gene=part.genes.str[0])[[*keys, "value"]] for part in (estimated, exact))
     pairs = estimated.merge(exact, on=keys, how="left", suffixes=("_estimated", "_exact"))

@@ -7,26 +7,28 @@ of a mixture for the one with an impact. Each has a remedy, off by default so th
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
 from scipy.stats import false_discovery_control, norm
 
 from ..errors import MissingExtraError, SettingError
 from ..genes import GeneTable
-from .perturbation_table import ESTIMATED, as_frame, states_of
+from .perturbation_table import batches_of, kinds_of, rows_of, states_of
 from .readouts import CELL, GENE, STATE
-
-logger = logging.getLogger(__name__)
 
 MODES = ("goal_state_shift", "vs_null", "mixture_model", "aggregate_data", "aggregate_gene_shifts")
 CELL_EMBEDDING = "cell_emb"
 """What the published tables call the cell where others name an affected gene."""
 SIGNIFICANT = 0.05
+ROWS_AT_ONCE = 2_000_000
+"""Values that are put together at once."""
+_BETWEEN_GENES = "\x1f"
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,6 @@ def perturbation_statistics(
     if mode not in MODES:
         msg = f"mode is {mode!r}; expected {', '.join(MODES)}."
         raise SettingError(msg)
-    frame = as_frame(table)
     named = GeneNames(gene_table)
     if mode == "goal_state_shift":
         known = states_of(table)
@@ -101,17 +102,17 @@ def perturbation_statistics(
         if goal is None:
             msg = "goal_state_shift needs the goal: the table does not say it. Pass goal (`--goal`)."
             raise SettingError(msg)
-        return _goal_state_shift(frame, goal, others, named, donors, leave_out_tested=leave_out_tested)
+        return _goal_state_shift(table, goal, others, named, donors, leave_out_tested=leave_out_tested)
     if mode == "vs_null":
         if null is None:
             msg = "vs_null compares with another table. Pass null (`--null`)."
             raise SettingError(msg)
-        return _vs_null(only_readout(frame, CELL), only_readout(as_frame(null), CELL), named, donors)
+        return _vs_null(rows_of(table, CELL), rows_of(null, CELL), named, donors)
     if mode == "mixture_model":
-        return _mixture_model(_Values.of(only_readout(frame, CELL), donors), named, order_components=order_components)
+        return _mixture_model(_Values.of(rows_of(table, CELL), donors), named, order_components=order_components)
     if mode == "aggregate_data":
-        return _aggregate_data(frame, genes)
-    return _aggregate_gene_shifts(frame, named)
+        return _aggregate_data(rows_of(table, CELL), genes)
+    return _aggregate_gene_shifts(table, named)
 
 
 class GeneNames:
@@ -129,26 +130,6 @@ class GeneNames:
             "Ensembl_ID": list(genes),
         }
         return {name: [several[0] if len(several) == 1 else several for several in column] for name, column in one.items()}
-
-
-def only_readout(frame: pd.DataFrame, readout: str, target: str | None = None) -> pd.DataFrame:
-    """Return the rows of a readout.
-
-    Raises:
-        SettingError: if there are none.
-    """
-    found = frame[(frame["readout"] == readout) & ((frame["target"] == target) if target is not None else True)]
-    if found.empty:
-        pairs = frame.loc[frame["readout"] != GENE, ["readout", "target"]].drop_duplicates().to_numpy().tolist()
-        kinds = ", ".join(f"{name}{f' of {of}' if of else ''}" for name, of in pairs)
-        msg = f"the table has no values of readout {readout!r}{f' for {target!r}' if target is not None else ''}. It has: {kinds or 'nothing'}{', gene' if (frame['readout'] == GENE).any() else ''}."
-        raise SettingError(msg)
-    if not readout.startswith(ESTIMATED) and frame["readout"].str.startswith(ESTIMATED).any():
-        logger.warning(
-            "The table is of a screening: it has exact values of those genes alone that looked best in each cell, and a test of such a choice finds too much. "
-            "Read %s%s for all genes, or run those of interest in every cell.", ESTIMATED, readout,
-        )  # fmt: skip
-    return found
 
 
 def rank_sums(background: np.ndarray, groups: Sequence[np.ndarray], *, leave_out: bool = False) -> np.ndarray:
@@ -187,13 +168,13 @@ def fdr_of(p: np.ndarray) -> np.ndarray:
 
 
 def _goal_state_shift(
-    frame: pd.DataFrame, goal: str, others: Sequence[str], named: GeneNames, donors: Mapping[str, Any] | None, *, leave_out_tested: bool
+    table: Any, goal: str, others: Sequence[str], named: GeneNames, donors: Mapping[str, Any] | None, *, leave_out_tested: bool
 ) -> pd.DataFrame:
     columns: dict[str, dict[str, np.ndarray]] = {"shift": {}, "p": {}, "fdr": {}}
     genes: list[tuple[str, ...]] = []
     detections = np.empty(0)
     for state in (goal, *others):
-        found = _Values.of(only_readout(frame, STATE, state), donors)
+        found = _Values.of(rows_of(table, STATE, state), donors)
         groups = found.of_gene()
         if genes and found.genes != genes:
             msg = f"the table does not hold the same perturbations for {goal!r} and {state!r}; it was put together from different runs."
@@ -269,7 +250,6 @@ def _mixture_model(values: _Values, named: GeneNames, *, order_components: bool)
 
 
 def _aggregate_data(frame: pd.DataFrame, genes: Sequence[str] | None) -> pd.DataFrame:
-    frame = only_readout(frame, CELL)
     known = list(dict.fromkeys(tuple(found) for found in frame["genes"]))
     wanted = tuple(genes) if genes is not None else known[0]
     if genes is None and len(known) > 1:
@@ -282,22 +262,45 @@ def _aggregate_data(frame: pd.DataFrame, genes: Sequence[str] | None) -> pd.Data
     return pd.DataFrame({"Cosine_sim": frame.loc[mine, "value"].to_numpy(dtype=np.float64), "Gene": wanted[0] if len(wanted) == 1 else [wanted] * sum(mine)})
 
 
-def _aggregate_gene_shifts(frame: pd.DataFrame, named: GeneNames) -> pd.DataFrame:
-    only_readout(frame, GENE)
-    frame = frame[frame["readout"].isin([CELL, GENE])]
-    keyed = pd.DataFrame(
-        {"genes": [tuple(genes) for genes in frame["genes"]], "target": frame["target"].to_numpy(), "value": frame["value"].to_numpy(dtype=np.float64)}
-    )
-    found = keyed.groupby(["genes", "target"], sort=False)["value"].agg(["mean", lambda v: v.std(ddof=0), "size"]).reset_index()
-    found.columns = ["genes", "target", "mean", "sd", "n"]
+def _moments(table: Any) -> pd.DataFrame:
+    """Return number, mean and standard deviation of the values of each perturbation and affected gene (or the cell), with no more than these in memory."""
+    held: list[pd.DataFrame] = []
+    n_held, n_known = 0, 0
+    for batch in batches_of(table):
+        read = batch.filter(pc.is_in(batch["readout"], pa.array([CELL, GENE])))
+        genes = pc.binary_join(read["genes"], _BETWEEN_GENES)
+        values = pa.table({"genes": genes, "target": read["target"], "mean": pc.cast(read["value"], pa.float64())})
+        held.append(values.to_pandas().assign(n=1, squares=0.0))
+        n_held += read.num_rows
+        if n_held > ROWS_AT_ONCE + 2 * n_known:
+            held = [_merged(held)]
+            n_held = n_known = len(held[0])
+    found = _merged(held)
+    return found.assign(genes=[tuple(genes.split(_BETWEEN_GENES)) for genes in found["genes"]], sd=np.sqrt(found["squares"] / found["n"]))
+
+
+def _merged(pieces: Sequence[pd.DataFrame]) -> pd.DataFrame:
+    """Return number, mean and sum of squared deviations of pieces put together (Chan, Golub and LeVeque 1983, Am Stat 37:242)."""
+    rows = pd.concat(pieces, ignore_index=True)
+    keys = [rows["genes"], rows["target"]]
+    n = rows["n"].groupby(keys, sort=False)
+    means = (rows["n"] * rows["mean"]).groupby(keys, sort=False).transform("sum") / n.transform("sum")
+    squares = rows["squares"] + rows["n"] * (rows["mean"] - means) ** 2
+    return pd.DataFrame({"n": n.sum(), "mean": means.groupby(keys, sort=False).first(), "squares": squares.groupby(keys, sort=False).sum()}).reset_index()
+
+
+def _aggregate_gene_shifts(table: Any, named: GeneNames) -> pd.DataFrame:
+    if all(readout != GENE for readout, _ in kinds_of(table)):
+        rows_of(table, GENE)
+    found = _moments(table)
     perturbed = named.columns(list(found["genes"]))
     of_cell = found["target"] == ""
     affected = found["target"].where(~of_cell)
-    table = pd.DataFrame(
+    shifts = pd.DataFrame(
         {"Perturbed": perturbed["Gene"], "Gene_name": perturbed["Gene_name"], "Ensembl_ID": perturbed["Ensembl_ID"]}
         | {"Affected": [CELL_EMBEDDING if cell else named.tokens.get(gene, gene) for cell, gene in zip(of_cell, found["target"], strict=True)]}
         | {"Affected_gene_name": [None if cell else named.symbols.get(gene) or None for cell, gene in zip(of_cell, found["target"], strict=True)]}
         | {"Affected_Ensembl_ID": affected, "Cosine_sim_mean": found["mean"], "Cosine_sim_stdev": found["sd"], "N_Detections": found["n"]}
     )
-    order = np.lexsort([table["Cosine_sim_mean"], ~of_cell])
-    return table.iloc[order].reset_index(drop=True)
+    order = np.lexsort([shifts["Cosine_sim_mean"], ~of_cell])
+    return shifts.iloc[order].reset_index(drop=True)

@@ -3,12 +3,14 @@
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from scipy.stats import ranksums, wilcoxon
 
 from geneformer_hf import GeneTable
+from geneformer_hf.analysis import statistics
 from geneformer_hf.analysis.effects import cooperativity, perturbation_effects
-from geneformer_hf.analysis.perturbation_table import SCHEMA
+from geneformer_hf.analysis.perturbation_table import SCHEMA, rows_of
 from geneformer_hf.analysis.statistics import perturbation_statistics, rank_sums
 from geneformer_hf.errors import CellFileError, SettingError
 from tests.conftest import ensembl
@@ -152,3 +154,31 @@ def test_pairs_against_the_sum_of_their_genes():
     assert line["p_paired"] < 0.01
     with pytest.raises(SettingError, match="the table has no pair of genes together with each of them alone"):
         cooperativity(make_table(np.full((3, 2), 0.9)))
+
+
+def test_shifts_of_genes_are_put_together_piece_by_piece(values, tmp_path, monkeypatch):
+    """Several files, a few rows at a time, against plain means over all values; near one, where a sum of squares would lose the spread."""
+    monkeypatch.setattr(statistics, "ROWS_AT_ONCE", 7)
+    values = (1 - values * 1e-4).astype(np.float32)
+    parts = [tmp_path / "a.parquet", tmp_path / "b.parquet"]
+    for path, part in zip(parts, (values[:5], values[5:]), strict=True):
+        whole = pa.concat_tables([make_table(part, "gene", (ensembl(20), ensembl(21))), make_table(part), make_table(part, "state", ("goal",))])
+        pq.write_table(whole, path, row_group_size=11)
+    found = perturbation_statistics(parts, "aggregate_gene_shifts").set_index(["Ensembl_ID", "Affected_Ensembl_ID"])
+    assert len(found) == 30
+    for gene in range(10):
+        column = values[:, gene].astype(np.float64)
+        for affected in (ensembl(20), ensembl(21), np.nan):
+            row = found.loc[(ensembl(gene + 1), affected)]
+            assert row["N_Detections"] == np.isfinite(column).sum()
+            np.testing.assert_allclose(row["Cosine_sim_mean"], np.nanmean(column), rtol=1e-12)
+            np.testing.assert_allclose(row["Cosine_sim_stdev"], np.nanstd(column), rtol=1e-7)
+
+
+def test_a_table_of_several_readouts_says_what_it_has(values, tmp_path):
+    whole = pa.concat_tables([make_table(values, "gene", (ensembl(20), ensembl(21))), make_table(values), make_table(values, "state", ("a", "b"))])
+    path = tmp_path / "table.parquet"
+    pq.write_table(whole, path)
+    assert rows_of(path, "state", "b")["value"].tolist() == rows_of(whole.to_pandas(), "state", "b")["value"].tolist()
+    with pytest.raises(SettingError, match=r"no values of readout 'state' for 'c'\. It has: gene, cell, state of a, state of b\."):
+        rows_of(path, "state", "c")
