@@ -1,8 +1,9 @@
 """In silico treatment, differentiation and regulation on real cells, with known genes looked up in the rankings, whatever comes out.
 
     python benchmarks/real_perturb.py kang WORK --model MODEL      # control -> interferon beta, in 200 control cells: interferon-stimulated genes
-    python benchmarks/real_perturb.py treatment WORK --model MODEL # the same by a classifier: every gene of the cells put on top of 60 control cells
+    python benchmarks/real_perturb.py treatment WORK --model MODEL # the same by a classifier: every gene of the cells put on top of 40 control cells
     python benchmarks/real_perturb.py cardio WORK --model MODEL    # day 2 -> day 5 of differentiation: every transcription factor put on top, cardiac ones among them
+    python benchmarks/real_perturb.py precision WORK --model MODEL # every gene of 20 cells deleted in bf16 and in float32
     python benchmarks/real_perturb.py targets WORK --model MODEL   # which genes change when STAT1, IRF8 or SPI1 is deleted from monocyte-like cells
 
 Needs the folder of shared data (GENEFORMER_HF_SHARED), and a model with V2's vocabulary, such as `benchmarks/real_finetune.py pretrain` makes. With --finetune
@@ -20,6 +21,7 @@ from typing import Any
 
 import anndata
 import numpy as np
+from scipy.stats import spearmanr
 
 from geneformer_hf import GeneformerFineTuningArguments, GeneformerTokenizer, InSilicoPerturber, Perturbation, StateShift, finetune
 
@@ -113,7 +115,7 @@ CARDIAC = [
     "ID2",
     "ZFPM2",
 ]
-PERTURBED = {"kang": 200, "treatment": 60, "cardio": 60}
+PERTURBED = {"kang": 200, "treatment": 40, "cardio": 60}
 
 
 def example(name: str) -> ModuleType:
@@ -142,9 +144,22 @@ def write_cells(work: Path, part: str) -> tuple[Path, Path, str, str, str]:
     return work / f"{part}.h5ad", work / f"{part}_learnt.h5ad", column, start, goal
 
 
+def precision(work: Path, model: str) -> None:
+    """Print how far half precision is off, beside how far deleting a gene goes."""
+    cells = anndata.read_h5ad(write_cells(work, "kang")[0])[:20].copy()
+    for pooling in ("mean", "cls"):
+        full, half = (
+            InSilicoPerturber(model, pooling=pooling, dtype=dtype).run(cells, Perturbation.every("delete"))["value"].to_numpy() for dtype in ("float32", "bf16")
+        )
+        rho = float(spearmanr(full, half).statistic)
+        print(
+            f"{pooling}: {len(full):,} values, bf16 off by {np.abs(full - half).max():.1e} at most; rank correlation {rho:.3f}; median effect {np.median(1 - full):.1e}"
+        )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=["kang", "treatment", "cardio", "targets"])
+    parser.add_argument("part", choices=["kang", "treatment", "cardio", "precision", "targets"])
     parser.add_argument("work", type=Path)
     parser.add_argument("--model", required=True)
     parser.add_argument("--finetune", action="store_true")
@@ -153,6 +168,9 @@ def main() -> None:
         cells, *_ = write_cells(args.work, "kang")
         factors = ("ENSG00000115415", "ENSG00000140968", "ENSG00000066336")
         example("affected_genes").main(str(cells), args.model, str(args.work / "affected.csv"), str(args.work / "affected.png"), *factors)
+        return
+    if args.part == "precision":
+        precision(args.work, args.model)
         return
     cells, learnt, column, start, goal = write_cells(args.work, args.part)
     model = args.model
