@@ -30,11 +30,11 @@ def rank(cells: Any, perturber: InSilicoPerturber, readout: str, goal: str, pert
     effects.to_csv(folder / "ranking.csv", index=False)
     names = effects["Gene_name"].fillna(effects["Ensembl_ID"])
     print(f"{len(effects):,} genes; nearest to {goal}: {', '.join(names.head(10))}")
+    among = names.isin(known) | effects["Ensembl_ID"].isin(known)
     plot_volcano(
         effects["effect"], effects["fdr_paired"], list(names), folder / "ranking.png", xlabel=f"nearer to {goal}, against other genes of the same cells",
-        ylabel="-log10 FDR", title=f"{len(effects):,} genes",
+        ylabel="-log10 FDR", title=f"{len(effects):,} genes", known=list(among),
     )  # fmt: skip
-    among = names.isin(known) | effects["Ensembl_ID"].isin(known)
     if among.any() and not among.all():
         area = mannwhitneyu(effects["effect"][among], effects["effect"][~among]).statistic / (among.sum() * (~among).sum())
         print(f"{among.sum()} of {len(known)} known genes can be ranked; they stand above {area:.0%} of the others (by chance 50%)")

@@ -15,23 +15,27 @@ LABELLED = 12
 SIGNIFICANT = 0.05
 
 
-def plot_volcano(effect: Sequence[float], p: Sequence[float], names: Sequence[str], path: Path, *, xlabel: str, ylabel: str, title: str) -> None:
-    """Draw effects against how sure they are; p-values (or false discovery rates) of zero stand at the top."""
+def plot_volcano(
+    effect: Sequence[float], p: Sequence[float], names: Sequence[str], path: Path, *, xlabel: str, ylabel: str, title: str, known: Sequence[bool] | None = None
+) -> None:
+    """Draw effects against how sure they are; p-values (or false discovery rates) of zero stand at the top. Genes `known` beforehand are ringed."""
     plt = pyplot()
     x, y = np.asarray(effect, dtype=float), np.asarray(p, dtype=float)
-    known = np.isfinite(x) & np.isfinite(y)
-    x, y, labels = x[known], y[known], np.asarray(names, dtype=object)[known]
+    found = np.isfinite(x) & np.isfinite(y)
+    x, y, labels = x[found], y[found], np.asarray(names, dtype=object)[found]
     smallest = y[y > 0].min() if (y > 0).any() else 1e-300
     height = -np.log10(np.maximum(y, smallest))
     figure, axes = plt.subplots(figsize=(7.5, 5.5), layout="constrained")
     sure = y < SIGNIFICANT
     axes.scatter(x[~sure], height[~sure], s=10, color="0.7", linewidth=0, rasterized=True)
     axes.scatter(x[sure], height[sure], s=14, color="C3", linewidth=0, rasterized=True, label=f"below {SIGNIFICANT}")
+    if known is not None and (ringed := np.asarray(known, dtype=bool)[found]).any():
+        axes.scatter(x[ringed], height[ringed], s=42, facecolor="none", edgecolor="C0", linewidth=1.1, label="known beforehand")
     axes.axhline(-np.log10(SIGNIFICANT), color="0.5", linewidth=0.8, linestyle=":")
     axes.axvline(0, color="0.5", linewidth=0.8)
     axes.margins(0.12)
     axes.set(xlabel=xlabel, ylabel=ylabel, title=title)
-    if sure.any():
+    if axes.get_legend_handles_labels()[1]:
         axes.legend(fontsize=8)
     _label(figure, axes, x, height, labels, np.argsort(-np.abs(x) * (height + 1e-9)))
     save_figure(plt, figure, path)
@@ -44,7 +48,7 @@ def _label(figure: Any, axes: Any, x: np.ndarray, y: np.ndarray, labels: np.ndar
     for i in order[: 3 * LABELLED]:
         name = axes.annotate(str(labels[i]), (x[i], y[i]), fontsize=8, xytext=(3, 3), textcoords="offset points")
         place = name.get_window_extent()
-        if len(taken) == LABELLED or any(place.overlaps(other) for other in taken):
+        if len(taken) == LABELLED or any(place.padded(2).overlaps(other) for other in taken):
             name.remove()
         else:
             taken.append(place)
