@@ -94,7 +94,7 @@ class Reader:
             found["unit_me"] = F.normalize(genes_me, dim=1)
         found["unit_e"] = F.normalize(own_e, dim=0)
         if self.states_se is not None:
-            found["to_states_s"] = self.states_se @ found["unit_e"]
+            found["to_states_s"] = _dot(self.states_se, found["unit_e"])
         return Before(first_gene, n_genes, **found)
 
     def after(self, before: Before, cell: ChangedCell, tokens: np.ndarray, hidden_le: torch.Tensor) -> Shift:
@@ -113,11 +113,11 @@ class Reader:
         own_e = F.normalize(hidden_le[0].float() if self.pooling == "cls" else genes_me.mean(0), dim=0)
         if CELL in self.readouts:
             if self.pooling == "cls":
-                found["cell"] = float(own_e @ before.unit_e)  # type: ignore[operator]
+                found["cell"] = float(_dot(own_e, before.unit_e))  # type: ignore[arg-type]
             else:
                 found["cell"] = float(likeness_u.mean()) if n_untouched else float("nan")  # type: ignore[union-attr]
         if STATE in self.readouts:
-            found["states"] = (self.states_se @ own_e - before.to_states_s).cpu().numpy()  # type: ignore[operator]
+            found["states"] = (_dot(self.states_se, own_e) - before.to_states_s).cpu().numpy()  # type: ignore[arg-type, operator]
         if GENE in self.readouts:
             found["genes"] = likeness_u.cpu().numpy()  # type: ignore[union-attr]
         return Shift(n_untouched, **found)
@@ -128,6 +128,11 @@ class Reader:
         said = self.model.head(hidden_le[None], ids)
         logits = (torch.cat(said, dim=1) if isinstance(said, tuple) else said).float().cpu().numpy()
         return np.concatenate([head.probabilities(logits)[0] for head in self.heads])
+
+
+def _dot(vectors_xe: torch.Tensor, one_e: torch.Tensor) -> torch.Tensor:
+    """Return dot products in the precision of the vectors; a matrix product would be made in half precision by autocast, where all likenesses are 1."""
+    return (vectors_xe * one_e).sum(-1)
 
 
 def named_states(vectors: Mapping[str, np.ndarray], device: torch.device) -> torch.Tensor:

@@ -5,6 +5,7 @@ import json
 import datasets
 import numpy as np
 import pandas as pd
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -297,10 +298,30 @@ def test_out_of_memory_passes_are_halved(model, tokenizer, monkeypatch, asked):
     np.testing.assert_allclose(again["value"].to_numpy(), whole["value"].to_numpy(), atol=SAME_MODEL)
 
 
-def test_half_precision_is_near(model, tokenizer):
+@pytest.mark.parametrize("pooling", ["mean", "cls"])
+def test_half_precision_is_near(pooling, tokenizer, model):
+    """The model computes in half precision, the likeness of its vectors does not: else nothing would be left of small shifts."""
     cells, wanted = make_dataset(tokenizer), Perturbation.every("delete")
-    full, half = (InSilicoPerturber(model, tokenizer=tokenizer, dtype=dtype, progress=False).run(cells, wanted)["value"].to_numpy() for dtype in (None, "bf16"))
+    full, half = (
+        InSilicoPerturber(model, tokenizer=tokenizer, pooling=pooling, dtype=dtype, progress=False).run(cells, wanted)["value"].to_numpy()
+        for dtype in (None, "bf16")
+    )
     assert 0 < np.abs(full - half).max() < BF16_PERTURBATION
+    assert np.corrcoef(full, half)[0, 1] > 0.9
+    assert len(set(half)) > len(half) / 2
+
+
+def test_states_are_told_apart_in_half_precision(tokenizer, model):
+    cells = make_dataset(tokenizer)
+    full, half = (
+        InSilicoPerturber(model, tokenizer=tokenizer, dtype=dtype, states=StateShift(column="state", start="a", goal="b"), progress=False).run(
+            cells, Perturbation.every("delete")
+        )
+        for dtype in (None, "bf16")
+    )
+    full, half = (found.filter(pc.equal(found["readout"], "state"))["value"].to_numpy() for found in (full, half))
+    assert 0 < np.abs(full - half).max() < BF16_PERTURBATION
+    assert len(set(half)) > len(half) / 2
 
 
 def test_listed_genes_that_no_cell_expresses_are_named(model, tokenizer):
