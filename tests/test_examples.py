@@ -62,8 +62,7 @@ def run(code, folder, *arguments):
     words = [str(argument) for argument in (*code[2:], *arguments)]
     printed = io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed), warnings.catch_warnings():
-        # A process of a user's own has Python's filters, not those of the tests.
-        warnings.resetwarnings()
+        # A user's own process goes on after a warning; the tests' filters make errors of them.
         warnings.simplefilter("ignore")
         patch.chdir(folder)
         patch.setattr(sys, "argv", [str(what), *words])

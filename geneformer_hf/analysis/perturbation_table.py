@@ -224,7 +224,8 @@ def rows_of(table: Any, readout: str, target: str | None = None, *, chosen: bool
             "The table is of a screening: it has exact values of those genes alone that looked best in each cell, and a test of such a choice finds too much. "
             "Read %s%s for all genes, or run those of interest in every cell.", ESTIMATED, readout,
         )  # fmt: skip
-    return pa.Table.from_batches(kept).to_pandas()
+    # Data frames may hold more digits than files.
+    return pa.concat_tables([pa.Table.from_batches([batch]) for batch in kept if batch.num_rows], promote_options="permissive").to_pandas()
 
 
 def states_of(table: Any) -> list[str]:

@@ -263,7 +263,7 @@ def _aggregate_data(frame: pd.DataFrame, genes: Sequence[str] | None) -> pd.Data
 
 
 def _moments(table: Any) -> pd.DataFrame:
-    """Return number, mean and standard deviation of the values of each perturbation and affected gene (or the cell), with no more than these in memory."""
+    """Return number, mean and standard deviation of the values of each perturbation and affected gene (or the cell), with little more than these in memory."""
     held: list[pd.DataFrame] = []
     n_held, n_known = 0, 0
     for batch in batches_of(table):

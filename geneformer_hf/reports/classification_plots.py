@@ -133,7 +133,7 @@ def plot_course(history: Mapping[str, Sequence[Mapping[str, float]]], path: Path
     panels[0, 0].set(xlabel="epoch", ylabel="loss", xlim=(0, None))
     for axes in panels[0]:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    if len(history) <= 6:
+    if len(history) <= 6 and panels[0, 0].lines:
         panels[0, 0].legend(fontsize=8)
     if with_figure:
         panels[0, 1].set(xlabel="epoch", ylabel=f"{metric.removeprefix('eval_').replace('_', ' ')} of validation cells")

@@ -180,5 +180,7 @@ def test_a_table_of_several_readouts_says_what_it_has(values, tmp_path):
     path = tmp_path / "table.parquet"
     pq.write_table(whole, path)
     assert rows_of(path, "state", "b")["value"].tolist() == rows_of(whole.to_pandas(), "state", "b")["value"].tolist()
+    frame = whole.to_pandas().astype({"value": np.float64})
+    assert rows_of([path, frame, whole], "cell")["value"].tolist() == 3 * rows_of(path, "cell")["value"].tolist()
     with pytest.raises(SettingError, match=r"no values of readout 'state' for 'c'\. It has: gene, cell, state of a, state of b\."):
         rows_of(path, "state", "c")
