@@ -37,10 +37,10 @@ from geneformer_hf import (
 )
 from geneformer_hf.data.labels import class_ids
 from geneformer_hf.data.packing import pack_cells
-from geneformer_hf.hub.checkpoints import find_dictionaries, tokenizer_from_dictionaries
 from geneformer_hf.models.adapters import open_weights
 from geneformer_hf.models.attention import PACKED_ATTENTION
 from geneformer_hf.models.contrast import contrast_across
+from geneformer_hf.models.dictionaries import find_dictionaries
 from geneformer_hf.models.pooling import pool_cells
 
 DATA = Path(os.environ.get("GENEFORMER_HF_SHARED", Path(__file__).parents[2] / "shared")).resolve() / "data"
@@ -71,7 +71,7 @@ def barcodes(names: Any) -> set[str]:
 
 
 def pretrain_small(work: Path) -> None:
-    tokenizer = tokenizer_from_dictionaries(find_dictionaries(DATA / "geneformer_dicts_v2", 20_275), model_max_length=512)
+    tokenizer = GeneformerTokenizer.from_dictionaries(find_dictionaries(DATA / "geneformer_dicts_v2", 20_275), model_max_length=512)
     evaluated: set[str] = set()
     for name in EVALUATED:
         adata = anndata.read_h5ad(DATA / f"{name}.h5ad", backed="r")

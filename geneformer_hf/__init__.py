@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ._version import __version__
 from .genes import GeneTable
 from .models import (
+    CHECKPOINTS,
     GeneformerConfig,
     GeneformerForMaskedLM,
     GeneformerForMultiTaskClassification,
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
     from .data.medians import fit_gene_table
     from .data.quality import QualityRules, assess_quality
     from .data.streaming import stream_cells, stream_tokens
-    from .hub.checkpoints import CHECKPOINTS, convert_checkpoint
+    from .hub.conversion import convert_checkpoint
     from .hub.export import export_checkpoint, merge_adapter
     from .models.adapters import add_adapter
     from .models.loading import load_model, load_peft_model
@@ -47,7 +48,6 @@ if TYPE_CHECKING:
     from .training.search_settings import SearchSettings
 
 _LAZY = {
-    "CHECKPOINTS": "hub.checkpoints",
     "CellDatasetBuilder": "data.builder",
     "CellPredictions": "analysis.predictions",
     "FineTuningRun": "training.finetuning",
@@ -65,7 +65,7 @@ _LAZY = {
     "add_adapter": "models.adapters",
     "assess_quality": "data.quality",
     "cooperativity": "analysis.effects",
-    "convert_checkpoint": "hub.checkpoints",
+    "convert_checkpoint": "hub.conversion",
     "embed_cells": "analysis.embeddings",
     "embed_genes": "analysis.embeddings",
     "export_checkpoint": "hub.export",

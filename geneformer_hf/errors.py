@@ -39,6 +39,10 @@ class CheckpointError(GeneformerError, ValueError):
     """A checkpoint, tokenizer or dictionary folder is incomplete or inconsistent."""
 
 
+class HubError(CheckpointError, OSError):
+    """A repository on the Hub cannot be read or written, or what came from there is damaged."""
+
+
 class UnsafePickleError(CheckpointError):
     """A pickle asks for something that published dictionaries never contain; nothing of it was executed."""
 

@@ -16,6 +16,9 @@ import numpy as np
 
 from .errors import CheckpointError, UnsafePickleError
 
+UnpicklingError = pickle.UnpicklingError
+"""What torch raises where a pickle of weights asks for more than tensors."""
+
 # The two spellings of numpy's module before and after numpy 2.
 _ALLOWED = {
     ("numpy", "dtype"): np.dtype,

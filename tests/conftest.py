@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 
 # Before anything imports huggingface_hub or torch.
+from tests.hub import HUB, Hub  # isort: split
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -19,6 +21,7 @@ import scipy.sparse as sp
 import torch
 
 from geneformer_hf import GeneformerConfig, GeneformerForMaskedLM, GeneformerTokenizer, GeneTable
+from geneformer_hf.models import places
 
 N_GENES = 60
 
@@ -47,6 +50,37 @@ def _own_cache(tmp_path_factory):
 
     datasets.config.HF_DATASETS_CACHE = tmp_path_factory.mktemp("datasets-cache")
     datasets.disable_progress_bars()
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path) -> Hub:
+    """The stand-in, empty; this process is online, logged in, and has a cache of its own."""
+    import datasets
+    import huggingface_hub
+
+    HUB.clear()
+    places._checked.clear()
+    for module in (huggingface_hub.constants, datasets.config):
+        monkeypatch.setattr(module, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub-cache"))
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets-cache")
+    monkeypatch.setenv("HF_TOKEN", "hf_owner")
+    # The client waits longer and longer between its tries.
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
+    return HUB
+
+
+@pytest.fixture
+def offline(monkeypatch):
+    """Call it, and this process may not ask the Hub any more."""
+    import datasets
+    import huggingface_hub
+
+    def switch():
+        for module in (huggingface_hub.constants, datasets.config):
+            monkeypatch.setattr(module, "HF_HUB_OFFLINE", True)
+
+    return switch
 
 
 def ensembl(i: int) -> str:

@@ -4,7 +4,7 @@ import pytest
 import yaml
 
 from geneformer_hf import CHECKPOINTS
-from geneformer_hf.hub.checkpoints import published_card
+from geneformer_hf.hub.conversion import published_card
 
 CARDS = Path(__file__).parents[1] / "model_cards"
 

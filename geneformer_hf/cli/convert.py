@@ -31,7 +31,7 @@ class Convert(Command):
         add_overwrite(parser)
 
     def run(self, args: Namespace) -> int:
-        from ..hub.checkpoints import convert_checkpoint
+        from ..hub.conversion import convert_checkpoint
 
         done = convert_checkpoint(
             args.source,

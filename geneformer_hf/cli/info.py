@@ -112,7 +112,7 @@ class Info(Command):
             print_left_out(report)
 
     def _preset(self, name: str) -> None:
-        from ..hub.checkpoints import CHECKPOINTS
+        from ..models.checkpoints import CHECKPOINTS
         from ..models.configuration_geneformer import GeneformerConfig
 
         known = CHECKPOINTS[name]
@@ -123,17 +123,17 @@ class Info(Command):
     def _model(self, model: str) -> None:
         from ..models.adapters import count_parameters, describe_adapter, is_adapter
         from ..models.heads import heads_of
-        from ..models.loading import load_model, load_tokenizer, require_checkpoint, require_same_vocabulary
+        from ..models.loading import load_model, load_tokenizer, require_same_vocabulary
         from ..models.modeling_geneformer import GeneformerForMaskedLM, GeneformerForTokenClassification, GeneformerModel
+        from ..models.places import local_folder
 
-        if is_adapter(model):
-            about = describe_adapter(model)
+        folder = local_folder(model)
+        if is_adapter(folder):
+            about = describe_adapter(folder)
             print(
-                f"LoRA adapter of {about.base}: rank {about.rank} on {about.targets}; saved whole: {', '.join(about.heads) or 'nothing'}; {about.n_bytes / 1e6:,.1f} MB"
+                f"LoRA adapter of {about.base_place}: rank {about.rank} on {about.targets}; saved whole: {', '.join(about.heads) or 'nothing'}; {about.n_bytes / 1e6:,.1f} MB"
             )
             print(f"Trained on {f'{about.quantization} weights' if about.quantization else 'plain weights'}")
-        else:
-            require_checkpoint(model)
         loaded = load_model(model)
         n = count_parameters(loaded)
         print(f"{type(loaded).__name__}, {n:,} parameters, {loaded.get_memory_footprint() / 1e6:,.1f} MB in memory")

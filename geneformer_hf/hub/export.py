@@ -12,6 +12,7 @@ import transformers
 from ..errors import CheckpointError
 from ..models.adapters import is_adapter, is_quantized
 from ..models.loading import load_model, load_peft_model, load_tokenizer
+from ..models.places import local_folder
 from ..outputs import new_folder, require_apart
 
 # What BERT's configuration does not know.
@@ -46,7 +47,7 @@ def export_checkpoint(model: str | Path, output: str | Path, *, overwrite: bool 
         OutputExistsError
     """
     # An adapter is merged on the way; BERT knows none.
-    loaded = merged_model(model) if is_adapter(model) else load_model(model)
+    loaded = merged_model(model) if is_adapter(local_folder(model)) else load_model(model)
     name = type(loaded).__name__.replace("Geneformer", "Bert", 1)
     plain_class = getattr(transformers, name, None)
     if plain_class is None or (name == "BertForSequenceClassification" and loaded.config.pooling in ("mean", "attention")):
@@ -83,7 +84,7 @@ def merged_model(adapter: str | Path, *, base: str | Path | None = None) -> Any:
     quantisation.
     """
     merged = load_peft_model(adapter, base=base, quantization="none").merge_and_unload()
-    merged.config._name_or_path = str(adapter)
+    merged.config.name_or_path = str(adapter)
     return merged
 
 
@@ -91,7 +92,7 @@ def merge_adapter(adapter: str | Path, output: str | Path, *, base: str | Path |
     """Write the model that an adapter makes of its base as a checkpoint of its own, with the tokenizer.
 
     Args:
-        adapter (`str` or `Path`): folder of an adapter.
+        adapter (`str` or `Path`): folder or Hub id of an adapter.
         output (`str` or `Path`): a new folder.
         base (*optional*): where the base is now, if it has moved.
 
@@ -99,14 +100,15 @@ def merge_adapter(adapter: str | Path, output: str | Path, *, base: str | Path |
         CheckpointError: if this is no adapter, or its base is not there.
         OutputExistsError
     """
-    if not is_adapter(adapter):
+    folder = local_folder(adapter)
+    if not is_adapter(folder):
         msg = f"{adapter} is no adapter (it holds no adapter_config.json), so there is nothing to merge."
         raise CheckpointError(msg)
-    require_apart(output, [adapter])
+    require_apart(output, [folder])
     with new_folder(output, overwrite=overwrite) as partial:
         merged_model(adapter, base=base).save_pretrained(partial)
         load_tokenizer(adapter).save_pretrained(partial)
-        card = Path(adapter) / "README.md"
+        card = folder / "README.md"
         if card.is_file():
             (partial / "README.md").write_text(card.read_text(encoding="utf-8").replace("library_name: peft", "library_name: transformers"), encoding="utf-8")
     return Path(output)

@@ -10,6 +10,7 @@ from transformers import (
     AutoTokenizer,
 )
 
+from .checkpoints import CHECKPOINTS
 from .configuration_geneformer import PRESETS, GeneformerConfig
 from .modeling_geneformer import (
     GeneformerForMaskedLM,
@@ -21,6 +22,7 @@ from .modeling_geneformer import (
 from .tokenization_geneformer import GeneformerTokenizer
 
 __all__ = [
+    "CHECKPOINTS",
     "PRESETS",
     "GeneformerConfig",
     "GeneformerForMaskedLM",

@@ -22,6 +22,7 @@ from transformers.utils import logging as transformers_logging
 
 from ..device import resolve_device, resolve_dtype
 from ..errors import CheckpointError, MissingExtraError, SettingError
+from .places import Place
 
 ADAPTER_FILE = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -36,6 +37,8 @@ TASK_TYPES = {
     "GeneformerForTokenClassification": "TOKEN_CLS",
 }
 BASE_FINGERPRINT = "geneformer_base"
+BASE_SUBFOLDER = "geneformer_base_subfolder"
+"""What peft has no name for, in our config.json."""
 
 
 def _peft() -> Any:
@@ -85,12 +88,22 @@ def quantization_config(kind: str, *, double: bool = True, compute_dtype: str | 
 
 
 def open_weights(
-    model_class: Any, place: str | Path, config: Any, *, quantization: Any = None, device: str | torch.device | None = None, quiet: bool = False, **kwargs: Any
+    model_class: Any,
+    place: str | Path | Place,
+    config: Any,
+    *,
+    quantization: Any = None,
+    device: str | torch.device | None = None,
+    quiet: bool = False,
+    **kwargs: Any,
 ) -> Any:
     """Return a model with the weights at `place`, quantised on the way where a config says so.
 
     With `quiet`, transformers does not tell which weights are new: for heads that are about to be trained, or come with an adapter.
     """
+    if isinstance(place, Place):
+        kwargs |= {"subfolder": place.subfolder, "revision": place.revision}
+        place = place.name
     if quantization is not None:
         # Weights are packed for one device, so it is decided now.
         kwargs |= {"quantization_config": quantization, "device_map": {"": str(resolve_device(device))}}
@@ -243,6 +256,20 @@ def complete_adapter(model: Any, folder: Path) -> None:
     inner = unwrapped(model)
     config = inner.config.to_dict() | {BASE_FINGERPRINT: base_fingerprint(model), "architectures": [type(inner).__name__]}
     (folder / "config.json").write_text(json.dumps(config, indent=2, default=str) + "\n", encoding="utf-8")
+    if inner.place is not None and not inner.place.is_local:
+        # The commit it was trained on, whatever the repository holds by then.
+        name_base(folder, inner.place)
+
+
+def name_base(folder: Path, base: Place) -> None:
+    """Write into an adapter folder where its base is."""
+    for name, said in (
+        (ADAPTER_FILE, {"base_model_name_or_path": base.name, "revision": base.revision}),
+        ("config.json", {BASE_SUBFOLDER: base.subfolder} if base.subfolder else {}),
+    ):
+        settings = json.loads((folder / name).read_text(encoding="utf-8"))
+        settings.pop(BASE_SUBFOLDER, None)
+        (folder / name).write_text(json.dumps(settings | said, indent=2) + "\n", encoding="utf-8")
 
 
 @dataclass(frozen=True)
@@ -250,7 +277,11 @@ class AdapterInfo:
     """What an adapter folder says of itself."""
 
     base: str
-    """Folder or Hub id of the model it belongs to."""
+    """Folder or Hub id of the model it belongs to, or name of a published checkpoint."""
+    base_revision: str | None
+    """Commit of the base, if it is on the Hub."""
+    base_subfolder: str | None
+    """Where in its repository."""
     rank: int
     targets: str
     heads: list[str]
@@ -258,6 +289,11 @@ class AdapterInfo:
     n_bytes: int
     quantization: str | None
     """What it was trained on: "int8", "nf4", or None."""
+
+    @property
+    def base_place(self) -> Place:
+        """Where its base is."""
+        return Place(self.base, self.base_subfolder, self.base_revision)
 
 
 def is_adapter(place: str | Path) -> bool:
@@ -282,6 +318,8 @@ def describe_adapter(folder: str | Path) -> AdapterInfo:
     targets, trained_on = settings.get("target_modules"), config.get("quantization_config") or {}
     return AdapterInfo(
         base=str(settings.get("base_model_name_or_path")),
+        base_revision=settings.get("revision"),
+        base_subfolder=config.get(BASE_SUBFOLDER),
         rank=int(settings.get("r") or 0),
         targets=next(
             (name for name, known in LORA_TARGETS.items() if known == targets or (isinstance(targets, list) and sorted(targets) == known)), str(targets)
@@ -304,7 +342,7 @@ def load_adapter(
     *,
     model_class: Any,
     config: Any,
-    base: str | Path | None = None,
+    base: Place,
     quantization: str | None = None,
     is_trainable: bool = False,
     device: str | torch.device | None = None,
@@ -314,17 +352,16 @@ def load_adapter(
 
     Args:
         quantization (`"int8"`, `"nf4"` or `"none"`, *optional*).
-        base (*optional*): in place of the base that the adapter names, if it has moved.
+        base (`Place`): where the model is that the adapter was trained on.
 
     Raises:
         CheckpointError: if the base is missing, or not the one the adapter was trained on.
     """
     peft, info = _peft(), describe_adapter(folder)
-    place = str(base) if base is not None else info.base
     kind = info.quantization if quantization is None else quantization
     saved = config.to_dict().get("quantization_config") or {}
     expected = getattr(config, BASE_FINGERPRINT, None)
-    for leftover in ("quantization_config", BASE_FINGERPRINT):
+    for leftover in ("quantization_config", BASE_FINGERPRINT, BASE_SUBFOLDER):
         # The configuration is of the base from here on, which is not quantised where it lies.
         config.__dict__.pop(leftover, None)
     wanted = None
@@ -332,16 +369,16 @@ def load_adapter(
         options = {"double": saved["bnb_4bit_use_double_quant"], "compute_dtype": str(saved["bnb_4bit_compute_dtype"])} if saved.get("load_in_4bit") else {}
         wanted = quantization_config(kind, **options)
     try:
-        model = open_weights(model_class, place, config, quantization=wanted, device=device, quiet=True, **kwargs)
+        model = open_weights(model_class, base, config, quantization=wanted, device=device, quiet=True, **kwargs)
     except RuntimeError as error:
         # Weights of another shape, which transformers has told of.
         if isinstance(error, torch.OutOfMemoryError):
             raise
-        msg = f"{place} cannot be the base of {folder}: its weights have other shapes. Pass `base=`, the checkpoint it was trained on."
+        msg = f"{base} cannot be the base of {folder}: its weights have other shapes. Pass `base=`, the checkpoint it was trained on."
         raise CheckpointError(msg) from error
     found = base_fingerprint(model)
     if expected is not None and found != expected:
-        msg = f"{folder} was trained on another base: its embeddings have the fingerprint {expected}, and those of {place} {found}. Pass `base=`, the checkpoint it was trained on."
+        msg = f"{folder} was trained on another base: its embeddings have the fingerprint {expected}, and those of {base} {found}. Pass `base=`, the checkpoint it was trained on."
         raise CheckpointError(msg)
     try:
         with warnings.catch_warnings():
@@ -349,7 +386,6 @@ def load_adapter(
             warnings.filterwarnings("ignore", category=FutureWarning)
             adapted = peft.PeftModel.from_pretrained(model, str(folder), is_trainable=is_trainable)
     except (RuntimeError, ValueError, OSError, SafetensorError) as error:
-        msg = f"the adapter in {folder} does not fit {place}: {str(error).splitlines()[0]} Use the base it was trained on."
+        msg = f"the adapter in {folder} does not fit {base}: {str(error).splitlines()[0]} Use the base it was trained on."
         raise CheckpointError(msg) from error
-    adapted.get_base_model().config._name_or_path = str(folder)
     return adapted if is_trainable else adapted.eval()

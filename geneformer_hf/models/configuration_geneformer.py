@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from transformers import BertConfig
+
+from .checkpoints import CHECKPOINTS
 
 # Special tokens of the published vocabularies by their size, which is how a published config.json tells them apart.
 CLS_EOS_OF_VOCABULARY = {20_275: (2, 3)}
@@ -113,9 +116,13 @@ class GeneformerConfig(BertConfig):
         return cls(**(PRESETS[name] | overrides))
 
     @classmethod
-    def get_config_dict(cls, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Read a config.json; the published ones say `model_type: bert`, which becomes `geneformer` here."""
-        config, rest = super().get_config_dict(*args, **kwargs)
+    def get_config_dict(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Read a config.json; the published ones say `model_type: bert`, which becomes `geneformer` here, and have names (`CHECKPOINTS`)."""
+        known = CHECKPOINTS.get(str(pretrained_model_name_or_path))
+        if known is not None and not Path(pretrained_model_name_or_path).is_dir():
+            pretrained_model_name_or_path = known.repository
+            kwargs |= {"subfolder": kwargs.get("subfolder") or known.subfolder, "revision": kwargs.get("revision") or known.revision}
+        config, rest = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         if config.get("model_type") == "bert":
             config = {**config, "model_type": cls.model_type}
         return config, rest

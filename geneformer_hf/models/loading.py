@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,9 +13,10 @@ import xxhash
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
-from ..errors import CheckpointError, GeneformerError, SettingError, VocabularyMismatchError
-from ..pickles import require_content
+from ..errors import CheckpointError, GeneformerError, SettingError, UnsafePickleError, VocabularyMismatchError
+from ..pickles import UnpicklingError, require_content
 from .adapters import ADAPTER_WEIGHTS, describe_adapter, is_adapter, load_adapter, open_weights, quantization_config, unwrapped
+from .checkpoints import CHECKPOINTS
 from .configuration_geneformer import GeneformerConfig
 from .modeling_geneformer import (
     GeneformerForMaskedLM,
@@ -23,7 +25,10 @@ from .modeling_geneformer import (
     GeneformerForTokenClassification,
     GeneformerModel,
 )
-from .tokenization_geneformer import GENE_TABLE_FILE, GeneformerTokenizer
+from .places import HUB_OPTIONS, Place, fetched_checkpoint, is_hub_id, place_of
+from .tokenization_geneformer import GeneformerTokenizer
+
+logger = logging.getLogger(__name__)
 
 _CLASSES = {
     cls.__name__: cls
@@ -52,7 +57,7 @@ def model_class_of(config: GeneformerConfig, where: str = "the checkpoint") -> t
 
 
 def load_model(model: Any, *, quantization: str | None = None, base: str | Path | None = None, device: Any = None, **kwargs: Any) -> Any:
-    """Return a model as it is, or open a checkpoint in a folder or on the Hub: plain, adapter, 8-bit or 4-bit, whatever its head.
+    """Return a model as it is, or open a checkpoint: in a folder, on the Hub, or by the name of a published one; plain, adapter, 8-bit or 4-bit.
 
     Args:
         model (`PreTrainedModel`, `PeftModel`, `str` or `Path`).
@@ -61,7 +66,7 @@ def load_model(model: Any, *, quantization: str | None = None, base: str | Path 
             was trained; "none" opens it on plain weights.
         base (*optional*): for adapters whose base has moved.
         device (*optional*): for quantised weights, which stay where they were loaded; the best there is otherwise.
-        kwargs: passed on to `from_pretrained`: `subfolder`, `revision`, `dtype`.
+        kwargs: passed on to `from_pretrained`: `subfolder`, `revision`, `token`, `dtype`.
 
     Returns:
         a Geneformer in evaluation mode. That of an adapter has it at work inside; `load_peft_model` gives the `PeftModel` around it.
@@ -78,43 +83,51 @@ def load_model(model: Any, *, quantization: str | None = None, base: str | Path 
             msg = f"quantization={quantization!r} is for checkpoints that are opened, and this model is open already. Pass its folder."
             raise SettingError(msg)
         return inner
-    if is_adapter(model):
-        return unwrapped(load_peft_model(model, quantization=quantization, base=base, device=device, **kwargs))
-    require_checkpoint(Path(model) / kwargs["subfolder"] if kwargs.get("subfolder") and Path(model).is_dir() else model)
+    place = place_of(model, subfolder=kwargs.pop("subfolder", None), revision=kwargs.pop("revision", None))
+    hub = {name: kwargs.pop(name) for name in HUB_OPTIONS if name in kwargs}
+    folder, place = fetched_checkpoint(place, **hub)
+    if is_adapter(folder):
+        return unwrapped(_open_adapter(folder, place, base=base, quantization=quantization, is_trainable=False, device=device, **hub, **kwargs))
+    require_checkpoint(folder)
     wanted = None if quantization in (None, "none") else quantization_config(str(quantization))
-    with refusals(model):
-        config = GeneformerConfig.from_pretrained(str(model), **{k: v for k, v in kwargs.items() if k in ("subfolder", "revision")})
+    with refusals(place):
+        config = GeneformerConfig.from_pretrained(str(folder))
         if wanted is not None and getattr(config, "quantization_config", None):
-            msg = f"{model} was saved quantised, so quantization={quantization!r} cannot be asked for. Leave it out."
+            msg = f"{place} was saved quantised, so quantization={quantization!r} cannot be asked for. Leave it out."
             raise SettingError(msg)
-        return open_weights(model_class_of(config, str(model)), model, config, quantization=wanted, device=device, **kwargs).eval()
+        return open_weights(model_class_of(config, str(place)), place, config, quantization=wanted, device=device, **hub, **kwargs).eval()
 
 
 def load_peft_model(
     folder: str | Path, *, quantization: str | None = None, base: str | Path | None = None, is_trainable: bool = False, device: Any = None, **kwargs: Any
 ) -> Any:
-    """Open an adapter folder as a `peft.PeftModel` on its base; arguments as in `load_model`.
+    """Open an adapter in a folder or on the Hub as a `peft.PeftModel` on its base; arguments as in `load_model`.
 
     Raises:
         CheckpointError: if base and adapter are not there, or do not belong together.
     """
-    require_content(Path(folder) / ADAPTER_WEIGHTS)
-    place = str(base) if base is not None else describe_adapter(folder).base
-    if not Path(place).exists() and not is_hub_id(place):
-        msg = f"{folder} is an adapter of the model {place}, which is not there. Pass `base=` (--base; folder or Hub id) to say where it is now."
+    place = place_of(folder, subfolder=kwargs.pop("subfolder", None), revision=kwargs.pop("revision", None))
+    hub = {name: kwargs.pop(name) for name in HUB_OPTIONS if name in kwargs}
+    local, place = fetched_checkpoint(place, **hub)
+    return _open_adapter(local, place, base=base, quantization=quantization, is_trainable=is_trainable, device=device, **hub, **kwargs)
+
+
+def _open_adapter(folder: Path, place: Place, *, base: str | Path | None, **options: Any) -> Any:
+    require_content(folder / ADAPTER_WEIGHTS)
+    about = describe_adapter(folder)
+    where = Place(str(base)) if base is not None else about.base_place
+    if not Path(where.name).exists() and where.name not in CHECKPOINTS and not is_hub_id(where.name):
+        msg = f"{place} is an adapter of the model {where.name}, which is not there. Pass `base=` (--base; folder or Hub id) to say where it is now."
         raise CheckpointError(msg)
-    with refusals(folder):
+    where = place_of(where.name, subfolder=where.subfolder, revision=where.revision)
+    logger.info("%s is an adapter of the model %s.", place, where)
+    with refusals(place):
         config = GeneformerConfig.from_pretrained(str(folder))
-        return load_adapter(
-            folder,
-            model_class=model_class_of(config, str(folder)),
-            config=config,
-            base=base,
-            quantization=quantization,
-            is_trainable=is_trainable,
-            device=device,
-            **kwargs,
-        )
+        opened = load_adapter(folder, model_class=model_class_of(config, str(place)), config=config, base=where, **options)
+    inner = unwrapped(opened)
+    inner.place = place
+    inner.config.name_or_path = place.name if not place.is_local else str(folder)
+    return opened
 
 
 @contextmanager
@@ -122,6 +135,9 @@ def refusals(model: Any) -> Iterator[None]:
     """Turn what transformers says of a checkpoint it cannot open into our error."""
     try:
         yield
+    except UnpicklingError as error:
+        msg = f"{model} cannot be opened: its weights are a pickle that asks for more than tensors. It was refused and nothing of it was executed. Ask its owner for safetensors."
+        raise UnsafePickleError(msg) from error
     except (OSError, ValueError, SafetensorError) as error:
         if isinstance(error, GeneformerError):
             raise
@@ -129,59 +145,41 @@ def refusals(model: Any) -> Iterator[None]:
         raise CheckpointError(msg) from error
 
 
-def is_hub_id(name: str | Path) -> bool:
-    """Return whether something that is not on this disk can be a repository on the Hub: two parts, the first no folder here."""
-    parts = Path(name).parts
-    return len(parts) == 2 and not str(name).startswith((".", "/", "~")) and not Path(parts[0]).is_dir()
-
-
-def require_checkpoint(model: str | Path) -> None:
-    """Raise if a local folder cannot be a checkpoint: no config.json, or git-lfs pointers in place of weights."""
-    folder = Path(model)
-    if not folder.exists():
-        if not is_hub_id(model):
-            msg = f"{model} does not exist. Give the folder of a converted checkpoint, or a Hub id such as 'name/model'."
-            raise CheckpointError(msg)
-        return
+def require_checkpoint(folder: Path) -> None:
+    """Raise if a folder cannot be a checkpoint: no config.json, or git-lfs pointers in place of weights."""
     if not (folder / "config.json").is_file():
         inside = sorted(path.parent.name for path in folder.glob("*/config.json"))
         hint = f"Checkpoints inside: {', '.join(inside)}." if inside else "Give the folder of a converted checkpoint."
-        msg = f"{model} holds no config.json, so it is no checkpoint. {hint}"
+        msg = f"{folder} holds no config.json, so it is no checkpoint. {hint}"
         raise CheckpointError(msg)
     for path in (*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")):
         require_content(path)
 
 
 def load_tokenizer(folder: Any, **kwargs: Any) -> GeneformerTokenizer:
-    """Open the tokenizer of a converted checkpoint.
+    """Open the tokenizer of a checkpoint, wherever that is.
 
     Raises:
-        CheckpointError: if there is none; published checkpoints carry none until they are converted.
+        CheckpointError: if there is none.
     """
-    local = Path(folder)
-    if not local.exists() and not is_hub_id(folder):
-        # A Hub id has two parts; asking the Hub for anything else only takes time.
-        msg = f"{folder} does not exist (looked for in {Path.cwd()}). Give the folder of a tokenizer or converted checkpoint, or a Hub id such as 'name/model'."
-        raise CheckpointError(msg)
-    if local.is_dir() and not (local / GENE_TABLE_FILE).is_file():
-        msg = f"{folder} holds no {GENE_TABLE_FILE}: published checkpoints come without a tokenizer. Run `geneformer-hf convert {folder} OUTPUT` once and use OUTPUT."
-        raise CheckpointError(msg)
-    require_local: dict[str, Any] = {"local_files_only": True} if local.is_dir() else {}
     try:
-        return GeneformerTokenizer.from_pretrained(str(folder), **require_local, **kwargs)
+        return GeneformerTokenizer.from_pretrained(folder, **kwargs)
     except (OSError, ValueError) as error:
-        if isinstance(error, (CheckpointError, VocabularyMismatchError)):
+        if isinstance(error, GeneformerError):
             raise
         msg = f"no gene tokenizer at {folder}: {str(error).splitlines()[0]} Convert a published checkpoint first (`geneformer-hf convert`)."
         raise CheckpointError(msg) from error
 
 
 def tokenizer_of(model: Any) -> GeneformerTokenizer:
-    """Return the tokenizer in the folder or Hub repository a model was loaded from.
+    """Return the tokenizer that lies beside the weights of a model: in the same folder, or the same commit of a repository.
 
     Raises:
         CheckpointError: if the model was not loaded from anywhere, or there is no tokenizer there.
     """
+    place = getattr(unwrapped(model), "place", None)
+    if place is not None:
+        return load_tokenizer(place.name, subfolder=place.subfolder, revision=place.revision)
     origin = model.config.name_or_path
     if not origin:
         msg = "This model was not loaded from a folder, so its tokenizer is not known. Pass `tokenizer=`."
@@ -195,6 +193,9 @@ def require_same_vocabulary(config: GeneformerConfig, tokenizer: GeneformerToken
     Raises:
         VocabularyMismatchError: if sizes, special tokens, lengths or gene tables differ; each difference is named.
     """
+    if not isinstance(tokenizer, GeneformerTokenizer):
+        msg = f"tokenizer is a {type(tokenizer).__name__} of {len(tokenizer):,} tokens, no gene tokenizer. AutoTokenizer makes such a thing of a published folder: use GeneformerTokenizer.from_pretrained, or convert the checkpoint first."
+        raise VocabularyMismatchError(msg)
     differences = []
     size = max(tokenizer.get_vocab().values()) + 1
     if size != config.vocab_size:

@@ -22,9 +22,11 @@ from transformers.utils.generic import can_return_tuple
 
 from .adapters import require_savable
 from .attention import PACKED_ATTENTION
+from .checkpoints import PUBLISHED_TABLES, REPOSITORY
 from .configuration_geneformer import GeneformerConfig
 from .contrast import contrast_across
 from .heads import IGNORED
+from .places import HUB_OPTIONS, Place, fetched_checkpoint, place_of
 from .pooling import GeneAttention, pool_cells
 
 """Label of a position or task that does not count, as everywhere in transformers."""
@@ -63,8 +65,36 @@ def _cross_entropy(logits_bc: torch.Tensor, labels_b: torch.Tensor, class_weight
     return F.cross_entropy(logits_bc.float(), labels_b, weight=weights, reduction="sum", ignore_index=IGNORED)
 
 
-class _Savable:
-    """Refuses to write what would be read back as something else."""
+class _Checkpoint:
+    """Opens from where checkpoints are, and refuses to write what would be read back as something else."""
+
+    place: Place | None = None
+    """Where the weights are from."""
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """Open a checkpoint as transformers does: from a folder, a Hub id, or by the name of a published one (`CHECKPOINTS`).
+
+        What comes from the Hub is fetched whole and its hashes are compared before any of it is read.
+
+        Raises:
+            CheckpointError: if there is no such place, or the repository cannot be read (`HubError`).
+        """
+        if pretrained_model_name_or_path is None:
+            return super().from_pretrained(None, *args, **kwargs)  # type: ignore[misc]
+        place = place_of(pretrained_model_name_or_path, subfolder=kwargs.pop("subfolder", None), revision=kwargs.pop("revision", None))
+        kwargs.pop("_commit_hash", None)
+        options = {name: kwargs.pop(name) for name in HUB_OPTIONS if name in kwargs}
+        folder, place = fetched_checkpoint(place, **options)
+        found = super().from_pretrained(str(folder), *args, **kwargs)  # type: ignore[misc]
+        # With `output_loading_info` there are two.
+        model = found[0] if isinstance(found, tuple) else found
+        model.place = place
+        # Not the folder in the cache of this machine: what is made from this model will say that it is from there.
+        model.name_or_path = model.config.name_or_path = place.name if not place.is_local else str(folder)
+        if place.name == REPOSITORY and model.config.vocabulary_fingerprint is None:
+            model.config.vocabulary_fingerprint = PUBLISHED_TABLES.get(model.config.vocab_size)
+        return found
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
         """Save as transformers does; 4-bit weights that were repacked are refused.
@@ -76,13 +106,13 @@ class _Savable:
         return super().save_pretrained(*args, **kwargs)  # type: ignore[misc]
 
 
-class GeneformerModel(_Savable, BertModel):
+class GeneformerModel(_Checkpoint, BertModel):
     """The bare encoder. `last_hidden_state` has shape `(b, l, e)`."""
 
     config_class = GeneformerConfig
 
 
-class GeneformerForMaskedLM(_Savable, BertForMaskedLM):
+class GeneformerForMaskedLM(_Checkpoint, BertForMaskedLM):
     """Geneformer with the masked-gene head it was pretrained with."""
 
     config_class = GeneformerConfig
@@ -161,7 +191,7 @@ class GeneformerForMaskedLM(_Savable, BertForMaskedLM):
         return losses_m.float().sum()
 
 
-class GeneformerForSequenceClassification(_Savable, BertForSequenceClassification):
+class GeneformerForSequenceClassification(_Checkpoint, BertForSequenceClassification):
     """Geneformer with one head per cell: classes, several labels at once, or numbers (`config.problem_type`).
 
     The head reads what `config.pooling` names, through BERT's pooler (a linear layer and tanh). Numbers are learnt in standard
@@ -229,7 +259,7 @@ class GeneformerForSequenceClassification(_Savable, BertForSequenceClassificatio
         return _mean_of(total, labels.numel(), num_items_in_batch)
 
 
-class GeneformerForTokenClassification(_Savable, BertForTokenClassification):
+class GeneformerForTokenClassification(_Checkpoint, BertForTokenClassification):
     """Geneformer with one head per gene. `logits` has shape `(b, l, num_labels)`."""
 
     config_class = GeneformerConfig
@@ -276,7 +306,7 @@ class MultiTaskOutput(ModelOutput):
     attentions: tuple[torch.Tensor, ...] | None = None
 
 
-class GeneformerForMultiTaskClassification(_Savable, BertPreTrainedModel):
+class GeneformerForMultiTaskClassification(_Checkpoint, BertPreTrainedModel):
     """Geneformer with one classification head per task over a shared encoder; `config.task_labels` names them.
 
     With `config.integrate`, such as the batch a cell is from, cells of one class are drawn together across it while training (see `contrast_across`).

@@ -6,7 +6,8 @@ Saved as `tokenizer.json` and `tokenizer_config.json`, which transformers loads 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -24,6 +25,9 @@ from transformers import BatchEncoding, PreTrainedTokenizerFast
 from ..errors import CheckpointError, NotRawCountsError, UnknownGeneError, VocabularyMismatchError
 from ..genes import GeneColumns, GeneTable, choose_gene_ids
 from ..ranking import ENCODING_VERSION, MAX_COLUMNS, TARGET_SUM, check_counts, choose_counts, rank_columns, stored_values, sum_columns
+from .checkpoints import DICTIONARY_PATTERNS
+from .dictionaries import find_dictionaries, folder_of_dictionaries, identify, table_of
+from .places import HUB_OPTIONS, TOKENIZER_FILES, Place, fetched, place_of
 
 GENE_TABLE_FILE = "gene_table.json"
 
@@ -69,6 +73,47 @@ class GeneformerTokenizer(PreTrainedTokenizerFast):
 
     vocab_files_names = {"tokenizer_file": "tokenizer.json", "gene_table_file": GENE_TABLE_FILE}  # noqa: RUF012 - the base class declares it so
     model_input_names = ["input_ids", "attention_mask"]  # noqa: RUF012
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *init_inputs: Any, **kwargs: Any) -> GeneformerTokenizer:
+        """Open the tokenizer of a folder, a Hub id or a published checkpoint (`CHECKPOINTS`), as every `from_pretrained` does.
+
+        The published repository has no tokenizer: its dictionaries are read by the restricted reader, and have to have the published hashes.
+
+        Raises:
+            CheckpointError: if there is no tokenizer, or the repository cannot be read (`HubError`).
+        """
+        place = place_of(pretrained_model_name_or_path, subfolder=kwargs.pop("subfolder", None), revision=kwargs.pop("revision", None))
+        options = {name: kwargs.pop(name) for name in HUB_OPTIONS if name in kwargs}
+        folder, place = fetched(place, TOKENIZER_FILES, **options)
+        if (folder / GENE_TABLE_FILE).is_file() or "gene_table" in kwargs or "gene_table_file" in kwargs:
+            opened = super().from_pretrained(str(folder), *init_inputs, **(kwargs | {"local_files_only": True}))
+            opened.name_or_path = place.name
+            return opened
+        return cls._of_published(folder, place, **options)
+
+    @classmethod
+    def _of_published(cls, folder: Path, place: Place, **options: Any) -> GeneformerTokenizer:
+        """Build the tokenizer of a checkpoint in the published layout, which has dictionaries in its place."""
+        config = folder / "config.json"
+        settings = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
+        root = folder_of_dictionaries(place, **options) if settings.get("model_type") == "bert" else None
+        if root is None or not any(root.rglob(DICTIONARY_PATTERNS["tokens"])):
+            msg = f"{place} holds no {GENE_TABLE_FILE}: published checkpoints come without a tokenizer. Run `geneformer-hf convert {place.name} OUTPUT` once and use OUTPUT."
+            raise CheckpointError(msg)
+        found = find_dictionaries(root, settings["vocab_size"])
+        tokenizer = cls.from_dictionaries(found, version=identify(found), model_max_length=settings["max_position_embeddings"])
+        if len(tokenizer) != settings["vocab_size"]:
+            msg = f"{place} has a vocabulary of {settings['vocab_size']:,} and the dictionaries in {found['tokens'].parent} one of {len(tokenizer):,}. Convert it with its own dictionaries (`geneformer-hf convert … --dictionaries`)."
+            raise VocabularyMismatchError(msg)
+        return tokenizer
+
+    @classmethod
+    def from_dictionaries(cls, found: Mapping[str, Path], *, version: str | None = None, model_max_length: int | None = None) -> GeneformerTokenizer:
+        """Build the tokenizer that four published dictionaries stand for; `version` is theirs, None for unknown ones."""
+        table, specials = table_of(found, source=f"published {version} dictionaries" if version else "own dictionaries")
+        ends = {f"{name}_token": f"<{name}>" for name in ("cls", "eos")} if {"<cls>", "<eos>"} <= set(specials) else {}
+        return cls(gene_table=table, model_max_length=model_max_length, **ends)  # type: ignore[arg-type]
 
     @classmethod
     def convert_to_native_format(cls, trust_remote_code: bool = False, **kwargs: Any) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from ..models.adapters import is_adapter, unwrapped
 from ..models.configuration_geneformer import PRESETS, GeneformerConfig
 from ..models.loading import load_model, require_same_vocabulary
 from ..models.modeling_geneformer import GeneformerForMaskedLM
+from ..models.places import local_folder
 from ..models.tokenization_geneformer import GeneformerTokenizer
 from ..outputs import require_apart
 from .arguments import GeneformerPretrainingArguments
@@ -175,7 +176,7 @@ def _open_masked(arguments: GeneformerPretrainingArguments, tokenizer: Geneforme
     if not isinstance(model, GeneformerForMaskedLM):
         msg = f"{arguments.from_checkpoint} is a {type(model).__name__}; pretraining goes on from a masked-gene model (GeneformerForMaskedLM)."
         raise CheckpointError(msg)
-    if is_adapter(str(arguments.from_checkpoint)):
+    if is_adapter(local_folder(str(arguments.from_checkpoint))):
         msg = f"{arguments.from_checkpoint} is an adapter. Merge it with its base first (`geneformer-hf export {arguments.from_checkpoint} OUTPUT --format merged`), and go on from OUTPUT."
         raise CheckpointError(msg)
     if next(model.parameters()).dtype != torch.float32:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +10,7 @@ from ..errors import CheckpointError, SettingError
 from ..models.adapters import HEADS, add_adapter, is_adapter, open_weights, quantization_config, unwrapped
 from ..models.configuration_geneformer import GeneformerConfig
 from ..models.loading import load_tokenizer, refusals, require_checkpoint, require_same_vocabulary
+from ..models.places import Place, fetched_checkpoint, place_of
 from ..models.tokenization_geneformer import GeneformerTokenizer
 from .arguments import GeneformerFineTuningArguments
 from .settings import TrainingSettings
@@ -40,17 +40,18 @@ def open_base(arguments: TrainingSettings, model_class: Any, fields: dict[str, A
     if where is None:
         msg = "No model: give `from_checkpoint`, the folder or Hub id of a pretrained model."
         raise SettingError(msg)
-    if is_adapter(where):
+    folder, place = fetched_checkpoint(place_of(where))
+    if is_adapter(folder):
         msg = f"{where} is an adapter. Merge it with its base first (`geneformer-hf export {where} OUTPUT --format merged`), and start from OUTPUT."
         raise CheckpointError(msg)
-    require_checkpoint(where)
-    if Path(where).is_dir():
+    require_checkpoint(folder)
+    if place.is_local:
         # An adapter remembers where its base is, and may be opened from another folder.
-        where = str(Path(where).resolve())
+        place = Place(str(folder.resolve()))
     options = {"double": arguments.double_quantization, "compute_dtype": arguments.compute_dtype}
     quantization = None if arguments.quantization == "none" else quantization_config(arguments.quantization, **options)  # type: ignore[arg-type]
     with refusals(where):
-        config = GeneformerConfig.from_pretrained(where)
+        config = GeneformerConfig.from_pretrained(str(folder))
         if getattr(config, "quantization_config", None):
             msg = f"{where} was saved quantised; training needs the weights as they were. Start from the checkpoint it was made from."
             raise CheckpointError(msg)
@@ -60,7 +61,7 @@ def open_base(arguments: TrainingSettings, model_class: Any, fields: dict[str, A
             setattr(config, name, value)
         require_same_vocabulary(config, tokenizer)
         model, info = open_weights(
-            model_class, where, config, quantization=quantization, device=arguments.device, quiet=True, output_loading_info=True, ignore_mismatched_sizes=True
+            model_class, place, config, quantization=quantization, device=arguments.device, quiet=True, output_loading_info=True, ignore_mismatched_sizes=True
         )
     is_head = tuple(f"{name}." for name in HEADS)
     lost = [name for name in (*info["missing_keys"], *(key[0] for key in info["mismatched_keys"])) if not name.startswith(is_head)]

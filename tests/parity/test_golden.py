@@ -6,8 +6,9 @@ import pandas as pd
 import pytest
 import scipy.sparse as sp
 
-from geneformer_hf import GeneformerForMaskedLM, embed_cells, embed_genes, load_cells, state_embeddings
-from geneformer_hf.hub.checkpoints import find_dictionaries, identify, tokenizer_from_dictionaries
+from geneformer_hf import GeneformerForMaskedLM, GeneformerTokenizer, embed_cells, embed_genes, load_cells, state_embeddings
+from geneformer_hf.models.checkpoints import PUBLISHED_TABLES
+from geneformer_hf.models.dictionaries import find_dictionaries, identify
 from tests.tolerances import GOLDEN_EMBEDDING, RANKED_VALUE
 
 pytestmark = pytest.mark.shared
@@ -19,7 +20,8 @@ def v1(request):
 
     found = find_dictionaries(shared_folder() / "data" / "geneformer_dicts_v1", 25_426)
     assert identify(found) == "V1"
-    return tokenizer_from_dictionaries(found, model_max_length=2048)
+    assert PUBLISHED_TABLES[25_426] == GeneformerTokenizer.from_dictionaries(found).gene_table.fingerprint
+    return GeneformerTokenizer.from_dictionaries(found, model_max_length=2048)
 
 
 @pytest.fixture
@@ -107,7 +109,8 @@ def test_the_published_vocabulary_line_by_line(shared, v1):
 def test_the_v2_dictionaries(shared):
     found = find_dictionaries(shared / "data" / "geneformer_dicts_v2", 20_275)
     assert identify(found) == "V2"
-    tokenizer = tokenizer_from_dictionaries(found, model_max_length=4096)
+    assert PUBLISHED_TABLES[20_275] == GeneformerTokenizer.from_dictionaries(found).gene_table.fingerprint
+    tokenizer = GeneformerTokenizer.from_dictionaries(found, model_max_length=4096)
     assert len(tokenizer) == 20_275
     assert (tokenizer.pad_token_id, tokenizer.mask_token_id, tokenizer.cls_token_id, tokenizer.eos_token_id) == (0, 1, 2, 3)
     assert len(tokenizer.gene_table) == 20_271

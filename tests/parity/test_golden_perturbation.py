@@ -5,8 +5,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from geneformer_hf import GeneformerForMaskedLM, InSilicoPerturber, Perturbation, StateShift, StateVectors
-from geneformer_hf.hub.checkpoints import find_dictionaries, tokenizer_from_dictionaries
+from geneformer_hf import GeneformerForMaskedLM, GeneformerTokenizer, InSilicoPerturber, Perturbation, StateShift, StateVectors
+from geneformer_hf.models.dictionaries import find_dictionaries
 from geneformer_hf.models.loading import fingerprint_of
 from tests.tolerances import GOLDEN_PERTURBATION
 
@@ -19,7 +19,7 @@ B_CELLS = (20, 10, 22, 21, 57, 33)
 def v1():
     from tests.conftest import shared_folder
 
-    return tokenizer_from_dictionaries(find_dictionaries(shared_folder() / "data" / "geneformer_dicts_v1", 25_426), model_max_length=128)
+    return GeneformerTokenizer.from_dictionaries(find_dictionaries(shared_folder() / "data" / "geneformer_dicts_v1", 25_426), model_max_length=128)
 
 
 @pytest.fixture(scope="module")

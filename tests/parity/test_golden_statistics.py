@@ -4,8 +4,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from geneformer_hf import GeneformerTokenizer
 from geneformer_hf.analysis.statistics import perturbation_statistics
-from geneformer_hf.hub.checkpoints import find_dictionaries, tokenizer_from_dictionaries
+from geneformer_hf.models.dictionaries import find_dictionaries
 from tests.tolerances import STATISTICS
 
 pytestmark = pytest.mark.shared
@@ -22,7 +23,7 @@ def golden():
 def gene_table():
     from tests.conftest import shared_folder
 
-    return tokenizer_from_dictionaries(find_dictionaries(shared_folder() / "data" / "geneformer_dicts_v1", 25_426), model_max_length=128).gene_table
+    return GeneformerTokenizer.from_dictionaries(find_dictionaries(shared_folder() / "data" / "geneformer_dicts_v1", 25_426), model_max_length=128).gene_table
 
 
 @pytest.fixture(scope="module")

@@ -4,10 +4,10 @@ import datasets
 import numpy as np
 import pytest
 
-from geneformer_hf import GeneformerPretrainingArguments, pretrain
+from geneformer_hf import GeneformerPretrainingArguments, GeneformerTokenizer, pretrain
 from geneformer_hf.data.masking import GeneMasker
 from geneformer_hf.data.mixtures import EVALUATION
-from geneformer_hf.hub.checkpoints import find_dictionaries, tokenizer_from_dictionaries
+from geneformer_hf.models.dictionaries import find_dictionaries
 from geneformer_hf.models.heads import IGNORED
 from tests.tolerances import EQUALS_FREQUENCY
 
@@ -27,7 +27,7 @@ def train(tmp_path_factory):
     from tests.conftest import shared_folder
 
     folder, data = tmp_path_factory.mktemp("genecorpus"), shared_folder() / "data"
-    tokenizer = tokenizer_from_dictionaries(find_dictionaries(data / "geneformer_dicts_v1", 25_426), model_max_length=2048)
+    tokenizer = GeneformerTokenizer.from_dictionaries(find_dictionaries(data / "geneformer_dicts_v1", 25_426), model_max_length=2048)
     cells = datasets.Dataset.from_parquet(str(data / "genecorpus30m_500" / "genecorpus_500_samples.parquet"), cache_dir=str(folder / "cache"))
 
     def go(name, epochs):

@@ -9,11 +9,18 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForMaskedLM, AutoTokenizer, BertConfig, BertForMaskedLM, BertForSequenceClassification
 
-from geneformer_hf import CHECKPOINTS, GeneformerConfig, GeneformerForSequenceClassification, convert_checkpoint, export_checkpoint
+from geneformer_hf import (
+    CHECKPOINTS,
+    GeneformerConfig,
+    GeneformerForMaskedLM,
+    GeneformerForSequenceClassification,
+    GeneformerTokenizer,
+    convert_checkpoint,
+    export_checkpoint,
+)
 from geneformer_hf.errors import CheckpointError, OutputExistsError, UnsafePickleError, VocabularyMismatchError
-from geneformer_hf.hub import checkpoints
-from geneformer_hf.models import PRESETS
-from geneformer_hf.models.loading import load_model, load_tokenizer
+from geneformer_hf.models import PRESETS, checkpoints, dictionaries
+from geneformer_hf.models.loading import load_model, load_tokenizer, tokenizer_of
 from tests.conftest import ensembl, tiny_config
 
 N = 20
@@ -41,8 +48,8 @@ def clone(tmp_path, monkeypatch):
     vocabulary = write_dictionaries(root / "geneformer")
     torch.manual_seed(0)
     BertForMaskedLM(BertConfig(vocab_size=vocabulary, **SHAPE)).save_pretrained(root / "Geneformer-tiny")
-    found = checkpoints.find_dictionaries(root, vocabulary)
-    monkeypatch.setitem(checkpoints.DICTIONARY_HASHES, "V2", {kind: checkpoints.sha256(path) for kind, path in found.items()})
+    found = dictionaries.find_dictionaries(root, vocabulary)
+    monkeypatch.setitem(checkpoints.DICTIONARY_HASHES, "V2", {kind: dictionaries.sha256(path) for kind, path in found.items()})
     return root
 
 
@@ -213,7 +220,7 @@ def test_an_incomplete_generation_is_named_even_beside_a_complete_one(clone, tmp
 @pytest.mark.parametrize(
     ("source", "words"),
     [
-        pytest.param("nothing-like-this", "neither a folder, nor a Hub id", id="no_such_thing"),
+        pytest.param("nothing-like-this", "does not exist .*or one of the published checkpoints", id="no_such_thing"),
         pytest.param("Geneformer-V1-10M", "cannot be downloaded", id="preset_offline"),
         pytest.param("someone/something", "cannot be downloaded", id="hub_id_offline"),
     ],
@@ -246,9 +253,28 @@ def test_a_model_without_counterpart_is_not_exported(tokenizer, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_published_folder_without_tokenizer_says_to_convert(clone):
+def test_a_published_folder_without_tokenizer_says_to_convert(clone, tmp_path):
+    shutil.move(clone / "Geneformer-tiny", tmp_path / "alone" / "model")
     with pytest.raises(CheckpointError, match=r"published checkpoints come without a tokenizer\. Run `geneformer-hf convert"):
-        load_tokenizer(clone / "Geneformer-tiny")
+        load_tokenizer(tmp_path / "alone" / "model")
+
+
+def test_a_clone_opens_without_conversion(clone, tmp_path):
+    convert_checkpoint(clone, tmp_path / "out", subfolder="Geneformer-tiny")
+    expected = GeneformerTokenizer.from_pretrained(tmp_path / "out")
+    for found in (
+        GeneformerTokenizer.from_pretrained(clone, subfolder="Geneformer-tiny"),
+        GeneformerTokenizer.from_pretrained(clone / "Geneformer-tiny"),
+        tokenizer_of(GeneformerForMaskedLM.from_pretrained(clone, subfolder="Geneformer-tiny")),
+    ):
+        assert found.gene_table.fingerprint == expected.gene_table.fingerprint
+        assert (found.get_vocab(), found.model_max_length, found.cls_token_id) == (expected.get_vocab(), 64, 2)
+
+
+def test_a_clone_with_other_dictionaries_is_not_opened(clone):
+    break_it(clone, "wrong_hash")
+    with pytest.raises(CheckpointError, match="are not the published dictionaries"):
+        GeneformerTokenizer.from_pretrained(clone, subfolder="Geneformer-tiny")
 
 
 @pytest.mark.parametrize(("folder", "words"), [("gone/away/far", "does not exist"), (".", "holds no config.json")])

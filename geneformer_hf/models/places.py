@@ -1,0 +1,225 @@
+"""Where a checkpoint is (a folder, a repository on the Hub, the name of a published one), and its files, fetched whole and checked.
+
+Everything that opens a checkpoint by name comes through here, so a download is complete, its content is what the Hub says it is, and
+nothing is fetched but settings, tokenizers and weights: never code, never a pickle that was not asked for.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from huggingface_hub import is_offline_mode, snapshot_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from ..errors import CheckpointError, HubError
+from .checkpoints import CHECKPOINTS
+
+TOKENIZER_FILES = ("config.json", "gene_table.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors")
+LEGACY_WEIGHTS = ("pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model-*-of-*.bin")
+"""Pickled tensors of old checkpoints, which transformers reads with `weights_only`; looked for where there are no others."""
+HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token")
+"""Arguments of every `from_pretrained` that say how to ask the Hub."""
+
+# Of whichever HTTP library the client uses: a connection that breaks is not an OSError.
+_WHAT_GOES_WRONG: tuple[type[Exception], ...] = (
+    *(base for base in HfHubHTTPError.__bases__ if issubclass(base, Exception)),
+    EntryNotFoundError,
+    OSError,
+    ValueError,
+)
+_checked: set[tuple[str, int, int]] = set()
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a checkpoint is."""
+
+    name: str
+    """Path of a folder, or id of a repository."""
+    subfolder: str | None = None
+    revision: str | None = None
+
+    @property
+    def is_local(self) -> bool:
+        """Whether this is on this disk."""
+        return Path(self.name).is_dir()
+
+    def __str__(self) -> str:
+        path = "/".join(part for part in (self.name, self.subfolder) if part)
+        return f"{path} (revision {self.revision})" if self.revision else path
+
+
+def place_of(source: str | Path, *, subfolder: str | None = None, revision: str | None = None) -> Place:
+    """Return where a checkpoint is that is named by a folder, a Hub id or the name of a published one, in this order.
+
+    Raises:
+        CheckpointError: if it can be none of these.
+    """
+    name, subfolder = str(source), (subfolder or None)
+    if subfolder is not None and (PurePosixPath(subfolder).is_absolute() or ".." in PurePosixPath(subfolder).parts):
+        msg = f"subfolder {subfolder!r} leads out of {name}. Name a folder inside."
+        raise CheckpointError(msg)
+    if Path(name).is_dir():
+        return Place(name, subfolder, revision)
+    if name in CHECKPOINTS:
+        known = CHECKPOINTS[name]
+        return Place(known.repository, subfolder or known.subfolder, revision or known.revision)
+    if not is_hub_id(name):
+        what = "is a file" if Path(name).is_file() else f"does not exist (looked for in {Path.cwd()})"
+        msg = f"{name} {what}. Give the folder of a tokenizer or converted checkpoint, a Hub id such as 'name/model', or one of the published checkpoints: {', '.join(CHECKPOINTS)}."
+        raise CheckpointError(msg)
+    return Place(name, subfolder, revision)
+
+
+def is_hub_id(name: str | Path) -> bool:
+    """Return whether something that is not on this disk can be a repository on the Hub: two parts, the first no folder here."""
+    parts = Path(name).parts
+    return len(parts) == 2 and not str(name).startswith((".", "/", "~")) and not Path(parts[0]).is_dir()
+
+
+def fetched(place: Place, files: Sequence[str], *, in_root: Sequence[str] = (), **options: Any) -> tuple[Path, Place]:
+    """Return the folder that holds files of a checkpoint, downloading what is not in the cache yet, and the place with its commit.
+
+    Args:
+        files (`Sequence[str]`): names and patterns, in the subfolder of the place.
+        in_root (`Sequence[str]`, *optional*): the same, in the root of the repository.
+        options: `HUB_OPTIONS`.
+
+    Raises:
+        HubError: if the repository cannot be read, or what came is not what the Hub has.
+    """
+    if place.is_local:
+        return Path(place.name) / (place.subfolder or ""), place
+    prefix = f"{glob.escape(place.subfolder)}/" if place.subfolder else ""
+    patterns = [*(prefix + name for name in files), *in_root]
+    with hub_errors(place):
+        root = Path(snapshot_download(place.name, revision=place.revision, allow_patterns=patterns, **options))
+    require_intact(root, place)
+    return root / (place.subfolder or ""), replace(place, revision=root.name)
+
+
+def fetched_checkpoint(place: Place, **options: Any) -> tuple[Path, Place]:
+    """Return the folder of a checkpoint or adapter, with its tokenizer if it has one, and the place with its commit.
+
+    Raises:
+        HubError: as `fetched`.
+        CheckpointError: if there is none.
+    """
+    folder, found = fetched(place, (*TOKENIZER_FILES, *ADAPTER_FILES, *WEIGHTS), **options)
+    if not place.is_local:
+        if not any((folder / name).is_file() for name in ("config.json", ADAPTER_FILES[0])):
+            msg = f"{place} holds no config.json, so it is no checkpoint. Check the name, and the subfolder."
+            raise CheckpointError(msg)
+        if not any(folder.glob("*.safetensors")):
+            folder, found = fetched(found, LEGACY_WEIGHTS, **options)
+    return folder, found
+
+
+def local_folder(source: str | Path) -> Path:
+    """Return the folder on this disk of a checkpoint or adapter, fetched if need be.
+
+    Raises:
+        CheckpointError: as `place_of` and `fetched_checkpoint`.
+    """
+    return fetched_checkpoint(place_of(source))[0]
+
+
+def require_intact(root: Path, place: Place) -> None:
+    """Raise if a file of a snapshot is not what its name in the cache says: the SHA-256 or git hash that the Hub gave.
+
+    Damaged files are removed, so that the next try fetches them again.
+
+    Raises:
+        HubError
+    """
+    for path in sorted(root.rglob("*")):
+        blob = path.resolve()
+        # Where the file system has no links the cache holds the files themselves, under names that say nothing.
+        if not path.is_file() or blob.parent.name != "blobs":
+            continue
+        state = (str(blob), blob.stat().st_size, blob.stat().st_mtime_ns)
+        if state in _checked:
+            continue
+        if not _is_content_of(blob.name, blob):
+            size = blob.stat().st_size
+            path.unlink()
+            blob.unlink()
+            msg = f"{path.name} of {place} is damaged: its {size:,} bytes do not have the hash {blob.name[:12]}… that the Hub gave. It was removed from the cache; run this again to fetch it anew."
+            raise HubError(msg)
+        _checked.add(state)
+
+
+def _is_content_of(etag: str, blob: Path) -> bool:
+    """Return whether a file has the hash its etag is: SHA-256 of large files, git's SHA-1 of small ones; other etags are no hashes."""
+    if len(etag) not in (40, 64) or not all(c in "0123456789abcdef" for c in etag):
+        return True
+    with blob.open("rb") as file:
+        if len(etag) == 64:
+            return hashlib.file_digest(file, "sha256").hexdigest() == etag
+        content = file.read()
+    # Mirrors may say the SHA-1 of the content itself.
+    return etag in (hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest(), hashlib.sha1(content).hexdigest())
+
+
+@contextmanager
+def hub_errors(place: Place | str, *, doing: str = "cannot be downloaded") -> Iterator[None]:
+    """Turn what goes wrong between us and the Hub into an error that says what to do.
+
+    Raises:
+        HubError
+    """
+    try:
+        yield
+    except _WHAT_GOES_WRONG as error:
+        # A full disk or a missing permission speaks for itself.
+        if isinstance(error, CheckpointError) or (isinstance(error, OSError) and error.errno is not None):
+            raise
+        raise HubError(_explained(error, place if isinstance(place, Place) else Place(place), doing)) from error
+
+
+def _explained(error: BaseException, place: Place, doing: str) -> str:
+    """Say what an error of the client means and what to do."""
+    login = "Log in with `hf auth login`, or set HF_TOKEN."
+    # What the client says when it looked into the cache after all.
+    status = getattr(getattr(error, "response", None) or getattr(error.__cause__, "response", None), "status_code", None)
+    if isinstance(error, GatedRepoError):
+        return f"{place.name} is gated: ask for access on its page on the Hub. {login}"
+    if isinstance(error, RepositoryNotFoundError):
+        return f"{place.name} is not on the Hub, or is private and this token may not see it. Check the name. {login}"
+    if isinstance(error, RevisionNotFoundError):
+        return f"{place.name} has no revision {place.revision!r}. Give a branch, a tag or a commit of it."
+    if isinstance(error, (OfflineModeIsEnabled, LocalEntryNotFoundError)):
+        why = f"the Hub answered {status}" if status else "the Hub may not be asked" if is_offline_mode() else "the Hub cannot be reached"
+        return f"{place} {doing}: it is not whole in the cache, and {why}. Check the network (and HF_HUB_OFFLINE), or give a local folder."
+    if isinstance(error, EntryNotFoundError):
+        return f"{place} lacks a file that was asked for: {_first_line(error)}"
+    if isinstance(error, HfHubHTTPError):
+        advice = {401: f"The token is not accepted. {login}", 403: f"This token may not do that. {login}", 429: "The Hub asks for patience: try again later."}
+        words = advice.get(status or 0, "Try again later; what has been transferred is kept." if (status or 500) >= 500 else _first_line(error))
+        return f"{place.name} {doing}: the Hub answered {status}. {words}"
+    if isinstance(error, HFValidationError):
+        return f"{place.name} is no name of a repository: {_first_line(error)}"
+    return f"{place} {doing}: {_first_line(error)} Run this again: it goes on where it stopped."
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = lines[0] if lines else type(error).__name__
+    return text if text.endswith((".", "!", "?")) else f"{text}."

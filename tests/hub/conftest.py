@@ -1,0 +1,8 @@
+import pytest
+
+
+@pytest.fixture
+def shared_model(hub, model_folder):
+    """A model folder in the repository lab/model."""
+    hub.put("lab/model", {path.name: path.read_bytes() for path in model_folder.iterdir()})
+    return "lab/model"
