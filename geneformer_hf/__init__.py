@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from .data.streaming import stream_cells, stream_tokens
     from .hub.conversion import convert_checkpoint
     from .hub.export import export_checkpoint, merge_adapter
+    from .hub.sharing import pull_folder, push_folder
     from .models.adapters import add_adapter
     from .models.loading import load_model, load_peft_model
     from .training.arguments import GeneformerFineTuningArguments, GeneformerPretrainingArguments
@@ -82,6 +83,8 @@ _LAZY = {
     "screening_quality": "analysis.screening",
     "predict": "analysis.predictions",
     "pretrain": "training.pretraining",
+    "pull_folder": "hub.sharing",
+    "push_folder": "hub.sharing",
     "search": "training.search",
     "state_embeddings": "analysis.embeddings",
     "stream_cells": "data.streaming",
@@ -132,6 +135,8 @@ __all__ = [
     "perturbation_statistics",
     "predict",
     "pretrain",
+    "pull_folder",
+    "push_folder",
     "rank_genes",
     "read_published_perturbations",
     "screening_quality",

@@ -24,12 +24,31 @@ from .medians import Medians
 from .perturb import Perturb
 from .predict import Predict
 from .pretrain import Pretrain
+from .pull import Pull
+from .push import Push
 from .qc import Qc
 from .search import Search
 from .stats import Stats
 from .tokenize import Tokenize
 
-COMMANDS: tuple[type[Command], ...] = (Demo, Info, Convert, Export, Tokenize, Embed, Qc, Medians, Pretrain, Finetune, Search, Predict, Perturb, Stats)
+COMMANDS: tuple[type[Command], ...] = (
+    Demo,
+    Info,
+    Convert,
+    Export,
+    Tokenize,
+    Embed,
+    Qc,
+    Medians,
+    Pretrain,
+    Finetune,
+    Search,
+    Predict,
+    Perturb,
+    Stats,
+    Push,
+    Pull,
+)
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -21,14 +21,12 @@ from ..models.checkpoints import CHECKPOINTS, SPECIAL_TOKENS
 from ..models.configuration_geneformer import GeneformerConfig
 from ..models.dictionaries import find_dictionaries, folder_of_dictionaries, identify
 from ..models.loading import model_class_of, require_checkpoint
-from ..models.places import Place, fetched_checkpoint, place_of
+from ..models.places import CONVERSION_FILE, Place, fetched_checkpoint, place_of
 from ..models.tokenization_geneformer import GENE_TABLE_FILE, GeneformerTokenizer
 from ..outputs import new_folder
 from ..pickles import read_dictionary, sha256
 from ..reports.cards import checkpoint_card
-
-CONVERSION_FILE = "conversion.json"
-"""What a converted folder was made from; it goes with no model that is made from it."""
+from ..reports.published import FACTS
 
 
 @dataclass(frozen=True)
@@ -102,9 +100,10 @@ def convert_checkpoint(
         specials = ", ".join(f"`{token}` {tokenizer.convert_tokens_to_ids(token)}" for token in tokenizer.all_special_tokens)
         card = checkpoint_card(
             model.config,
-            title=f"Geneformer {version or '(own vocabulary)'}",
+            title=str(source) if str(source) in CHECKPOINTS else f"Geneformer {version or '(own vocabulary)'}",
             vocabulary=f"{len(tokenizer.gene_table):,} human genes; {specials}; gene table `{tokenizer.gene_table.fingerprint}`",
-            origin=describe_source(place),
+            place=place,
+            facts=FACTS.get(str(source)),
             version=version,
         )
         (partial / "README.md").write_text(card, encoding="utf-8")
@@ -121,26 +120,9 @@ def published_card(name: str) -> str:
     n_special = 2 if config.cls_token_id is None else 4
     specials = ", ".join(f"`{token}` {i}" for i, token in enumerate(SPECIAL_TOKENS[:n_special]))
     vocabulary = f"{config.vocab_size - n_special:,} human genes; {specials}"
-    return checkpoint_card(config, title=name, vocabulary=vocabulary, origin=describe_source(place_of(name)), version=known.version, folder=name.lower())
-
-
-def describe_source(place: Place) -> str:
-    """Return where a checkpoint comes from, for its card; local paths stay out of it."""
-    if place.is_local:
-        return f"a local folder ({place.subfolder or Path(place.name).name})"
-    return f"{place.name}, {place.subfolder or 'root'}, revision {place.revision or 'unpinned'}"
-
-
-def converted_from(folder: str | Path) -> Place | None:
-    """Return what the weights in a folder were converted from, None where that is not known or they are others by now."""
-    path = Path(folder) / CONVERSION_FILE
-    if not path.is_file():
-        return None
-    said = json.loads(path.read_text(encoding="utf-8"))
-    weights = Path(folder) / SAFE_WEIGHTS_NAME
-    if not weights.is_file() or sha256(weights) != said.pop("weights_sha256"):
-        return None
-    return Place(**said)
+    return checkpoint_card(
+        config, title=name, vocabulary=vocabulary, place=place_of(name), version=known.version, facts=FACTS[name], folder=name.lower().replace("_", "-")
+    )
 
 
 def _source_folder(source: str | Path, subfolder: str | None, revision: str | None) -> tuple[Path, Place]:

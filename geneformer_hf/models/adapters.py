@@ -254,22 +254,22 @@ def complete_adapter(model: Any, folder: Path) -> None:
     # peft's own is a template of things to fill in.
     (folder / "README.md").unlink(missing_ok=True)
     inner = unwrapped(model)
-    config = inner.config.to_dict() | {BASE_FINGERPRINT: base_fingerprint(model), "architectures": [type(inner).__name__]}
+    config = inner.config.to_dict() | {"_name_or_path": "", BASE_FINGERPRINT: base_fingerprint(model), "architectures": [type(inner).__name__]}
     (folder / "config.json").write_text(json.dumps(config, indent=2, default=str) + "\n", encoding="utf-8")
     if inner.place is not None and not inner.place.is_local:
         # The commit it was trained on, whatever the repository holds by then.
-        name_base(folder, inner.place)
+        for name, text in with_base(folder, inner.place).items():
+            (folder / name).write_text(text, encoding="utf-8")
 
 
-def name_base(folder: Path, base: Place) -> None:
-    """Write into an adapter folder where its base is."""
-    for name, said in (
-        (ADAPTER_FILE, {"base_model_name_or_path": base.name, "revision": base.revision}),
-        ("config.json", {BASE_SUBFOLDER: base.subfolder} if base.subfolder else {}),
-    ):
-        settings = json.loads((folder / name).read_text(encoding="utf-8"))
-        settings.pop(BASE_SUBFOLDER, None)
-        (folder / name).write_text(json.dumps(settings | said, indent=2) + "\n", encoding="utf-8")
+def with_base(folder: Path, base: Place) -> dict[str, str]:
+    """Return the settings of an adapter folder, by the names of their files, as they are when its base is at some place."""
+    said = {
+        ADAPTER_FILE: {"base_model_name_or_path": base.name, "revision": base.revision},
+        "config.json": {BASE_SUBFOLDER: base.subfolder, "_name_or_path": ""},
+    }
+    found = {name: json.loads((folder / name).read_text(encoding="utf-8")) for name in said if (folder / name).is_file()}
+    return {name: json.dumps(settings | said[name], indent=2) + "\n" for name, settings in found.items()}
 
 
 @dataclass(frozen=True)
@@ -328,6 +328,22 @@ def describe_adapter(folder: str | Path) -> AdapterInfo:
         n_bytes=n_bytes,
         quantization="nf4" if trained_on.get("load_in_4bit") else "int8" if trained_on.get("load_in_8bit") else None,
     )
+
+
+def config_on_base(folder: Path, config: Any) -> Any:
+    """Return the configuration of an adapter that came without one, as peft alone pushes them: that of its base, with the head it has.
+
+    Names of classes are not known then.
+    """
+    task = json.loads((folder / ADAPTER_FILE).read_text(encoding="utf-8")).get("task_type")
+    kind = next((name for name, known in TASK_TYPES.items() if known == task), None)
+    if kind is not None:
+        config.architectures = [kind]
+        with safe_open(folder / ADAPTER_WEIGHTS, framework="pt") as file:
+            heads = [file.get_slice(key).get_shape() for key in [*file.keys()] if key.endswith("classifier.weight")]
+        if heads:
+            config.num_labels = int(heads[0][0])
+    return config
 
 
 def _saved_whole(path: Path) -> list[str]:

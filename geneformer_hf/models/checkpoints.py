@@ -22,18 +22,22 @@ class Checkpoint:
     """Only where a source states one; None is the newest, unpinned."""
 
 
+# Commits that public users of these checkpoints name (`reports.published` says who).
+_CURRENT = "f45a6c7de57ff07f946f146c254da02a90e2cdf5"
+_EARLIER = "94d98d1774fc21920d2f01dbd23bc22d232a6ec2"
+
 CHECKPOINTS: dict[str, Checkpoint] = {
     c.name: c
     for c in (
-        Checkpoint("Geneformer-V1-10M", "Geneformer-V1-10M", "V1"),
-        Checkpoint("Geneformer-V2-104M", "Geneformer-V2-104M", "V2"),
-        Checkpoint("Geneformer-V2-104M_CLcancer", "Geneformer-V2-104M_CLcancer", "V2"),
-        Checkpoint("Geneformer-V2-316M", "Geneformer-V2-316M", "V2"),
+        Checkpoint("Geneformer-V1-10M", "Geneformer-V1-10M", "V1", revision=_CURRENT),
+        Checkpoint("Geneformer-V2-104M", "Geneformer-V2-104M", "V2", revision=_CURRENT),
+        Checkpoint("Geneformer-V2-104M_CLcancer", "Geneformer-V2-104M_CLcancer", "V2", revision=_CURRENT),
+        Checkpoint("Geneformer-V2-316M", "Geneformer-V2-316M", "V2", revision=_CURRENT),
         Checkpoint("gf-6L-30M-i2048", "gf-6L-30M-i2048", "V1"),
         Checkpoint("gf-12L-30M-i2048", "gf-12L-30M-i2048", "V1"),
-        Checkpoint("gf-12L-95M-i4096", "gf-12L-95M-i4096", "V2"),
-        Checkpoint("gf-12L-95M-i4096-CLcancer", "gf-12L-95M-i4096_CLcancer", "V2"),
-        Checkpoint("gf-20L-95M-i4096", "gf-20L-95M-i4096", "V2"),
+        Checkpoint("gf-12L-95M-i4096", "gf-12L-95M-i4096", "V2", revision=_EARLIER),
+        Checkpoint("gf-12L-95M-i4096-CLcancer", "gf-12L-95M-i4096_CLcancer", "V2", revision=_EARLIER),
+        Checkpoint("gf-20L-95M-i4096", "gf-20L-95M-i4096", "V2", revision=_EARLIER),
     )
 }
 

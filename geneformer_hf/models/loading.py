@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from ..errors import CheckpointError, GeneformerError, SettingError, UnsafePickleError, VocabularyMismatchError
 from ..pickles import UnpicklingError, require_content
-from .adapters import ADAPTER_WEIGHTS, describe_adapter, is_adapter, load_adapter, open_weights, quantization_config, unwrapped
+from .adapters import ADAPTER_WEIGHTS, config_on_base, describe_adapter, is_adapter, load_adapter, open_weights, quantization_config, unwrapped
 from .checkpoints import CHECKPOINTS
 from .configuration_geneformer import GeneformerConfig
 from .modeling_geneformer import (
@@ -122,7 +122,10 @@ def _open_adapter(folder: Path, place: Place, *, base: str | Path | None, **opti
     where = place_of(where.name, subfolder=where.subfolder, revision=where.revision)
     logger.info("%s is an adapter of the model %s.", place, where)
     with refusals(place):
-        config = GeneformerConfig.from_pretrained(str(folder))
+        if (folder / "config.json").is_file():
+            config = GeneformerConfig.from_pretrained(str(folder))
+        else:
+            config = config_on_base(folder, GeneformerConfig.from_pretrained(str(fetched_checkpoint(where)[0])))
         opened = load_adapter(folder, model_class=model_class_of(config, str(place)), config=config, base=where, **options)
     inner = unwrapped(opened)
     inner.place = place

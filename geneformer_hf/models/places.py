@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import glob
 import hashlib
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -27,6 +28,7 @@ from huggingface_hub.errors import (
 )
 
 from ..errors import CheckpointError, HubError
+from ..pickles import sha256
 from .checkpoints import CHECKPOINTS
 
 TOKENIZER_FILES = ("config.json", "gene_table.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
@@ -34,6 +36,8 @@ ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors")
 LEGACY_WEIGHTS = ("pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model-*-of-*.bin")
 """Pickled tensors of old checkpoints, which transformers reads with `weights_only`; looked for where there are no others."""
+CONVERSION_FILE = "conversion.json"
+"""What a converted folder was made from; it goes with no model that is made from it."""
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token")
 """Arguments of every `from_pretrained` that say how to ask the Hub."""
 
@@ -43,6 +47,7 @@ _WHAT_GOES_WRONG: tuple[type[Exception], ...] = (
     EntryNotFoundError,
     OSError,
     ValueError,
+    RuntimeError,
 )
 _checked: set[tuple[str, int, int]] = set()
 
@@ -141,6 +146,27 @@ def local_folder(source: str | Path) -> Path:
     return fetched_checkpoint(place_of(source))[0]
 
 
+def converted_from(folder: str | Path) -> Place | None:
+    """Return what the weights in a folder were converted from, None where that is not known or they are others by now."""
+    path = Path(folder) / CONVERSION_FILE
+    if not path.is_file():
+        return None
+    said = json.loads(path.read_text(encoding="utf-8"))
+    weights = Path(folder) / WEIGHTS[0]
+    if not weights.is_file() or sha256(weights) != said.pop("weights_sha256"):
+        return None
+    return Place(**said)
+
+
+def repository_of(source: str | Path | None) -> str | None:
+    """Return the repository on the Hub that a checkpoint is from, None where it is from this disk, as far as is known."""
+    if source is None:
+        return None
+    place = place_of(source)
+    origin = converted_from(place.name) if place.is_local else place
+    return origin.name if origin else None
+
+
 def require_intact(root: Path, place: Place) -> None:
     """Raise if a file of a snapshot is not what its name in the cache says: the SHA-256 or git hash that the Hub gave.
 
@@ -157,7 +183,7 @@ def require_intact(root: Path, place: Place) -> None:
         state = (str(blob), blob.stat().st_size, blob.stat().st_mtime_ns)
         if state in _checked:
             continue
-        if not _is_content_of(blob.name, blob):
+        if not is_content_of(blob.name, blob):
             size = blob.stat().st_size
             path.unlink()
             blob.unlink()
@@ -166,7 +192,7 @@ def require_intact(root: Path, place: Place) -> None:
         _checked.add(state)
 
 
-def _is_content_of(etag: str, blob: Path) -> bool:
+def is_content_of(etag: str, blob: Path) -> bool:
     """Return whether a file has the hash its etag is: SHA-256 of large files, git's SHA-1 of small ones; other etags are no hashes."""
     if len(etag) not in (40, 64) or not all(c in "0123456789abcdef" for c in etag):
         return True
@@ -210,9 +236,9 @@ def _explained(error: BaseException, place: Place, doing: str) -> str:
         return f"{place} {doing}: it is not whole in the cache, and {why}. Check the network (and HF_HUB_OFFLINE), or give a local folder."
     if isinstance(error, EntryNotFoundError):
         return f"{place} lacks a file that was asked for: {_first_line(error)}"
-    if isinstance(error, HfHubHTTPError):
+    if status is not None:
         advice = {401: f"The token is not accepted. {login}", 403: f"This token may not do that. {login}", 429: "The Hub asks for patience: try again later."}
-        words = advice.get(status or 0, "Try again later; what has been transferred is kept." if (status or 500) >= 500 else _first_line(error))
+        words = advice.get(status, "Try again later; what has been transferred is kept." if status >= 500 else _first_line(error))
         return f"{place.name} {doing}: the Hub answered {status}. {words}"
     if isinstance(error, HFValidationError):
         return f"{place.name} is no name of a repository: {_first_line(error)}"

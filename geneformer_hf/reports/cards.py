@@ -2,68 +2,108 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib import resources
+from importlib.metadata import PackageNotFoundError
+from importlib.metadata import version as metadata_version
+from pathlib import Path
 from typing import Any
 
+import jinja2
+import torch
 import yaml
+from huggingface_hub import DatasetCardData, EvalResult, ModelCard, ModelCardData
 
 from ..models.configuration_geneformer import GeneformerConfig
+from ..models.modeling_geneformer import GeneformerForMaskedLM
+from ..models.places import Place
+from .published import CITATIONS, Facts
 
-PAPERS = {
-    "V1": "Theodoris et al. 2023, Transfer learning enables predictions in network biology, Nature 618:616 (doi:10.1038/s41586-023-06139-9)",
-    "V2": "Chen et al. 2024, Quantized multi-task learning for context-specific representations of gene network dynamics (bioRxiv 2024.08.16.608180)",
-}
+TAGS = ["geneformer", "single-cell", "transcriptomics", "biology"]
 
 
-def checkpoint_card(config: GeneformerConfig, *, title: str, vocabulary: str, origin: str, version: str | None, folder: str = "FOLDER") -> str:
+def card(metadata: ModelCardData | DatasetCardData, body: str) -> str:
+    """Return a card: the metadata as the Hub reads it, and the text below."""
+    return f"---\n{metadata.to_yaml()}\n---\n\n{body.strip()}\n"
+
+
+def checkpoint_card(
+    config: GeneformerConfig, *, title: str, vocabulary: str, place: Place, version: str | None, facts: Facts | None = None, folder: str = "FOLDER"
+) -> str:
     """Return the card of a converted checkpoint as Markdown with the metadata the Hub reads.
 
     Args:
         title (`str`): heading.
         vocabulary (`str`): genes and special tokens, for people.
-        origin (`str`): where the checkpoint comes from.
-        version (`"V1"`, `"V2"` or None): which paper to cite.
+        place (`Place`): where the checkpoint comes from; folders of this disk are not named.
+        version (`"V1"`, `"V2"` or None): which generation, None for dictionaries of somebody's own.
+        facts (`Facts`, *optional*): what is known of a published one.
         folder (`str`, *optional*): what to open in the example.
     """
-    rows = {
-        "Architecture": (config.architectures or ["GeneformerForMaskedLM"])[0],
-        "Layers, hidden size, heads, feed-forward": f"{config.num_hidden_layers}, {config.hidden_size:,}, {config.num_attention_heads}, {config.intermediate_size:,}",
-        "Tokens per cell": f"{config.max_position_embeddings:,}",
-        "Vocabulary": f"{config.vocab_size:,} ({vocabulary})",
-        "Converted from": origin,
-    }
-    lines = [
-        "---",
-        "license: apache-2.0",
-        "library_name: transformers",
-        "tags: [geneformer, single-cell, transcriptomics, biology]",
-        "---",
-        "",
-        f"# {title}",
-        "",
-        "A converted copy of a Geneformer checkpoint for the Auto classes of transformers. The weights are unchanged: every tensor",
-        "and token id was compared with the source. This is not an official release of the Geneformer authors.",
-        "",
-        "| | |",
-        "|---|---|",
-        *(f"| {name} | {value} |" for name, value in rows.items()),
-        "",
-        "```python",
-        "import geneformer_hf  # registers the Auto classes",
-        "from transformers import AutoModelForMaskedLM, AutoTokenizer",
-        "",
-        f'tokenizer = AutoTokenizer.from_pretrained("{folder}")',
-        f'model = AutoModelForMaskedLM.from_pretrained("{folder}")',
-        'adata.obsm["X_geneformer"] = geneformer_hf.embed_cells(model, adata, tokenizer=tokenizer)',
-        "```",
-        "",
-        "Input: raw transcript counts of human cells with Ensembl ids or symbols; not normalised values.",
-        "Zero-shot embeddings are not always better than simple baselines (Kedzierska et al., Genome Biology 26:101, 2025): compare with PCA on your data.",
-    ]
-    if version:
-        lines += ["", f"Please cite: {PAPERS[version]}."]
-    return "\n".join(lines) + "\n"
+    metadata = ModelCardData(
+        license="apache-2.0" if facts or not place.is_local else None,
+        library_name="transformers",
+        pipeline_tag="fill-mask",
+        base_model=None if place.is_local else place.name,
+        tags=TAGS,
+    )
+    with torch.device("meta"):
+        parameters = GeneformerForMaskedLM(config).num_parameters()
+    text = _template("checkpoint.md.j2").render(
+        config=config,
+        title=title,
+        vocabulary=vocabulary,
+        place=place,
+        origin=f"a local folder ({place.subfolder or Path(place.name).name})" if place.is_local else None,
+        architecture=(config.architectures or ["GeneformerForMaskedLM"])[0],
+        parameters=parameters,
+        version=version,
+        facts=facts,
+        folder=folder,
+        citations=[CITATIONS[key] for key in (facts.citations if facts else (version,) if version else ())],
+        has_ends=config.cls_token_id is not None,
+    )
+    return card(metadata, text)
+
+
+def plain_card(kind: str, config: GeneformerConfig | None, *, name: str, base: str | None = None) -> str:
+    """Return the card of a model, adapter or tokenizer of which nothing is known but what its folder says."""
+    metadata = ModelCardData(library_name="peft" if kind == "adapter" else "transformers", base_model=base, tags=TAGS)
+    lines = [f"# {name}", "", f"A Geneformer {kind}{f' of {base}' if base else ''}, shared with geneformer_hf."]
+    if config is not None:
+        lines += [
+            "",
+            f"{(config.architectures or ['Geneformer'])[0]}: {config.num_hidden_layers} layers, hidden size {config.hidden_size:,}, {config.max_position_embeddings:,} tokens a cell, vocabulary of {config.vocab_size:,}.",
+        ]
+    lines += ["", "How it was made, on which data and with what result was not recorded: its owner should say so here."]
+    return card(metadata, "\n".join(lines))
+
+
+def with_base_model(text: str, base: str) -> str:
+    """Return a card that names the model it was made from, if it did not yet."""
+    found = ModelCard(text, ignore_metadata_errors=True)
+    if found.data.get("base_model") is None:
+        found.data["base_model"] = base
+    return str(found)
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of the packages that decide what comes out of a run, of those that are installed."""
+    names = ("geneformer-hf", "torch", "transformers", "datasets", "accelerate", "peft", "bitsandbytes")
+    found = {}
+    for name in names:
+        try:
+            found[name] = metadata_version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _template(name: str) -> jinja2.Template:
+    text = (resources.files("geneformer_hf.reports") / name).read_text(encoding="utf-8")
+    return jinja2.Environment(trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined, autoescape=False).from_string(text)
 
 
 @dataclass(frozen=True)
@@ -76,44 +116,40 @@ class PretrainingFacts:
     settings: dict[str, Any]
     figures: dict[str, Any]
     started_from: str | None
-    version: str
+    seed: int
+    base_model: str | None = None
+    """Repository on the Hub that training started from."""
     species: str | None = None
 
 
 def pretraining_card(facts: PretrainingFacts, *, name: str) -> str:
     """Return the card of a pretrained model: data, recipe and figures, with the metadata the Hub reads."""
     config, held_out = facts.config, facts.figures["held_out"]
-    metadata: dict[str, Any] = {
-        "library_name": "transformers",
-        "tags": ["geneformer", "single-cell", "transcriptomics", "biology"],
-        "pipeline_tag": "fill-mask",
-    }
-    if held_out:
-        metadata["model-index"] = [
-            {
-                "name": name,
-                "results": [
-                    {
-                        "task": {"type": "fill-mask", "name": "Masked-gene prediction"},
-                        "dataset": {"name": found["evaluated_on"] or f"{corpus} (held out)", "type": "tokenized-cells"},
-                        "metrics": [
-                            {"type": key, "value": round(value, 4)}
-                            for key, value in found["after"].items()
-                            if key in ("loss", "perplexity", "accuracy_top1", "accuracy_top10", "loss_at_mask")
-                        ],
-                    }
-                    for corpus, found in held_out.items()
-                ],
-            }
+    metadata = ModelCardData(
+        library_name="transformers",
+        tags=TAGS,
+        pipeline_tag="fill-mask",
+        base_model=facts.base_model,
+        model_name=name,
+        eval_results=[
+            EvalResult(
+                task_type="fill-mask",
+                task_name="Masked-gene prediction",
+                dataset_type="tokenized-cells",
+                dataset_name=found["evaluated_on"] or f"{corpus} (held out)",
+                metric_type=key,
+                metric_value=round(value, 4),
+            )
+            for corpus, found in held_out.items()
+            for key, value in found["after"].items()
+            if key in ("loss", "perplexity", "accuracy_top1", "accuracy_top10", "loss_at_mask")
         ]
+        or None,
+    )
     lines = [
-        "---",
-        yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True).strip(),
-        "---",
-        "",
         f"# {name}",
         "",
-        f"A Geneformer masked-gene model, {'continued from ' + facts.started_from if facts.started_from else 'trained from random weights'} with geneformer_hf {facts.version}.",
+        f"A Geneformer masked-gene model, {'continued from ' + facts.started_from if facts.started_from else 'trained from random weights'}.",
         f"{config.num_hidden_layers} layers, hidden size {config.hidden_size:,}, {config.num_attention_heads} heads, feed-forward {config.intermediate_size:,}; "
         f"{config.max_position_embeddings:,} tokens a cell; vocabulary of {config.vocab_size:,} tokens (gene table {config.vocabulary_fingerprint}).",
         "",
@@ -128,7 +164,7 @@ def pretraining_card(facts: PretrainingFacts, *, name: str) -> str:
         "",
         "## Recipe",
         "",
-        f"{facts.figures['steps']:,} optimiser steps, {facts.figures['epochs'] or 0:.2f} epochs. All settings that differ from the defaults (`settings.yaml`):",
+        f"{facts.figures['steps']:,} optimiser steps, {facts.figures['epochs'] or 0:.2f} epochs; seed {facts.seed}. {_made_with()} All settings that differ from the defaults (`settings.yaml`):",
         "",
         "```yaml",
         yaml.safe_dump(facts.settings, sort_keys=True, allow_unicode=True).strip(),
@@ -152,9 +188,13 @@ def pretraining_card(facts: PretrainingFacts, *, name: str) -> str:
         "",
         f"Input: raw transcript counts{' of ' + facts.species + ' cells' if facts.species else ''}. A low masked-gene loss does not mean that embeddings serve a purpose: compare them with PCA on your data.",
         "",
-        f"Please cite: {PAPERS['V1']}.",
+        f"Please cite: {CITATIONS['V1']}",
     ]
-    return "\n".join(lines) + "\n"
+    return card(metadata, "\n".join(lines))
+
+
+def _made_with() -> str:
+    return f"Made with {', '.join(f'{name} {version}' for name, version in versions().items())}."
 
 
 def verdict(found: dict[str, Any]) -> str:
@@ -203,40 +243,39 @@ class FineTuningFacts:
     settings: dict[str, Any]
     started_from: str | None
     is_adapter: bool
-    version: str
-    is_published: bool = False
-    """Whether that is a repository on the Hub."""
+    seed: int
+    split_lines: Sequence[str] = ()
+    """How cells or genes were parted."""
+    base_model: str | None = None
+    """Repository on the Hub that training started from."""
 
 
 def finetuning_card(facts: FineTuningFacts, *, name: str) -> str:
     """Return the card of a fine-tuned model or adapter: labels, figures beside baselines, recipe, with the metadata the Hub reads."""
     task = "token-classification" if facts.of_genes else "text-classification"
-    metadata: dict[str, Any] = {
-        "library_name": "peft" if facts.is_adapter else "transformers",
-        "tags": ["geneformer", "single-cell", "transcriptomics", "biology", *(["lora"] if facts.is_adapter else [])],
-        "pipeline_tag": task,
-    }
-    if facts.started_from and facts.is_published:
-        metadata["base_model"] = facts.started_from
     results = []
     for head, found in facts.figures["heads"].items():
         kind = next(k for n, _, k in facts.heads if n == head)
-        shown = [
-            {"type": key, "value": round(float(found["this model"][key]), 4)}
-            for key in facts.compared[kind]
-            if found["this model"][key] == found["this model"][key]
-        ]
-        results.append({"task": {"type": task, "name": head}, "dataset": {"name": "held-out test set", "type": "cells"}, "metrics": shown})
-    if results:
-        metadata["model-index"] = [{"name": name, "results": results}]
+        for key in facts.compared[kind]:
+            value = float(found["this model"][key])
+            if math.isfinite(value):
+                results.append(
+                    EvalResult(
+                        task_type=task, task_name=head, dataset_type="cells", dataset_name="held-out test set", metric_type=key, metric_value=round(value, 4)
+                    )
+                )
+    metadata = ModelCardData(
+        library_name="peft" if facts.is_adapter else "transformers",
+        tags=[*TAGS, *(["lora"] if facts.is_adapter else [])],
+        pipeline_tag=task,
+        base_model=facts.base_model,
+        model_name=name,
+        eval_results=results or None,
+    )
     lines = [
-        "---",
-        yaml.safe_dump(metadata, sort_keys=False).strip(),
-        "---",
-        "",
         f"# {name}",
         "",
-        f"A {'LoRA adapter of a ' if facts.is_adapter else ''}Geneformer model that predicts {'classes of genes' if facts.of_genes else facts.what}, fine-tuned with geneformer-hf {facts.version}"
+        f"A {'LoRA adapter of a ' if facts.is_adapter else ''}Geneformer model that predicts {'classes of genes' if facts.of_genes else facts.what}, fine-tuned"
         + (f" from `{facts.started_from}`." if facts.started_from else "."),
         "",
         "## Labels",
@@ -253,7 +292,10 @@ def finetuning_card(facts: FineTuningFacts, *, name: str) -> str:
         *([f"Remarks:\n\n{chr(10).join(f'- {note}' for note in facts.figures['notes'])}\n"] if facts.figures["notes"] else []),
         "`report.html` has pictures and figures of each class; `predictions.csv` each prediction; `splits.csv` who was on which side.",
         "",
+        *(["## Split", "", *(f"- {line}" for line in facts.split_lines), ""] if facts.split_lines else []),
         "## Recipe",
+        "",
+        f"Seed {facts.seed}. {_made_with()} All settings that differ from the defaults (`settings.yaml`):",
         "",
         "```yaml",
         yaml.safe_dump(facts.settings, sort_keys=True, allow_unicode=True).strip(),
@@ -269,9 +311,9 @@ def finetuning_card(facts: FineTuningFacts, *, name: str) -> str:
         "",
         "Research use. Labels are as good as those it was trained on, and cells unlike those it has seen get a label all the same: look at the entropy.",
         "",
-        f"Please cite: {PAPERS['V1']}.",
+        f"Please cite: {CITATIONS['V1']}",
     ]
-    return "\n".join(lines) + "\n"
+    return card(metadata, "\n".join(lines))
 
 
 def _occurrence_lines(figures: dict[str, Any]) -> list[str]:

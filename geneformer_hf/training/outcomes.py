@@ -18,6 +18,7 @@ from ..errors import MissingExtraError
 from ..models.adapters import ADAPTER_FILE, unwrapped
 from ..models.heads import CLASSES, NUMBERS, Head
 from ..models.loading import load_model
+from ..models.places import repository_of
 from ..reports.cards import FineTuningFacts, finetuning_card, occurrences_in_words
 from ..reports.classification import RocCurve, figures_of, main_figure, mean_roc, per_class_table, roc_curve
 from ..reports.classification_plots import plot_calibration, plot_comparison, plot_confusion, plot_course, plot_numbers, plot_roc
@@ -138,9 +139,10 @@ def _write_all(outcome: Outcome, folder: Path) -> tuple[dict[str, Any], pd.DataF
         compared=COMPARED,
         settings=settings,
         started_from="/".join(Path(start).parts[-2:]) if start else None,
-        is_published=bool(start) and not Path(str(start)).exists(),
+        base_model=repository_of(start),
         is_adapter=(folder / ADAPTER_FILE).is_file(),
-        version=__version__,
+        seed=outcome.asked.seed,
+        split_lines=_split_lines(outcome),
     )
     (folder / "README.md").write_text(finetuning_card(facts, name=Path(str(outcome.asked.output_dir)).name), encoding="utf-8")
     return figures, predictions
@@ -369,20 +371,12 @@ def _write_report(
                 pictures=pictures.get(result.head.name, []),
             )
         )
-    what = "cells" if isinstance(prepared.task, CellTask) else "genes"
-    sizes = [
-        f"{f'Fold {i + 1}: ' if len(prepared.splits) > 1 else ''}{len(s.train):,} {what} to train, {len(s.validation):,} to choose the epoch, {len(s.test):,} to test."
-        for i, s in enumerate(prepared.splits)
-    ]
-    column = outcome.asked.group_column
-    if column:
-        sizes.append(f"Every {column} is wholly on one side.")
     write_report(
         Report(
             title=f"Fine-tuned: {', '.join(result.head.name for result in results) or 'no test'}",
             subtitle=f"{figures['trained_parameters']:,} of {figures['parameters']:,} parameters trained; {figures['seconds']:,.0f} seconds; geneformer-hf {__version__}.",
             heads=heads,
-            split_lines=sizes,
+            split_lines=_split_lines(outcome),
             balance=[
                 ({"fold": i + 1} if len(prepared.balance) > 1 else {}) | row for i, table in enumerate(prepared.balance) for row in table.to_dict("records")
             ],
@@ -392,6 +386,20 @@ def _write_report(
         ),
         folder / "report.html",
     )
+
+
+def _split_lines(outcome: Outcome) -> list[str]:
+    """Say how many cells or genes were on which side, and what was kept together."""
+    prepared = outcome.prepared
+    what = "cells" if isinstance(prepared.task, CellTask) else "genes"
+    sizes = [
+        f"{f'Fold {i + 1}: ' if len(prepared.splits) > 1 else ''}{len(s.train):,} {what} to train, {len(s.validation):,} to choose the epoch, {len(s.test):,} to test."
+        for i, s in enumerate(prepared.splits)
+    ]
+    column = outcome.asked.group_column
+    if column:
+        sizes.append(f"Every {column} is wholly on one side.")
+    return sizes
 
 
 def _without_nan(value: Any) -> Any:

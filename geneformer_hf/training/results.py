@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from .._version import __version__
 from ..data.masking import CellKey, GeneMasker
 from ..data.mixtures import EVALUATION, Mixture
 from ..genes import species_of
 from ..models.adapters import unwrapped
 from ..models.heads import IGNORED
+from ..models.places import repository_of
 from ..models.tokenization_geneformer import GeneformerTokenizer
 from ..reports.baselines import GeneFrequencyBaseline, RankFrequencyBaseline
 from ..reports.cards import PretrainingFacts, pretraining_card
@@ -113,8 +113,9 @@ def save_model(trainer: GeneformerPretrainer, tokenizer: GeneformerTokenizer, fi
             settings={name: value for name, value in resolved(asked).items() if name not in PLACES},
             figures=figures,
             started_from="/".join(Path(asked.from_checkpoint).parts[-2:]) if asked.from_checkpoint else None,
+            base_model=repository_of(asked.from_checkpoint),
+            seed=asked.seed,
             species=species_of(tokenizer.gene_table.ensembl_ids),
-            version=__version__,
         )
         (unfinished / "README.md").write_text(pretraining_card(facts, name=output.name), encoding="utf-8")
         for path in unfinished.iterdir():

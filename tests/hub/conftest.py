@@ -1,5 +1,7 @@
 import pytest
 
+from tests.training.conftest import base, labelled, tune  # noqa: F401 - fixtures
+
 
 @pytest.fixture
 def shared_model(hub, model_folder):

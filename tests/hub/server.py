@@ -52,7 +52,7 @@ class Repository:
 
     def at(self, revision: str) -> Commit | None:
         sha = self.refs.get(revision) or self.tags.get(revision) or revision
-        return next((c for c in self.commits if c.sha == sha), None)
+        return next((c for c in reversed(self.commits) if c.sha == sha), None)
 
     def is_lfs(self, path: str, content: bytes) -> bool:
         return path.endswith(LFS_SUFFIXES)
@@ -100,11 +100,13 @@ class Hub:
                 self.repositories[key].commit("initial commit", {".gitattributes": b""}, "main")
             return self.repositories[key]
 
-    def put(self, name: str, files: dict[str, bytes], kind: str = "model", branch: str = "main") -> str:
-        """Commit files as their owner would, and return the commit."""
+    def put(self, name: str, files: dict[str, bytes], kind: str = "model", branch: str = "main", sha: str | None = None) -> str:
+        """Commit files as their owner would, and return the commit, which has a given name where that matters."""
         repository = self.repository(name, kind)
         before = repository.at(repository.refs.get(branch, repository.refs["main"]))
-        return repository.commit("put", {**before.files, **files}, branch).sha
+        made = repository.commit("put", {**before.files, **files}, branch)
+        repository.refs[branch] = made.sha = sha or made.sha
+        return made.sha
 
     def files(self, name: str, kind: str = "model", revision: str = "main") -> dict[str, bytes]:
         return {path: content for path, content in self.repositories[kind, name].at(revision).files.items() if path != ".gitattributes"}

@@ -16,6 +16,7 @@ from tests.conftest import ensembl, make_cells
 from tests.unit.test_checkpoints import SHAPE, Hostile, write_dictionaries
 
 PRESET = "Geneformer-V2-104M"
+PINNED = CHECKPOINTS[PRESET].revision
 
 
 @pytest.fixture
@@ -36,7 +37,7 @@ def published(hub, tmp_path, monkeypatch):
     monkeypatch.setitem(configuration_geneformer.CLS_EOS_OF_VOCABULARY, v2, (2, 3))
     (root / "geneformer" / "tokenizer.py").write_text("boom()")
     (root / "training_args.bin").write_bytes(b"x")
-    hub.put(REPOSITORY, {path.relative_to(root).as_posix(): path.read_bytes() for path in root.rglob("*") if path.is_file()})
+    hub.put(REPOSITORY, {path.relative_to(root).as_posix(): path.read_bytes() for path in root.rglob("*") if path.is_file()}, sha=PINNED)
     return root
 
 
@@ -101,7 +102,7 @@ def test_conversion_from_the_hub_is_pinned_to_its_commit(hub, published, tmp_pat
 
 def test_dictionaries_with_other_hashes_and_hostile_ones_are_refused(hub, published, tmp_path):
     name = "geneformer/token_dictionary_gc104M.pkl"
-    hub.put(REPOSITORY, {name: pickle.dumps({ensembl(1): Hostile(tmp_path / "pwned")})})
+    hub.put(REPOSITORY, {name: pickle.dumps({ensembl(1): Hostile(tmp_path / "pwned")})}, sha=PINNED)
     for opening in (lambda: GeneformerTokenizer.from_pretrained(PRESET), lambda: convert_checkpoint(PRESET, tmp_path / "out")):
         with pytest.raises((CheckpointError, UnsafePickleError), match=r"not the published dictionaries|refused"):
             opening()
@@ -118,5 +119,5 @@ def test_without_dictionaries_it_says_to_convert(hub, published):
 def test_a_preset_that_cannot_be_reached(hub, offline):
     offline()
     for opening in (load_model, load_tokenizer):
-        with pytest.raises(HubError, match=rf"{REPOSITORY}/{PRESET} cannot be downloaded.*HF_HUB_OFFLINE"):
+        with pytest.raises(HubError, match=rf"{REPOSITORY}/{PRESET} \(revision f45a6c7\w+\) cannot be downloaded.*HF_HUB_OFFLINE"):
             opening(PRESET)

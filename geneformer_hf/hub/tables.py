@@ -1,0 +1,82 @@
+"""Tokenized datasets as the Hub likes them (shards of Parquet, a card) and as they lie on disk (Arrow, for `load_from_disk`)."""
+
+from __future__ import annotations
+
+import json
+import math
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import datasets
+
+from ..data.tokenized import open_tokenized, report_of
+from ..errors import CellFileError
+from ..reports.dataset_cards import dataset_card, report_in_card
+
+PARQUET_PATTERN = "data/*.parquet"
+SHARD_BYTES = 500 << 20
+REPORT = "report.json"
+
+
+def write_tables(folder: Path, output: Path) -> dict[str, Path]:
+    """Write the splits of a dataset as Parquet, with its card and report; return names in the repository and files.
+
+    Raises:
+        CellFileError: if it is damaged.
+    """
+    splits = _splits(folder)
+    found: dict[str, Path] = {}
+    for split, dataset in splits.items():
+        n_shards = max(1, math.ceil(dataset.data.nbytes / SHARD_BYTES))
+        for i in range(n_shards):
+            name = f"data/{split}-{i:05d}-of-{n_shards:05d}.parquet"
+            found[name] = output / name
+            found[name].parent.mkdir(parents=True, exist_ok=True)
+            dataset.shard(n_shards, i, contiguous=True).to_parquet(str(found[name]))
+    report = _without_folders(report_of(next(iter(splits.values()))))
+    texts = {REPORT: json.dumps(report, indent=1) + "\n"} if report else {}
+    own = folder / "README.md"
+    texts["README.md"] = dataset_card(splits, report, text=own.read_text(encoding="utf-8") if own.is_file() else None, name=folder.name)
+    for name, text in texts.items():
+        found[name] = output / name
+        found[name].write_text(text, encoding="utf-8")
+    return found
+
+
+def _splits(folder: Path) -> dict[str, datasets.Dataset]:
+    if (folder / "dataset_dict.json").is_file():
+        names = json.loads((folder / "dataset_dict.json").read_text(encoding="utf-8"))["splits"]
+        return {name: open_tokenized(folder / name) for name in names}
+    return {"train": open_tokenized(folder)}
+
+
+def _without_folders(report: dict[str, Any]) -> dict[str, Any]:
+    """Return a report in which files are names: where they lie is nobody else's business."""
+    return {
+        key: [one | {"file": Path(one["file"]).name} if isinstance(one, dict) and "file" in one else one for one in value] if isinstance(value, list) else value
+        for key, value in report.items()
+    }
+
+
+def read_tables(folder: Path, output: Path) -> None:
+    """Make of a repository's Parquet files what `load_from_disk` opens: one dataset, or several splits.
+
+    Raises:
+        CellFileError: if they cannot be read.
+    """
+    card = (folder / "README.md").read_text(encoding="utf-8") if (folder / "README.md").is_file() else ""
+    path = folder / REPORT
+    report = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else report_in_card(card)
+    with tempfile.TemporaryDirectory(dir=folder) as cache:
+        try:
+            splits = datasets.load_dataset(str(folder), cache_dir=cache)
+        except (OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
+            msg = f"the Parquet files cannot be read: {str(error).splitlines()[0]}"
+            raise CellFileError(msg) from error
+        for dataset in splits.values():
+            dataset.info.description = json.dumps(report, indent=1) if report else ""
+        made = next(iter(splits.values())) if list(splits) == ["train"] else splits
+        made.save_to_disk(str(output))
+    if card:
+        (output / "README.md").write_text(card, encoding="utf-8")

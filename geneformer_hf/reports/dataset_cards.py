@@ -1,0 +1,100 @@
+"""Cards of tokenized datasets."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import yaml
+from huggingface_hub import DatasetCardData
+
+from .cards import TAGS, card
+
+SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M"), (10_000_000, "1M<n<10M"), (100_000_000, "10M<n<100M"))
+MOST_FILES = 50
+
+
+def dataset_card(splits: Mapping[str, Any], report: Mapping[str, Any], *, name: str, text: str | None = None) -> str:
+    """Return the card of a tokenized dataset: what it was made from, with what vocabulary, and the metadata by which the Hub serves it.
+
+    Args:
+        splits (`Mapping[str, datasets.Dataset]`): by name.
+        report (`Mapping`): what `load_cells` recorded, empty where it did not.
+        name (`str`): heading.
+        text (`str`, *optional*): a card that somebody wrote; its text is kept, and its metadata where they do not say how the files lie.
+    """
+    n = sum(len(split) for split in splits.values())
+    own, body = parts_of(text or "")
+    said = {
+        "configs": [{"config_name": "default", "data_files": [{"split": split, "path": f"data/{split}-*"} for split in splits]}],
+        # datasets.load_dataset hands this on as `info.description`: there the record of the vocabulary is looked for.
+        "dataset_info": {"description": json.dumps(_in_short(report))} if report else None,
+    }
+    metadata = DatasetCardData(**({"tags": TAGS, "size_categories": [_size(n)]} | own | {key: value for key, value in said.items() if value}))
+    return card(metadata, body if body.strip() else _text(splits, report, name, n))
+
+
+def report_in_card(text: str) -> dict[str, Any]:
+    """Return the record of the vocabulary that a dataset card carries, empty where there is none."""
+    metadata, _ = parts_of(text)
+    info = metadata.get("dataset_info")
+    try:
+        report = json.loads(info.get("description") or "{}") if isinstance(info, dict) else {}
+    except json.JSONDecodeError:
+        return {}
+    return report if isinstance(report, dict) else {}
+
+
+def parts_of(text: str) -> tuple[dict[str, Any], str]:
+    """Return the metadata and the text of a card."""
+    parts = text.split("---\n", 2)
+    if len(parts) < 3 or parts[0].strip():
+        return {}, text
+    found = yaml.safe_load(parts[1])
+    return (found if isinstance(found, dict) else {}), parts[2]
+
+
+def _in_short(report: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in report.items() if not isinstance(value, list)} | {"n_files": len(report.get("files", []))}
+
+
+def _size(n: int) -> str:
+    return next((name for most, name in SIZES if n < most), "n>100M")
+
+
+def _text(splits: Mapping[str, Any], report: Mapping[str, Any], name: str, n: int) -> str:
+    first = next(iter(splits.values()))
+    vocabulary = str(report.get("encoding", "")).split("-")
+    lines = [
+        f"# {name}",
+        "",
+        f"{n:,} single cells as ranked genes: tokens of a Geneformer, made from raw counts with geneformer_hf.",
+        "",
+        "| split | cells |",
+        "|---|---|",
+        *(f"| {split} | {len(dataset):,} |" for split, dataset in splits.items()),
+        "",
+        f"Columns: {', '.join(f'`{column}`' for column in first.column_names)}. `input_ids` are token ids, the highest rank first.",
+    ]
+    if len(vocabulary) == 5:
+        lines += [
+            "",
+            f"Gene table `{vocabulary[1]}`, at most {int(vocabulary[2]):,} tokens a cell. Only models of this vocabulary can read it; geneformer_hf compares them.",
+        ]
+    else:
+        lines += ["", "The vocabulary was not recorded."]
+    files = report.get("files", [])
+    if files:
+        lines += ["", "## Source", "", "| file | cells | left out by filter_pass | counts | genes |", "|---|---|---|---|---|"]
+        lines += [f"| {one['file']} | {one['cells']:,} | {one['filter_pass']:,} | {one['counts']} | {one['genes']} |" for one in files[:MOST_FILES]]
+        lines += [f"\n… and {len(files) - MOST_FILES:,} more: `report.json`."] if len(files) > MOST_FILES else []
+        lines += [
+            "",
+            f"Cells without a gene of the vocabulary, left out: {report.get('left_out_without_genes', 0):,}. Skipped files: {len(report.get('skipped_files', [])):,}.",
+        ]
+    lines += [
+        "", "## Use", "", "```python", "import datasets, geneformer_hf", "", 'cells = datasets.load_dataset("REPOSITORY", split="' + next(iter(splits)) + '")',
+        'embeddings = geneformer_hf.embed_cells("MODEL", cells)', "```", "", "State the licence and the origin of the cells before you share them: this card cannot know them.",
+    ]  # fmt: skip
+    return "\n".join(lines)

@@ -1,0 +1,425 @@
+"""Folders to the Hub and back: what goes, what stays, and what happens when it breaks off."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from geneformer_hf import (
+    GeneformerForMaskedLM,
+    GeneformerForSequenceClassification,
+    add_adapter,
+    embed_cells,
+    load_cells,
+    load_model,
+    load_peft_model,
+    predict,
+    pull_folder,
+    push_folder,
+)
+from geneformer_hf.cli.main import main
+from geneformer_hf.data.tokenized import gene_table_of, open_tokenized, report_of
+from geneformer_hf.errors import CheckpointError, HubError, OutputExistsError, VocabularyMismatchError
+from geneformer_hf.models.adapters import save_adapter
+from tests.conftest import make_cells
+from tests.hub.server import Fault
+
+WEIGHTS = "model.safetensors"
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def metadata(text: bytes) -> dict:
+    return yaml.safe_load(text.decode().split("---\n", 2)[1])
+
+
+@pytest.fixture
+def dataset_folder(tmp_path, cells, tokenizer):
+    cells.write_h5ad(tmp_path / "cells.h5ad")
+    load_cells(tmp_path / "cells.h5ad", tokenizer=tokenizer).save_to_disk(tmp_path / "tokens")
+    return tmp_path / "tokens"
+
+
+def test_a_model_there_and_back(hub, model_folder, tmp_path):
+    (model_folder / "training_args.bin").write_bytes(b"pickle")
+    (model_folder / "optimizer.pt").write_bytes(b"pickle")
+    (model_folder / ".secret").write_text("x")
+    pushed = push_folder(model_folder, "lab/new", private=True)
+    repository = hub.repositories["model", "lab/new"]
+    assert (repository.private, len(repository.commits), pushed.kind) == (True, 2, "model")
+    assert pushed.left_out == [".secret", "optimizer.pt", "training_args.bin"]
+    assert set(hub.files("lab/new")) == {"README.md", "config.json", "gene_table.json", WEIGHTS, "tokenizer.json", "tokenizer_config.json"} == set(pushed.files)
+    assert metadata(hub.files("lab/new")["README.md"])["library_name"] == "transformers"
+    pulled = pull_folder("lab/new", tmp_path / "pulled")
+    assert (pulled.kind, pulled.revision, pulled.left_out) == ("model", pushed.revision, [])
+    assert content(tmp_path / "pulled") == hub.files("lab/new")
+    assert not list(tmp_path.glob(".pulled*"))
+    with pytest.raises(OutputExistsError):
+        pull_folder("lab/new", tmp_path / "pulled")
+
+
+def test_branches_and_pull_requests(hub, model_folder, tmp_path, model):
+    push_folder(model_folder, "lab/new")
+    torch.nn.init.zeros_(model.cls.predictions.bias)
+    GeneformerForMaskedLM(model.config).save_pretrained(model_folder)
+    push_folder(model_folder, "lab/new", revision="experiment")
+    proposed = push_folder(model_folder, "lab/new", create_pr=True, message="A better one")
+    assert proposed.url.endswith("/discussions/1")
+    main_weights, branch, pr = (hub.files("lab/new", revision=r)[WEIGHTS] for r in ("main", "experiment", "refs/pr/1"))
+    assert main_weights != branch == pr
+    assert hub.repositories["model", "lab/new"].commits[-1].title == "A better one"
+    for revision in ("experiment", "refs/pr/1"):
+        assert (pull_folder("lab/new", tmp_path / revision.replace("/", "-"), revision=revision).output / WEIGHTS).read_bytes() == branch
+    with pytest.raises(HubError, match=r"lab/new has no revision 'nowhere'"):
+        pull_folder("lab/new", tmp_path / "x", revision="nowhere")
+
+
+def test_weights_of_an_earlier_push_are_replaced(hub, model_folder, model):
+    model.save_pretrained(model_folder, max_shard_size="20KB")
+    (model_folder / WEIGHTS).unlink(missing_ok=True)
+    push_folder(model_folder, "lab/new")
+    assert any(name.startswith("model-00001-of") for name in hub.files("lab/new"))
+    before = {name: tensor.clone() for name, tensor in load_model("lab/new").state_dict().items()}
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    for path in model_folder.glob("model*"):
+        path.unlink()
+    model.save_pretrained(model_folder)
+    push_folder(model_folder, "lab/new")
+    assert [name for name in hub.files("lab/new") if name.startswith("model")] == [WEIGHTS]
+    (model_folder / WEIGHTS).unlink()
+    model.save_pretrained(model_folder, max_shard_size="20KB")
+    next(model_folder.glob("model-00001-of*")).unlink()
+    with pytest.raises(CheckpointError, match="1 files of weights are missing"):
+        push_folder(model_folder, "lab/new")
+
+
+def test_a_tokenizer_alone(hub, tokenizer, tmp_path):
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    assert push_folder(tmp_path / "tokenizer", "lab/tokenizer").kind == "tokenizer"
+    assert pull_folder("lab/tokenizer", tmp_path / "pulled").kind == "tokenizer"
+
+
+def test_a_fine_tuned_model_has_its_card_and_no_path_of_this_machine(hub, tune, tmp_path, labelled):
+    run = tune(group_column="donor")
+    pushed = push_folder(run.folder, "lab/tuned")
+    files = hub.files("lab/tuned")
+    assert {"README.md", "figures.json", "report.html", "settings.yaml", "predictions.csv"} <= set(pushed.files)
+    for name, found in files.items():
+        assert str(tmp_path).encode() not in found, name
+        assert b"/pytest-of-" not in found, name
+    said = metadata(files["README.md"])
+    assert said["model-index"][0]["results"][0]["metrics"]
+    assert b"Every donor is wholly on one side." in files["README.md"]
+    assert b"Seed 42. Made with geneformer-hf" in files["README.md"]
+    assert predict("lab/tuned", labelled, progress=False).labels.tolist() == predict(run.folder, labelled, progress=False).labels.tolist()
+
+
+@pytest.fixture
+def adapter(tune):
+    return tune("adapted", adapter="lora").folder
+
+
+def test_an_adapter_of_a_folder_needs_to_know_where_that_is(hub, adapter, base, labelled, tmp_path):
+    with pytest.raises(
+        CheckpointError, match=r"was trained on .*, a folder of this disk, which nobody else has\. Push that first, and name it with `base=` \(--base\)"
+    ):
+        push_folder(adapter, "lab/adapter")
+    assert ("model", "lab/adapter") not in hub.repositories
+    push_folder(base, "lab/base")
+    pushed = push_folder(adapter, "lab/adapter", base="lab/base")
+    assert (pushed.kind, pushed.base.name) == ("adapter", "lab/base")
+    files = hub.files("lab/adapter")
+    assert json.loads(files["adapter_config.json"])["base_model_name_or_path"] == "lab/base"
+    assert metadata(files["README.md"])["base_model"] == "lab/base"
+    assert WEIGHTS not in files
+    assert not [name for name, found in files.items() if str(base).encode() in found]
+    # The folder itself still names the base on this disk.
+    assert json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"] == str(base)
+    expected = predict(adapter, labelled, progress=False).to_frame()
+    assert predict("lab/adapter", labelled, progress=False).to_frame().equals(expected)
+    pulled = pull_folder("lab/adapter", tmp_path / "pulled")
+    assert (pulled.kind, pulled.base.name) == ("adapter", "lab/base")
+    assert predict(tmp_path / "pulled", labelled, progress=False).to_frame().equals(expected)
+
+
+def test_an_adapter_finds_the_commit_it_was_trained_on(hub, base, tokenizer, tmp_path, caplog):
+    push_folder(base, "lab/base")
+    commit = hub.repositories["model", "lab/base"].refs["main"]
+    model = load_model("lab/base")
+    save_adapter(add_adapter(model), tmp_path / "adapter")
+    # The base goes on; the adapter stays with what it knows.
+    moved = tmp_path / "moved"
+    torch.manual_seed(9)
+    GeneformerForMaskedLM(model.config).save_pretrained(moved)
+    hub.put("lab/base", {WEIGHTS: (moved / WEIGHTS).read_bytes()})
+    assert push_folder(tmp_path / "adapter", "lab/adapter").base.revision == commit
+    with caplog.at_level("INFO", logger="geneformer_hf"):
+        opened = load_peft_model("lab/adapter")
+    assert f"is an adapter of the model lab/base (revision {commit})." in caplog.text
+    weight = opened.get_base_model().bert.embeddings.word_embeddings.weight
+    assert torch.equal(weight, load_model(base).bert.embeddings.word_embeddings.weight)
+    with pytest.raises(CheckpointError, match="was trained on another base"):
+        load_peft_model("lab/adapter", base="lab/base")
+
+
+def test_a_dataset_there_and_back(hub, dataset_folder, tmp_path, model, tokenizer):
+    pushed = push_folder(dataset_folder, "lab/cells")
+    files = hub.files("lab/cells", "dataset")
+    assert set(files) == {"README.md", "report.json", "data/train-00000-of-00001.parquet"} == set(pushed.files)
+    assert len(hub.repositories["dataset", "lab/cells"].commits) == 2
+    assert not [name for name, found in files.items() if str(tmp_path).encode() in found]
+    assert metadata(files["README.md"])["size_categories"] == ["n<1K"]
+    assert b"| cells.h5ad | 30 |" in files["README.md"]
+    before = open_tokenized(dataset_folder)
+    # As anybody loads it, with datasets alone: the record of the vocabulary is there.
+    anybody = datasets.load_dataset("lab/cells", split="train")
+    assert anybody.to_dict() == before.to_dict()
+    assert gene_table_of(anybody) == tokenizer.gene_table.fingerprint
+    streamed = datasets.load_dataset("lab/cells", split="train", streaming=True)
+    assert next(iter(streamed))["input_ids"] == before[0]["input_ids"]
+    pull_folder("lab/cells", tmp_path / "pulled")
+    after = datasets.load_from_disk(str(tmp_path / "pulled"))
+    assert after.to_dict() == before.to_dict()
+    assert after.features == before.features
+    assert report_of(after)["files"][0]["file"] == "cells.h5ad"
+    assert report_of(after)["encoding"] == report_of(before)["encoding"]
+    assert (embed_cells(model, after, tokenizer=tokenizer, progress=False) == embed_cells(model, before, tokenizer=tokenizer, progress=False)).all()
+
+
+def test_a_shared_dataset_of_another_vocabulary_is_refused(hub, dataset_folder, v1_model, v1_tokenizer):
+    push_folder(dataset_folder, "lab/cells")
+    with pytest.raises(VocabularyMismatchError, match="gene table"):
+        embed_cells(v1_model, datasets.load_dataset("lab/cells", split="train"), tokenizer=v1_tokenizer, progress=False)
+
+
+def test_splits_and_a_card_of_ones_own(hub, dataset_folder, tmp_path):
+    both = datasets.load_from_disk(str(dataset_folder)).train_test_split(0.2, seed=0)
+    both.save_to_disk(str(tmp_path / "both"))
+    (tmp_path / "both" / "README.md").write_text("---\nlicense: cc-by-4.0\ntags: [blood]\n---\n\n# Our cells\n\nFrom us.\n")
+    push_folder(tmp_path / "both", "lab/both")
+    card = hub.files("lab/both", "dataset")["README.md"]
+    assert (metadata(card)["license"], metadata(card)["tags"]) == ("cc-by-4.0", ["blood"])
+    assert b"# Our cells\n\nFrom us." in card
+    found = datasets.load_dataset("lab/both")
+    assert {name: len(split) for name, split in found.items()} == {"train": 24, "test": 6}
+    pull_folder("lab/both", tmp_path / "pulled")
+    assert datasets.load_from_disk(str(tmp_path / "pulled"))["test"].to_dict() == both["test"].to_dict()
+    # Fewer splits: tables of the first push do not stay.
+    push_folder(tmp_path / "both" / "test", "lab/both")
+    assert [name for name in hub.files("lab/both", "dataset") if name.endswith(".parquet")] == ["data/train-00000-of-00001.parquet"]
+
+
+def test_datasets_push_to_hub_works_as_well(hub, dataset_folder, model, tokenizer):
+    dataset = datasets.load_from_disk(str(dataset_folder))
+    dataset.push_to_hub("lab/plain", num_shards=3)
+    again = datasets.load_dataset("lab/plain", split="train")
+    assert again.to_dict() == dataset.to_dict()
+    assert (embed_cells(model, again, tokenizer=tokenizer, progress=False) == embed_cells(model, dataset, tokenizer=tokenizer, progress=False)).all()
+
+
+@pytest.mark.filterwarnings("ignore:Could not find a config file")
+def test_peft_pushes_an_adapter_alone(hub, base, tmp_path):
+    push_folder(base, "lab/base")
+    adapted = add_adapter(load_model("lab/base"))
+    with torch.no_grad():
+        for name, p in adapted.named_parameters():
+            if "lora_B" in name:
+                p.normal_()
+    adapted.push_to_hub("lab/plain-adapter")
+    assert WEIGHTS not in hub.files("lab/plain-adapter")
+    opened = load_peft_model("lab/plain-adapter")
+    assert all(torch.equal(tensor, opened.state_dict()[name]) for name, tensor in adapted.state_dict().items())
+    # One with a head: how many classes there are shows in its weights.
+    headed = GeneformerForSequenceClassification.from_pretrained("lab/base", num_labels=5)
+    headed.place = None
+    add_adapter(headed).push_to_hub("lab/plain-classifier")
+    opened = load_model("lab/plain-classifier")
+    assert (type(opened), opened.config.num_labels) == (GeneformerForSequenceClassification, 5)
+
+
+FRESH = """
+import json, sys
+import datasets, torch
+import anndata
+import geneformer_hf
+from transformers import AutoModelForMaskedLM, AutoTokenizer
+adata = anndata.read_h5ad(sys.argv[1])
+found = {"model": float(AutoModelForMaskedLM.from_pretrained("lab/new").cls.predictions.bias.detach().double().sum()), "tokens": AutoTokenizer.from_pretrained("lab/new")(adata)["input_ids"],
+    "embedded": geneformer_hf.embed_cells("lab/new", datasets.load_dataset("lab/cells", split="train"), progress=False).tolist(),
+    "adapted": geneformer_hf.predict("lab/adapter", adata, progress=False).labels.tolist()}
+print(json.dumps(found))
+"""
+
+
+def test_every_artefact_opens_in_a_fresh_process_online_and_offline(hub, model_folder, dataset_folder, adapter, base, cells, tokenizer, model, tmp_path):
+    for folder, name, of in (
+        (model_folder, "lab/new", None),
+        (dataset_folder, "lab/cells", None),
+        (base, "lab/base", None),
+        (adapter, "lab/adapter", "lab/base"),
+    ):
+        push_folder(folder, name, base=of)
+    environment = os.environ | {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0", "HF_TOKEN": "hf_owner"}
+    for offline in ("0", "1"):
+        hub.requests.clear()
+        done = subprocess.run(
+            [sys.executable, "-c", FRESH, str(tmp_path / "cells.h5ad")],
+            env=environment | {"HF_HUB_OFFLINE": offline},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+        found = json.loads(done.stdout.splitlines()[-1])
+        assert found["tokens"] == tokenizer(cells)["input_ids"]
+        assert found["model"] == float(model.cls.predictions.bias.detach().double().sum())
+        assert np.allclose(found["embedded"], embed_cells(model, cells, tokenizer=tokenizer, progress=False), atol=1e-6)
+        assert found["adapted"] == predict(adapter, cells, progress=False).labels.tolist()
+        assert bool(hub.requests) == (offline == "0")
+
+
+def test_an_upload_that_broke_off_goes_on(hub, model_folder, model, tmp_path):
+    model.save_pretrained(model_folder, max_shard_size="20KB")
+    (model_folder / WEIGHTS).unlink(missing_ok=True)
+    n_files = len(list(model_folder.glob("model-*")))
+    # The last of the files is never taken.
+    oid = hashlib.sha256(sorted(model_folder.glob("model-*"))[-1].read_bytes()).hexdigest()
+    hub.faults = [Fault("PUT", oid, "status:500", times=99)]
+    with pytest.raises(HubError, match=r"lab/new cannot be written"):
+        push_folder(model_folder, "lab/new")
+    assert not hub.files("lab/new")
+    with pytest.raises(CheckpointError, match=r"holds no config\.json"):
+        load_model("lab/new")
+    n_there = len(hub.objects)
+    hub.faults, hub.requests[:] = [], []
+    push_folder(model_folder, "lab/new")
+    assert n_there == n_files - 1
+    assert sum(method == "PUT" for method, _ in hub.requests) == 1
+    assert len(hub.repositories["model", "lab/new"].commits) == 2
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        (Fault("POST", "/commit/", "status:403"), "This token may not do that"),
+        (Fault("POST", "/api/repos/create", "status:401"), "not accepted|private"),
+        (Fault("POST", "/commit/", "status:500", times=99), "the Hub answered 500"),
+        (Fault("POST", "/commit/", "hang up", times=99), "cannot be written: Server disconnected"),
+        (Fault("POST", "/preupload/", "status:429", times=99), "the Hub answered 429"),
+    ],
+    ids=lambda value: value.what + value.path.replace("/", "-") if isinstance(value, Fault) else "",
+)
+def test_a_push_that_fails_makes_no_commit(fault, words, hub, model_folder):
+    hub.faults = [fault]
+    with pytest.raises(HubError, match=words):
+        push_folder(model_folder, "lab/new")
+    assert all(len(one.commits) == 1 for one in hub.repositories.values())
+
+
+@pytest.mark.parametrize("what", ["cut:1000", "size:100", "flip", "status:500", "hang up"])
+def test_a_pull_that_fails_leaves_no_folder_and_goes_on(what, hub, shared_model, tmp_path):
+    hub.faults = [Fault("GET", WEIGHTS, what, times=99)]
+    with pytest.raises(HubError):
+        pull_folder(shared_model, tmp_path / "pulled")
+    assert not (tmp_path / "pulled").exists()
+    hub.faults, hub.requests[:] = [], []
+    pull_folder(shared_model, tmp_path / "pulled")
+    assert content(tmp_path / "pulled") == hub.files(shared_model)
+    # What had come was kept.
+    assert not [path for method, path in hub.requests if method == "GET" and path.endswith("gene_table.json")]
+    assert not list(tmp_path.glob(".pulled*"))
+
+
+@pytest.mark.parametrize("name", ["../evil.json", "/evil.json", "a/../../evil.json", "..\\evil.json"])
+def test_names_that_lead_out_are_refused(name, hub, shared_model, tmp_path):
+    hub.put(shared_model, {name: b"{}"})
+    with pytest.raises(HubError, match="leads out of the folder"):
+        pull_folder(shared_model, tmp_path / "in" / "pulled")
+    assert not list(tmp_path.rglob("*evil*"))
+
+
+@pytest.mark.parametrize(
+    ("files", "words"),
+    [
+        ({"config.json": b"{}", "pytorch_model.bin": b"x"}, r"its weights are pickles \(pytorch_model\.bin\); open it with load_model, and save it"),
+        ({"modeling.py": b"boom()"}, r"it holds none of model\.safetensors, adapter_config\.json and gene_table\.json"),
+        ({"model.safetensors": b"x", "geneformer/token_dictionary.pkl": b"x"}, r"laid out as the published checkpoints are.*geneformer-hf convert lab/odd"),
+    ],
+)
+def test_what_cannot_be_pulled(files, words, hub, tmp_path):
+    hub.put("lab/odd", files)
+    with pytest.raises(CheckpointError, match=words):
+        pull_folder("lab/odd", tmp_path / "pulled")
+    assert not (tmp_path / "pulled").exists()
+
+
+def test_a_model_and_a_dataset_of_one_name(hub, shared_model, dataset_folder, tmp_path):
+    push_folder(dataset_folder, shared_model)
+    with pytest.raises(HubError, match=r"is a model and a dataset\. Say which"):
+        pull_folder(shared_model, tmp_path / "pulled")
+    assert pull_folder(shared_model, tmp_path / "pulled", kind="dataset").kind == "dataset"
+
+
+def test_what_is_not_pushed(hub, model_folder, tmp_path, tokenizer, v1_tokenizer):
+    (tmp_path / "empty").mkdir()
+    for folder, words in (
+        (tmp_path / "empty", "is not the folder of a model"),
+        (tmp_path / "gone", "is not a folder"),
+        (model_folder / "config.json", "is not a folder"),
+    ):
+        with pytest.raises(CheckpointError, match=words):
+            push_folder(folder, "lab/new")
+    with pytest.raises(CheckpointError, match="is no adapter"):
+        push_folder(model_folder, "lab/new", base="lab/base")
+    (model_folder / "outside.json").symlink_to("/etc/hostname")
+    with pytest.raises(CheckpointError, match="is a link to"):
+        push_folder(model_folder, "lab/new")
+    (model_folder / "outside.json").unlink()
+    v1_tokenizer.save_pretrained(model_folder)
+    with pytest.raises(VocabularyMismatchError):
+        push_folder(model_folder, "lab/new")
+    tokenizer.save_pretrained(model_folder)
+    (model_folder / WEIGHTS).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 5\n")
+    with pytest.raises(CheckpointError, match="git-lfs pointer"):
+        push_folder(model_folder, "lab/new")
+    (model_folder / WEIGHTS).rename(model_folder / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match="holds its weights as pickles"):
+        push_folder(model_folder, "lab/new")
+    assert not hub.repositories
+
+
+@pytest.mark.parametrize(("name", "words"), [("others/model", "This token may not do that"), ("not a name!", "is no name of a repository")])
+def test_names_one_may_not_use(name, words, hub, model_folder):
+    with pytest.raises(HubError, match=words):
+        push_folder(model_folder, name)
+
+
+def test_by_command(hub, model_folder, tmp_path, capsys):
+    (model_folder / "training_args.bin").write_bytes(b"x")
+    assert main(["push", str(model_folder), "lab/new", "--private"]) == 0
+    said = capsys.readouterr().out
+    assert "model of 6 files" in said
+    assert "Left here, as nothing of the kind is shared: training_args.bin" in said
+    assert main(["pull", "lab/new", str(tmp_path / "pulled")]) == 0
+    assert "opens with the Auto classes" in capsys.readouterr().out
+    assert main(["pull", "lab/new", str(tmp_path / "pulled")]) == 1
+    assert "exists. Choose another name, or pass --overwrite" in capsys.readouterr().err
+    assert main(["pull", "lab/none", str(tmp_path / "other")]) == 1
+    assert "geneformer-hf pull: lab/none is not on the Hub" in capsys.readouterr().err
+    assert main(["info", "lab/new"]) == 0
+    assert "GeneformerForMaskedLM" in capsys.readouterr().out
+
+
+def test_embedding_by_command_from_the_hub(hub, shared_model, tmp_path, cells):
+    make_cells([*cells.var_names], 5).write_h5ad(tmp_path / "few.h5ad")
+    assert main(["embed", str(tmp_path / "few.h5ad"), "--model", shared_model, "--output", str(tmp_path / "out.h5ad")]) == 0
