@@ -8,6 +8,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from . import pipelines as pipelines  # registers them with transformers
 from ._version import __version__
 from .genes import GeneTable
 from .models import (
@@ -25,6 +26,7 @@ from .ranking import rank_genes
 if TYPE_CHECKING:
     from .analysis.effects import cooperativity, perturbation_effects
     from .analysis.embeddings import embed_cells, embed_genes, iter_gene_embeddings, state_embeddings
+    from .analysis.masked_genes import predict_masked_genes
     from .analysis.perturbations import Perturbation
     from .analysis.perturbing import InSilicoPerturber
     from .analysis.predictions import CellPredictions, GenePredictions, predict
@@ -82,6 +84,7 @@ _LAZY = {
     "read_published_perturbations": "analysis.published",
     "screening_quality": "analysis.screening",
     "predict": "analysis.predictions",
+    "predict_masked_genes": "analysis.masked_genes",
     "pretrain": "training.pretraining",
     "pull_folder": "hub.sharing",
     "push_folder": "hub.sharing",
@@ -134,6 +137,7 @@ __all__ = [
     "perturbation_effects",
     "perturbation_statistics",
     "predict",
+    "predict_masked_genes",
     "pretrain",
     "pull_folder",
     "push_folder",

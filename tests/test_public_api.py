@@ -7,7 +7,7 @@ PUBLIC = {
     "CHECKPOINTS", "CellDatasetBuilder", "GeneTable", "GeneformerConfig", "GeneformerForMaskedLM", "GeneformerForMultiTaskClassification",
     "GeneformerForSequenceClassification", "GeneformerForTokenClassification", "GeneformerModel", "GeneformerPretrainingArguments", "GeneformerTokenizer", "PretrainingRun", "QualityRules", "__version__",
     "CellPredictions", "FineTuningRun", "GenePredictions", "GeneformerFineTuningArguments", "SearchRun", "SearchSettings", "add_adapter", "finetune", "load_model", "load_peft_model",
-    "merge_adapter", "predict", "search",
+    "merge_adapter", "predict", "predict_masked_genes", "search",
     "InSilicoPerturber", "Perturbation", "StateShift", "StateVectors", "cooperativity", "perturbation_effects", "perturbation_statistics", "read_published_perturbations",
     "screening_quality",
     "assess_quality",

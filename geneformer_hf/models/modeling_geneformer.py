@@ -20,7 +20,8 @@ from transformers.models.bert.modeling_bert import BertPreTrainedModel
 from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
 
-from .adapters import require_savable
+from ..errors import CheckpointError
+from .adapters import is_adapter, require_savable
 from .attention import PACKED_ATTENTION
 from .checkpoints import PUBLISHED_TABLES, REPOSITORY
 from .configuration_geneformer import GeneformerConfig
@@ -86,6 +87,8 @@ class _Checkpoint:
         kwargs.pop("_commit_hash", None)
         options = {name: kwargs.pop(name) for name in HUB_OPTIONS if name in kwargs}
         folder, place = fetched_checkpoint(place, **options)
+        if is_adapter(folder) and not any(folder.glob("model*.safetensors")):
+            return cls._from_adapter(place, dtype=kwargs.get("dtype"), device=kwargs.get("device_map"), **options)
         found = super().from_pretrained(str(folder), *args, **kwargs)  # type: ignore[misc]
         # With `output_loading_info` there are two.
         model = found[0] if isinstance(found, tuple) else found
@@ -95,6 +98,22 @@ class _Checkpoint:
         if place.name == REPOSITORY and model.config.vocabulary_fingerprint is None:
             model.config.vocabulary_fingerprint = PUBLISHED_TABLES.get(model.config.vocab_size)
         return found
+
+    @classmethod
+    def _from_adapter(cls, place: Place, *, device: Any, **options: Any) -> Any:
+        """Open an adapter, with the classes in its config.json: transformers would take that for the whole model's."""
+        # It knows this module.
+        from .loading import load_model
+
+        model = load_model(
+            place.name, subfolder=place.subfolder, revision=place.revision, device=device if isinstance(device, str) and device != "auto" else None, **options
+        )  # fmt: skip
+        if issubclass(cls, BertModel):
+            return model.base_model
+        if not isinstance(model, cls):
+            msg = f"{place} is an adapter of a {type(model).__name__}, and cannot be opened as a {cls.__name__}."
+            raise CheckpointError(msg)
+        return model
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
         """Save as transformers does; 4-bit weights that were repacked are refused.
