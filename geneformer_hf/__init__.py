@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from .data.streaming import stream_cells, stream_tokens
     from .hub.conversion import convert_checkpoint
     from .hub.export import export_checkpoint, merge_adapter
+    from .hub.onnx_export import export_onnx
     from .hub.sharing import pull_folder, push_folder
     from .models.adapters import add_adapter
     from .models.loading import load_model, load_peft_model
@@ -72,6 +73,7 @@ _LAZY = {
     "embed_cells": "analysis.embeddings",
     "embed_genes": "analysis.embeddings",
     "export_checkpoint": "hub.export",
+    "export_onnx": "hub.onnx_export",
     "finetune": "training.finetuning",
     "fit_gene_table": "data.medians",
     "iter_gene_embeddings": "analysis.embeddings",
@@ -127,6 +129,7 @@ __all__ = [
     "embed_cells",
     "embed_genes",
     "export_checkpoint",
+    "export_onnx",
     "finetune",
     "fit_gene_table",
     "iter_gene_embeddings",

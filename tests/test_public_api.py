@@ -11,7 +11,7 @@ PUBLIC = {
     "InSilicoPerturber", "Perturbation", "StateShift", "StateVectors", "cooperativity", "perturbation_effects", "perturbation_statistics", "read_published_perturbations",
     "screening_quality",
     "assess_quality",
-    "convert_checkpoint", "embed_cells", "embed_genes", "export_checkpoint", "fit_gene_table", "iter_gene_embeddings", "load_cells", "pretrain", "pull_folder", "push_folder", "rank_genes",
+    "convert_checkpoint", "embed_cells", "embed_genes", "export_checkpoint", "export_onnx", "fit_gene_table", "iter_gene_embeddings", "load_cells", "pretrain", "pull_folder", "push_folder", "rank_genes",
     "state_embeddings", "stream_cells", "stream_tokens", "tokenize_corpus",
 }  # fmt: skip
 

@@ -124,7 +124,7 @@ def _sorted_out(folder: Path) -> tuple[list[str], list[str]]:
 def _kind_of(path: Path, left_out: Iterable[str]) -> str:
     if is_adapter(path):
         return "adapter"
-    if any(path.glob("*.safetensors")):
+    if any(path.glob("*.safetensors")) or (path / "encoder.onnx").is_file():
         return "model"
     pickled = [name for name in left_out if name.endswith((".bin", ".pt", ".pth", ".pkl", ".pickle")) and "/" not in name and name != "training_args.bin"]
     if (path / "config.json").is_file() and pickled:
