@@ -47,6 +47,7 @@ bench: $(VENV)/.dev  ## the benchmarks; each ends with JSON lines of its claims
 	$(OFFLINE) $(BIN)/python benchmarks/bench_finetune.py
 	$(OFFLINE) $(BIN)/python benchmarks/bench_perturb.py
 	$(OFFLINE) $(BIN)/python benchmarks/bench_screen.py
+	$(OFFLINE) $(BIN)/python benchmarks/bench_onnx.py
 
 clean:  ## remove the virtual environment and caches
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache demo_output *.egg-info

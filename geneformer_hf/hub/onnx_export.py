@@ -57,8 +57,8 @@ def export_onnx(model: str | Path, output: str | Path, *, int8: bool = False, ov
     Args:
         model (`str` or `Path`): folder or Hub id of a Geneformer checkpoint; an adapter is merged into its base.
         output (`str` or `Path`): a new folder.
-        int8 (`bool`, *optional*, defaults to `False`): also write `encoder_int8.onnx`, whose linear layers hold 8-bit weights and quantise activations as they
-            come: smaller, faster on CPUs, less exact.
+        int8 (`bool`, *optional*, defaults to `False`): also write `encoder_int8.onnx`, whose linear layers and embeddings hold 8-bit weights, and which quantises
+            activations as they come: a quarter of the size, faster on CPUs with large models, less exact.
         overwrite (`bool`, *optional*, defaults to `False`): replace the output if it exists.
 
     Raises:
@@ -230,7 +230,7 @@ def _quantize(source: Path, target: Path) -> None:
             source,
             target,
             weight_type=QuantType.QInt8,
-            op_types_to_quantize=["MatMul", "Gemm"],
+            op_types_to_quantize=["MatMul", "Gemm", "Gather"],
             use_external_data_format=(source.parent / f"{source.name}.data").is_file(),
             extra_options={"MatMulConstBOnly": True},
         )
