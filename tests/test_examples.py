@@ -40,6 +40,11 @@ ARGUMENTS = {
     "goal_states.py": ["cells.h5ad", "geneformer-v2", "state", "a", "b", "overexpress", "towards"],
     "combinations.py": ["cells.h5ad", "geneformer-v2", "pairs.csv"],
     "screen_genes.py": ["cells.h5ad", "geneformer-v2", "screened.parquet"],
+    "share_model.py": ["run/model", "lab/pbmc-types", "cells.h5ad"],
+    "share_dataset.py": ["cells.h5ad", "geneformer-v2", "lab/tokens"],
+    "load_published.py": ["cells.h5ad", "Geneformer-V1-10M", "geneformer-v1"],
+    "cell_pipelines.py": ["cells.h5ad", "geneformer-v2"],
+    "export_onnx.py": ["cells.h5ad", "geneformer-v2", "graphs"],
     "affected_genes.py": ["cells.h5ad", "geneformer-v2", "affected.csv", "affected.png"],
 }
 
