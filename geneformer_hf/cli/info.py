@@ -34,6 +34,8 @@ class Info(Command):
             raise CellFileError(msg)
         elif (path / "dataset_info.json").is_file():
             self._dataset(path)
+        elif (path / "gene_table.json").is_file() and not (path / "config.json").is_file():
+            self._tokenizer(args.what)
         elif path.is_dir() and not (path / "config.json").is_file():
             inside = ", ".join(sorted(p.parent.name for p in path.glob("*/config.json")))
             cells = sorted(p.name for p in path.iterdir() if p.suffix in KINDS or is_tenx_folder(p) or is_zarr(p))
@@ -143,11 +145,16 @@ class Info(Command):
                 shown = ", ".join(head.names[:30]) + (f", … ({len(head.names)})" if len(head.names) > 30 else "")
                 print(f"Predicts {'a class of each gene' if isinstance(loaded, GeneformerForTokenClassification) else head.name}: {shown}")
         try:
-            tokenizer = load_tokenizer(model)
+            require_same_vocabulary(loaded.config, load_tokenizer(model))
         except CheckpointError as error:
             print(f"Tokenizer: none. {error}")
             return
-        require_same_vocabulary(loaded.config, tokenizer)
+        self._tokenizer(model)
+
+    def _tokenizer(self, model: str) -> None:
+        from ..models.loading import load_tokenizer
+
+        tokenizer = load_tokenizer(model)
         table = tokenizer.gene_table
         print(
             f"Tokenizer: {len(table):,} {table.species} genes, {len(table.aliases):,} aliases; {f'{table.source}; ' if table.source else ''}fingerprint {table.fingerprint}"

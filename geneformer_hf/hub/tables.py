@@ -6,13 +6,12 @@ import json
 import math
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import datasets
 
 from ..data.tokenized import open_tokenized, report_of
 from ..errors import CellFileError
-from ..reports.dataset_cards import dataset_card, report_in_card
+from ..reports.dataset_cards import dataset_card, report_in_card, without_folders
 
 PARQUET_PATTERN = "data/*.parquet"
 SHARD_BYTES = 500 << 20
@@ -34,10 +33,12 @@ def write_tables(folder: Path, output: Path) -> dict[str, Path]:
             found[name] = output / name
             found[name].parent.mkdir(parents=True, exist_ok=True)
             dataset.shard(n_shards, i, contiguous=True).to_parquet(str(found[name]))
-    report = _without_folders(report_of(next(iter(splits.values()))))
+    report = without_folders(report_of(next(iter(splits.values()))))
     texts = {REPORT: json.dumps(report, indent=1) + "\n"} if report else {}
     own = folder / "README.md"
-    texts["README.md"] = dataset_card(splits, report, text=own.read_text(encoding="utf-8") if own.is_file() else None, name=folder.name)
+    texts["README.md"] = dataset_card(
+        splits, report, text=own.read_text(encoding="utf-8") if own.is_file() else None, name=folder.resolve().name, as_parquet=True
+    )
     for name, text in texts.items():
         found[name] = output / name
         found[name].write_text(text, encoding="utf-8")
@@ -49,14 +50,6 @@ def _splits(folder: Path) -> dict[str, datasets.Dataset]:
         names = json.loads((folder / "dataset_dict.json").read_text(encoding="utf-8"))["splits"]
         return {name: open_tokenized(folder / name) for name in names}
     return {"train": open_tokenized(folder)}
-
-
-def _without_folders(report: dict[str, Any]) -> dict[str, Any]:
-    """Return a report in which files are names: where they lie is nobody else's business."""
-    return {
-        key: [one | {"file": Path(one["file"]).name} if isinstance(one, dict) and "file" in one else one for one in value] if isinstance(value, list) else value
-        for key, value in report.items()
-    }
 
 
 def read_tables(folder: Path, output: Path) -> None:

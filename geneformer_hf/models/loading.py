@@ -86,6 +86,8 @@ def load_model(model: Any, *, quantization: str | None = None, base: str | Path 
     place = place_of(model, subfolder=kwargs.pop("subfolder", None), revision=kwargs.pop("revision", None))
     hub = {name: kwargs.pop(name) for name in HUB_OPTIONS if name in kwargs}
     folder, place = fetched_checkpoint(place, **hub)
+    # Once is enough.
+    hub.pop("force_download", None)
     if is_adapter(folder):
         return unwrapped(_open_adapter(folder, place, base=base, quantization=quantization, is_trainable=False, device=device, **hub, **kwargs))
     require_checkpoint(folder)
@@ -109,6 +111,7 @@ def load_peft_model(
     place = place_of(folder, subfolder=kwargs.pop("subfolder", None), revision=kwargs.pop("revision", None))
     hub = {name: kwargs.pop(name) for name in HUB_OPTIONS if name in kwargs}
     local, place = fetched_checkpoint(place, **hub)
+    hub.pop("force_download", None)
     return _open_adapter(local, place, base=base, quantization=quantization, is_trainable=is_trainable, device=device, **hub, **kwargs)
 
 

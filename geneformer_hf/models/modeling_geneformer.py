@@ -71,6 +71,8 @@ class _Checkpoint:
 
     place: Place | None = None
     """Where the weights are from."""
+    model_tags: list[str] | None = ["geneformer", "single-cell", "transcriptomics", "biology"]  # noqa: RUF012 - the base class declares it so
+    """What `push_to_hub` writes into a new card."""
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:

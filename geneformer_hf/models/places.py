@@ -167,6 +167,16 @@ def repository_of(source: str | Path | None) -> str | None:
     return origin.name if origin else None
 
 
+def short_name(source: str | Path) -> str:
+    """Return a checkpoint's name without the folders of this disk: the last two, and no hidden ones.
+
+    Example:
+        >>> short_name("/home/me/runs/blood/model"), short_name("/tmp/.x.partial/model"), short_name("lab/model")
+        ('blood/model', 'model', 'lab/model')
+    """
+    return "/".join(part for part in Path(source).parts[-2:] if not part.startswith((".", "/")))
+
+
 def require_intact(root: Path, place: Place) -> None:
     """Raise if a file of a snapshot is not what its name in the cache says: the SHA-256 or git hash that the Hub gave.
 

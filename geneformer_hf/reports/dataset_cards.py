@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -15,19 +16,20 @@ SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_
 MOST_FILES = 50
 
 
-def dataset_card(splits: Mapping[str, Any], report: Mapping[str, Any], *, name: str, text: str | None = None) -> str:
+def dataset_card(splits: Mapping[str, Any], report: Mapping[str, Any], *, name: str, text: str | None = None, as_parquet: bool = False) -> str:
     """Return the card of a tokenized dataset: what it was made from, with what vocabulary, and the metadata by which the Hub serves it.
 
     Args:
         splits (`Mapping[str, datasets.Dataset]`): by name.
         report (`Mapping`): what `load_cells` recorded, empty where it did not.
         name (`str`): heading.
+        as_parquet (`bool`, *optional*, defaults to `False`): the tables lie where `push` puts them.
         text (`str`, *optional*): a card that somebody wrote; its text is kept, and its metadata where they do not say how the files lie.
     """
     n = sum(len(split) for split in splits.values())
     own, body = parts_of(text or "")
-    said = {
-        "configs": [{"config_name": "default", "data_files": [{"split": split, "path": f"data/{split}-*"} for split in splits]}],
+    said: dict[str, Any] = {
+        "configs": [{"config_name": "default", "data_files": [{"split": split, "path": f"data/{split}-*"} for split in splits]}] if as_parquet else None,
         # datasets.load_dataset hands this on as `info.description`: there the record of the vocabulary is looked for.
         "dataset_info": {"description": json.dumps(_in_short(report))} if report else None,
     }
@@ -44,6 +46,14 @@ def report_in_card(text: str) -> dict[str, Any]:
     except json.JSONDecodeError:
         return {}
     return report if isinstance(report, dict) else {}
+
+
+def without_folders(report: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a report in which files are names: where they lie is nobody else's business."""
+    return {
+        key: [one | {"file": Path(one["file"]).name} if isinstance(one, dict) and "file" in one else one for one in value] if isinstance(value, list) else value
+        for key, value in report.items()
+    }
 
 
 def parts_of(text: str) -> tuple[dict[str, Any], str]:

@@ -18,7 +18,7 @@ from ..errors import MissingExtraError
 from ..models.adapters import ADAPTER_FILE, unwrapped
 from ..models.heads import CLASSES, NUMBERS, Head
 from ..models.loading import load_model
-from ..models.places import repository_of
+from ..models.places import repository_of, short_name
 from ..reports.cards import FineTuningFacts, finetuning_card, occurrences_in_words
 from ..reports.classification import RocCurve, figures_of, main_figure, mean_roc, per_class_table, roc_curve
 from ..reports.classification_plots import plot_calibration, plot_comparison, plot_confusion, plot_course, plot_numbers, plot_roc
@@ -138,7 +138,7 @@ def _write_all(outcome: Outcome, folder: Path) -> tuple[dict[str, Any], pd.DataF
         figures=figures,
         compared=COMPARED,
         settings=settings,
-        started_from="/".join(Path(start).parts[-2:]) if start else None,
+        started_from=short_name(start) if start else None,
         base_model=repository_of(start),
         is_adapter=(folder / ADAPTER_FILE).is_file(),
         seed=outcome.asked.seed,
@@ -154,7 +154,7 @@ def _names_of_places(arguments: GeneformerFineTuningArguments) -> dict[str, Any]
     for name in ("train_data", "validation_data", "test_data", "gene_classes", "from_checkpoint"):
         value = getattr(arguments, name)
         if value:
-            found[name] = [Path(str(one)).name for one in value] if isinstance(value, list) else "/".join(Path(str(value)).parts[-2:])
+            found[name] = [Path(str(one)).name for one in value] if isinstance(value, list) else short_name(str(value))
     return found
 
 

@@ -15,7 +15,7 @@ from ..data.mixtures import EVALUATION, Mixture
 from ..genes import species_of
 from ..models.adapters import unwrapped
 from ..models.heads import IGNORED
-from ..models.places import repository_of
+from ..models.places import repository_of, short_name
 from ..models.tokenization_geneformer import GeneformerTokenizer
 from ..reports.baselines import GeneFrequencyBaseline, RankFrequencyBaseline
 from ..reports.cards import PretrainingFacts, pretraining_card
@@ -112,7 +112,7 @@ def save_model(trainer: GeneformerPretrainer, tokenizer: GeneformerTokenizer, fi
             # Without the paths of this machine.
             settings={name: value for name, value in resolved(asked).items() if name not in PLACES},
             figures=figures,
-            started_from="/".join(Path(asked.from_checkpoint).parts[-2:]) if asked.from_checkpoint else None,
+            started_from=short_name(asked.from_checkpoint) if asked.from_checkpoint else None,
             base_model=repository_of(asked.from_checkpoint),
             seed=asked.seed,
             species=species_of(tokenizer.gene_table.ensembl_ids),

@@ -184,7 +184,7 @@ class TrainingSettings(TrainingArguments):
             (self.neftune_noise_alpha is not None, "neftune_noise_alpha scales noise by the length of a row, which here holds several cells"),
             (str(self.lr_scheduler_type) in ("SchedulerType.REDUCE_ON_PLATEAU", "SchedulerType.GREEDY", "reduce_lr_on_plateau", "greedy"),
              "this lr_scheduler_type follows evaluations and losses as they are logged, so numbers would depend on how often that is"),
-            (self.push_to_hub, "push_to_hub would publish checkpoints in place of the finished model; upload the folder output_dir/model when it is done"),
+            (self.push_to_hub, "push_to_hub would publish checkpoints in place of the finished model; run `geneformer-hf push output_dir/model REPO` when it is done"),
             (str(self.save_strategy) in ("SaveStrategy.BEST", "best") and (self.metric_for_best_model is None or str(self.eval_strategy) in ("IntervalStrategy.NO", "no")),
              "save_strategy 'best' needs metric_for_best_model and an eval_strategy; without them no checkpoint would be saved"),
             (self.dataloader_persistent_workers and not self.dataloader_num_workers, "dataloader_persistent_workers needs dataloader_num_workers above 0"),

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from transformers import DataCollatorWithPadding, Trainer, TrainingArguments
 
 from geneformer_hf import (
     GeneformerForMaskedLM,
@@ -29,6 +30,7 @@ from geneformer_hf.cli.main import main
 from geneformer_hf.data.tokenized import gene_table_of, open_tokenized, report_of
 from geneformer_hf.errors import CheckpointError, HubError, OutputExistsError, VocabularyMismatchError
 from geneformer_hf.models.adapters import save_adapter
+from geneformer_hf.models.loading import tokenizer_of
 from tests.conftest import make_cells
 from tests.hub.server import Fault
 
@@ -103,10 +105,12 @@ def test_weights_of_an_earlier_push_are_replaced(hub, model_folder, model):
         push_folder(model_folder, "lab/new")
 
 
-def test_a_tokenizer_alone(hub, tokenizer, tmp_path):
+def test_a_tokenizer_alone(hub, tokenizer, tmp_path, capsys):
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     assert push_folder(tmp_path / "tokenizer", "lab/tokenizer").kind == "tokenizer"
     assert pull_folder("lab/tokenizer", tmp_path / "pulled").kind == "tokenizer"
+    assert main(["info", str(tmp_path / "pulled")]) == 0
+    assert "Tokenizer: 60 human genes" in capsys.readouterr().out
 
 
 def test_a_fine_tuned_model_has_its_card_and_no_path_of_this_machine(hub, tune, tmp_path, labelled):
@@ -261,6 +265,7 @@ print(json.dumps(found))
 """
 
 
+@pytest.mark.slow
 def test_every_artefact_opens_in_a_fresh_process_online_and_offline(hub, model_folder, dataset_folder, adapter, base, cells, tokenizer, model, tmp_path):
     for folder, name, of in (
         (model_folder, "lab/new", None),
@@ -286,6 +291,22 @@ def test_every_artefact_opens_in_a_fresh_process_online_and_offline(hub, model_f
         assert np.allclose(found["embedded"], embed_cells(model, cells, tokenizer=tokenizer, progress=False), atol=1e-6)
         assert found["adapted"] == predict(adapter, cells, progress=False).labels.tolist()
         assert bool(hub.requests) == (offline == "0")
+
+
+def test_the_trainer_of_transformers_pushes(hub, base, tokenizer, labelled, tmp_path):
+    cells = (
+        load_cells(labelled, tokenizer=tokenizer, cache_dir=tmp_path / "cache").select_columns(["input_ids"]).select(range(8)).add_column("labels", [0, 1] * 4)
+    )
+    arguments = TrainingArguments(
+        str(tmp_path / "trainer"), max_steps=1, hub_model_id="lab/trained", report_to=[], disable_tqdm=True, use_cpu=True, per_device_train_batch_size=4
+    )
+    model = GeneformerForSequenceClassification.from_pretrained(base, num_labels=2)
+    trainer = Trainer(model, arguments, train_dataset=cells, processing_class=tokenizer, data_collator=DataCollatorWithPadding(tokenizer))
+    trainer.train()
+    trainer.push_to_hub()
+    opened = load_model("lab/trained")
+    assert all(torch.equal(tensor, opened.state_dict()[name].cpu()) for name, tensor in trainer.model.state_dict().items())
+    assert tokenizer_of(opened).get_vocab() == tokenizer.get_vocab()
 
 
 def test_an_upload_that_broke_off_goes_on(hub, model_folder, model, tmp_path):
