@@ -6,6 +6,8 @@ that broke off goes on where it stopped.
 
 from __future__ import annotations
 
+import glob
+import shutil
 import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -92,7 +94,10 @@ def push_folder(
         # The Hub is asked last: what cannot be shared leaves no empty repository behind.
         with hub_errors(Place(repository, revision=revision), doing="cannot be written"):
             repository = api.create_repo(repository, private=private, repo_type=kind, exist_ok=True).repo_id
-            if revision is not None:
+            if private and not api.repo_info(repository, repo_type=kind).private:
+                msg = f"{repository} is there already, and public: private is for a new repository. Nothing was pushed; change it on its page, or choose another name."
+                raise HubError(msg)
+            if revision is not None and not revision.startswith("refs/"):
                 api.create_branch(repository, branch=revision, repo_type=kind, exist_ok=True)
             there = [one.path for one in _tree(api, repository, kind, revision)]
             operations: list[Any] = [CommitOperationAdd(name, str(one) if isinstance(one, Path) else one) for name, one in content.items()]
@@ -156,16 +161,17 @@ def pull_folder(
             _require_useful(repository, list(wanted), left_out, kind)
             part = work.parts / f"{commit}"
             # Names are known by now; the client matches patterns.
-            patterns = [name.replace("[", "[[]") for name in wanted]
+            patterns = [glob.escape(name) for name in wanted]
             snapshot_download(repository, repo_type=kind, revision=commit, local_dir=part, allow_patterns=patterns, token=token)
         _require_intact(part, wanted, place)
-        whole = work.folder / "whole"
+        # The client's own notes.
+        shutil.rmtree(part / ".cache", ignore_errors=True)
+        whole = part
         if kind == "dataset":
+            whole = work.folder / "whole"
+            # Of a call that was killed here.
+            shutil.rmtree(whole, ignore_errors=True)
             read_tables(part, whole)
-        else:
-            for name in wanted:
-                (whole / name).parent.mkdir(parents=True, exist_ok=True)
-                (part / name).rename(whole / name)
         base = describe_adapter(whole).base_place if is_adapter(whole) else None
         made = "dataset" if kind == "dataset" else "adapter" if base else "model" if (whole / "config.json").is_file() else "tokenizer"
         work.put_in_place(whole)

@@ -70,6 +70,13 @@ def test_a_model_there_and_back(hub, model_folder, tmp_path):
         pull_folder("lab/new", tmp_path / "pulled")
 
 
+def test_private_is_not_a_wish(hub, model_folder, shared_model):
+    with pytest.raises(HubError, match="lab/model is there already, and public: private is for a new repository"):
+        push_folder(model_folder, shared_model, private=True)
+    assert len(hub.repositories["model", shared_model].commits) == 2
+    assert push_folder(model_folder, "lab/own", private=True).revision != push_folder(model_folder, "lab/own", private=True, message="again").url
+
+
 def test_branches_and_pull_requests(hub, model_folder, tmp_path, model):
     push_folder(model_folder, "lab/new")
     torch.nn.init.zeros_(model.cls.predictions.bias)
