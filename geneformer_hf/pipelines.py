@@ -35,7 +35,7 @@ class CellPipeline(Pipeline):
             progress (`bool`, *optional*, defaults to `False`): show a progress bar.
             kwargs: `gene_ids` and `counts_layer`, as in `embed_cells`, and what the pipeline itself knows.
         """
-        return super().__call__(inputs, passes={"batch_size": batch_size, "progress": progress}, **kwargs)
+        return super().__call__(inputs, passes={"batch_size": batch_size or self._batch_size, "progress": progress}, **kwargs)
 
     def _sanitize_parameters(self, passes: dict[str, Any] | None = None, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
         unknown = [name for name in kwargs if name not in (*READING, *self.options)]

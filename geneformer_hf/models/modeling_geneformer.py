@@ -88,7 +88,7 @@ class _Checkpoint:
         place = place_of(pretrained_model_name_or_path, subfolder=kwargs.pop("subfolder", None), revision=kwargs.pop("revision", None))
         kwargs.pop("_commit_hash", None)
         options = {name: kwargs.pop(name) for name in HUB_OPTIONS if name in kwargs}
-        folder, place = fetched_checkpoint(place, **options)
+        folder, place = fetched_checkpoint(place, variant=kwargs.get("variant"), **options)
         if is_adapter(folder) and not any(folder.glob("model*.safetensors")):
             return cls._from_adapter(place, dtype=kwargs.get("dtype"), device=kwargs.get("device_map"), **options)
         found = super().from_pretrained(str(folder), *args, **kwargs)  # type: ignore[misc]

@@ -99,12 +99,11 @@ def is_hub_id(name: str | Path) -> bool:
     return len(parts) == 2 and not str(name).startswith((".", "/", "~")) and not Path(parts[0]).is_dir()
 
 
-def fetched(place: Place, files: Sequence[str], *, in_root: Sequence[str] = (), **options: Any) -> tuple[Path, Place]:
+def fetched(place: Place, files: Sequence[str], **options: Any) -> tuple[Path, Place]:
     """Return the folder that holds files of a checkpoint, downloading what is not in the cache yet, and the place with its commit.
 
     Args:
         files (`Sequence[str]`): names and patterns, in the subfolder of the place.
-        in_root (`Sequence[str]`, *optional*): the same, in the root of the repository.
         options: `HUB_OPTIONS`.
 
     Raises:
@@ -113,21 +112,24 @@ def fetched(place: Place, files: Sequence[str], *, in_root: Sequence[str] = (), 
     if place.is_local:
         return Path(place.name) / (place.subfolder or ""), place
     prefix = f"{glob.escape(place.subfolder)}/" if place.subfolder else ""
-    patterns = [*(prefix + name for name in files), *in_root]
+    patterns = [prefix + name for name in files]
     with hub_errors(place):
         root = Path(snapshot_download(place.name, revision=place.revision, allow_patterns=patterns, **options))
     require_intact(root, place)
     return root / (place.subfolder or ""), replace(place, revision=root.name)
 
 
-def fetched_checkpoint(place: Place, **options: Any) -> tuple[Path, Place]:
+def fetched_checkpoint(place: Place, *, variant: str | None = None, **options: Any) -> tuple[Path, Place]:
     """Return the folder of a checkpoint or adapter, with its tokenizer if it has one, and the place with its commit.
+
+    Weights of a `variant`, such as "fp16" in `model.fp16.safetensors`, come as well.
 
     Raises:
         HubError: as `fetched`.
         CheckpointError: if there is none.
     """
-    folder, found = fetched(place, (*TOKENIZER_FILES, *ADAPTER_FILES, *WEIGHTS), **options)
+    more = [name.replace("safetensors", f"{variant}.safetensors", 1) for name in WEIGHTS] if variant else []
+    folder, found = fetched(place, (*TOKENIZER_FILES, *ADAPTER_FILES, *WEIGHTS, *more), **options)
     if not place.is_local:
         if not any((folder / name).is_file() for name in ("config.json", ADAPTER_FILES[0])):
             msg = f"{place} holds no config.json, so it is no checkpoint. Check the name, and the subfolder."

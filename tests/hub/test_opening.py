@@ -1,5 +1,6 @@
 """Checkpoints opened from the Hub by the real client: by repository, subfolder, revision, offline, and while things go wrong."""
 
+import copy
 from pathlib import Path
 
 import huggingface_hub
@@ -60,6 +61,22 @@ def test_by_subfolder_and_revision(hub, model, model_folder, tokenizer):
         load_model("lab/several", subfolder="small", revision="v9")
     with pytest.raises(CheckpointError, match=r"lab/several \(revision \w+\) holds no config\.json|lab/several holds no config\.json"):
         load_model("lab/several")
+
+
+def test_what_from_pretrained_takes_elsewhere(hub, shared_model, model, model_folder, tmp_path):
+    copy.deepcopy(model).half().save_pretrained(model_folder, variant="fp16")
+    hub.put(shared_model, {"model.fp16.safetensors": (model_folder / "model.fp16.safetensors").read_bytes()})
+    small = GeneformerForMaskedLM.from_pretrained(shared_model, variant="fp16", dtype=torch.float16)
+    assert small.dtype == torch.float16
+    opened, info = GeneformerForMaskedLM.from_pretrained(shared_model, output_loading_info=True, token="hf_owner", cache_dir=tmp_path / "elsewhere")
+    assert same(model, opened)
+    assert not info["missing_keys"]
+    assert list((tmp_path / "elsewhere").rglob(WEIGHTS))
+    again = AutoModelForMaskedLM.from_pretrained(shared_model, local_files_only=True, attn_implementation="eager", hidden_dropout_prob=0.3)
+    assert (again.config._attn_implementation, again.config.hidden_dropout_prob) == ("eager", 0.3)
+    n = len(hub.requests)
+    assert same(model, load_model(shared_model, force_download=True))
+    assert sum(method == "GET" and path.endswith(WEIGHTS) for method, path in hub.requests[n:]) == 1
 
 
 def test_offline_from_the_cache_without_a_request(hub, shared_model, model, offline):
