@@ -14,6 +14,7 @@ from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassificatio
 from transformers.pipelines import PIPELINE_REGISTRY
 from transformers.pipelines.base import Pipeline
 
+from .errors import CheckpointError
 from .models.modeling_geneformer import GeneformerModel
 
 READING = ("gene_ids", "counts_layer")
@@ -26,6 +27,11 @@ class CellPipeline(Pipeline):
     options: ClassVar[tuple[str, ...]] = ()
     """What can be asked for beside how cells are read; at the pipeline or at a call."""
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # Ours; transformers would put several files into one batch.
+        self._cells_in_a_pass, self._batch_size = self._batch_size, None
+
     def __call__(self, inputs: Any, *, batch_size: int | None = None, progress: bool = False, **kwargs: Any) -> Any:  # type: ignore[override]
         """Return the table of some cells, or a list of tables of a list of files.
 
@@ -35,7 +41,7 @@ class CellPipeline(Pipeline):
             progress (`bool`, *optional*, defaults to `False`): show a progress bar.
             kwargs: `gene_ids` and `counts_layer`, as in `embed_cells`, and what the pipeline itself knows.
         """
-        return super().__call__(inputs, passes={"batch_size": batch_size or self._batch_size, "progress": progress}, **kwargs)
+        return super().__call__(inputs, passes={"batch_size": batch_size or self._cells_in_a_pass, "progress": progress}, **kwargs)
 
     def _sanitize_parameters(self, passes: dict[str, Any] | None = None, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
         unknown = [name for name in kwargs if name not in (*READING, *self.options)]
@@ -81,9 +87,17 @@ class CellClassificationPipeline(CellPipeline):
     """Labels of a fine-tuned model: label, probability and entropy of each cell, then the probability of each class; its id as index."""
 
     def table(self, cells: Any, options: dict[str, Any], asked: dict[str, Any]) -> pd.DataFrame:
-        """Return what is predicted of cells."""
+        """Return what is predicted of cells.
+
+        Raises:
+            CheckpointError: if the checkpoint has no such head, of which transformers would make one at random.
+        """
         from .analysis.predictions import predict
 
+        trained = self.model.config.architectures or [type(self.model).__name__]
+        if trained[0].replace("Bert", "Geneformer", 1) != type(self.model).__name__:
+            msg = f"{self.model.name_or_path} is a {trained[0]}, which has no head to predict labels of cells with. Fine-tune it first (`geneformer-hf finetune`)."
+            raise CheckpointError(msg)
         return predict(self.model, cells, **options, **asked).to_frame()
 
 

@@ -20,7 +20,7 @@ class Pull(Command):
 
     name = "pull"
     help = "the Hub -> folder"
-    when_interrupted = "what came is kept; the same command goes on from there"
+    when_interrupted = "whole files that came are kept; the same command goes on from there"
 
     def add_arguments(self, parser: ArgumentParser) -> None:
         parser.add_argument("repository", metavar="REPO", help="its id on the Hub, such as name/model")

@@ -7,6 +7,7 @@ the restricted reader and known by their SHA-256.
 from __future__ import annotations
 
 import json
+import logging
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,10 +24,12 @@ from ..models.dictionaries import find_dictionaries, folder_of_dictionaries, ide
 from ..models.loading import model_class_of, require_checkpoint
 from ..models.places import CONVERSION_FILE, Place, fetched_checkpoint, place_of
 from ..models.tokenization_geneformer import GENE_TABLE_FILE, GeneformerTokenizer
-from ..outputs import new_folder
+from ..outputs import new_folder, require_apart
 from ..pickles import read_dictionary, sha256
 from ..reports.cards import checkpoint_card
-from ..reports.published import FACTS
+from ..reports.published import FACTS, Facts
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -73,9 +76,12 @@ def convert_checkpoint(
     """
     folder, place = _source_folder(source, subfolder, revision)
     require_checkpoint(folder)
+    require_apart(output, [folder, *([dictionaries] if dictionaries is not None else [])])
     config = GeneformerConfig.from_pretrained(folder)
     model_class: Any = model_class_of(config, str(folder))
-    found = find_dictionaries(Path(dictionaries) if dictionaries is not None else folder_of_dictionaries(place), config.vocab_size)
+    found = find_dictionaries(
+        Path(dictionaries) if dictionaries is not None else folder_of_dictionaries(place), config.vocab_size, allow_unknown=allow_unknown_dictionaries
+    )
     version = identify(found, allow_unknown=allow_unknown_dictionaries)
     tokenizer = GeneformerTokenizer.from_dictionaries(found, version=version, model_max_length=config.max_position_embeddings)
     if len(tokenizer) != config.vocab_size:
@@ -100,10 +106,10 @@ def convert_checkpoint(
         specials = ", ".join(f"`{token}` {tokenizer.convert_tokens_to_ids(token)}" for token in tokenizer.all_special_tokens)
         card = checkpoint_card(
             model.config,
-            title=str(source) if str(source) in CHECKPOINTS else f"Geneformer {version or '(own vocabulary)'}",
+            title=str(source) if _facts_of(place, folder) and str(source) in CHECKPOINTS else f"Geneformer {version or '(own vocabulary)'}",
             vocabulary=f"{len(tokenizer.gene_table):,} human genes; {specials}; gene table `{tokenizer.gene_table.fingerprint}`",
             place=place,
-            facts=FACTS.get(str(source)),
+            facts=_facts_of(place, folder),
             version=version,
         )
         (partial / "README.md").write_text(card, encoding="utf-8")
@@ -112,6 +118,26 @@ def convert_checkpoint(
             made_from = asdict(place) | {"weights_sha256": sha256(partial / SAFE_WEIGHTS_NAME)}
             (partial / CONVERSION_FILE).write_text(json.dumps(made_from, indent=2) + "\n", encoding="utf-8")
     return Conversion(Path(output), model_class.__name__, version, len(tokenizer.gene_table), n_tensors)
+
+
+def _facts_of(place: Place, folder: Path) -> Facts | None:
+    """Return what is known of a published checkpoint, if this is one: of its repository and folder, and with its weights where their hash is known."""
+    known = next((c for c in CHECKPOINTS.values() if (c.repository, c.subfolder) == (place.name, place.subfolder)), None)
+    if known is None:
+        return None
+    facts, weights = FACTS[known.name], folder / SAFE_WEIGHTS_NAME
+    if facts.weights_sha256 is None or not weights.is_file():
+        return facts
+    found = sha256(weights)
+    if found == facts.weights_sha256:
+        return facts
+    logger.warning(
+        "%s: the weights have the SHA-256 %s, and public users of the checkpoint state %s. Their figures are left out of the card.",
+        place,
+        found,
+        facts.weights_sha256,
+    )
+    return None
 
 
 def published_card(name: str) -> str:

@@ -46,8 +46,10 @@ def export_checkpoint(model: str | Path, output: str | Path, *, overwrite: bool 
         CheckpointError: if the model has no BERT counterpart (multi-task models, or pooling by mean).
         OutputExistsError
     """
+    folder = local_folder(model)
+    require_apart(output, [folder])
     # An adapter is merged on the way; BERT knows none.
-    loaded = merged_model(model) if is_adapter(local_folder(model)) else load_model(model)
+    loaded = merged_model(model) if is_adapter(folder) else load_model(model)
     name = type(loaded).__name__.replace("Geneformer", "Bert", 1)
     plain_class = getattr(transformers, name, None)
     if plain_class is None or (name == "BertForSequenceClassification" and loaded.config.pooling in ("mean", "attention")):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -14,7 +16,7 @@ from ..errors import CheckpointError
 from ..models.adapters import ADAPTER_FILE, ADAPTER_WEIGHTS, describe_adapter, is_adapter, with_base
 from ..models.configuration_geneformer import GeneformerConfig
 from ..models.loading import model_class_of, require_same_vocabulary
-from ..models.places import CONVERSION_FILE, Place, converted_from
+from ..models.places import CONVERSION_FILE, Place, converted_from, fetched, place_of
 from ..models.tokenization_geneformer import GENE_TABLE_FILE, GeneformerTokenizer
 from ..pickles import require_content
 from ..reports.cards import plain_card, with_base_model
@@ -24,6 +26,9 @@ SHARED_SUFFIXES = (
 )  # fmt: skip
 """Nothing in such files runs when they are opened."""
 CARD = "README.md"
+RUNNING = ("checkpoint-*", "runs", "wandb", "mlruns")
+"""Folders that belong to a run and not to what it made."""
+LEGAL = ("LICENSE", "NOTICE", "COPYING")
 SETTINGS_FILE = "settings.yaml"
 """What a training run writes beside its model: it may name folders."""
 
@@ -43,6 +48,8 @@ class Folder:
     """Of an adapter: where its model is on the Hub."""
     changed: dict[str, bytes] = field(default_factory=dict)
     """Files that are shared with another content than they have here."""
+    has_plain_card: bool = False
+    """Whether the card says no more than the folder does, because there was none."""
 
 
 def describe_folder(folder: str | Path, *, base: str | None = None) -> Folder:
@@ -76,8 +83,9 @@ def describe_folder(folder: str | Path, *, base: str | None = None) -> Folder:
         _require_whole(path)
     if found.kind == "model" and (path / GENE_TABLE_FILE).is_file():
         require_same_vocabulary(GeneformerConfig.from_pretrained(path), GeneformerTokenizer.from_pretrained(path))
-    if SETTINGS_FILE in found.files:
-        found.changed[SETTINGS_FILE] = without_folders((path / SETTINGS_FILE).read_text(encoding="utf-8")).encode()
+    for name in found.files:
+        if Path(name).name == SETTINGS_FILE:
+            found.changed[name] = without_folders((path / name).read_text(encoding="utf-8")).encode()
     found.changed |= _card(found)
     # It describes the weights of this disk; the card says where they are from.
     found.files = [name for name in found.files if name != CONVERSION_FILE]
@@ -92,12 +100,17 @@ def _card(found: Folder) -> dict[str, bytes]:
         return {CARD: with_base_model(text, base).encode()} if base else {}
     config = GeneformerConfig.from_pretrained(found.path) if (found.path / "config.json").is_file() else None
     found.files.append(CARD)
+    found.has_plain_card = True
     return {CARD: plain_card(found.kind, config, name=found.path.resolve().name, base=base).encode()}
 
 
 def is_shared(name: str) -> bool:
     """Return whether a file may be shared, by its name: not hidden, of a kind that does not run, inside its folder."""
     path = PurePosixPath(name)
+    if any(fnmatch(part, pattern) for part in path.parts[:-1] for pattern in RUNNING):
+        return False
+    if len(path.parts) == 1 and path.stem.upper() in LEGAL:
+        return True
     return path.suffix.lower() in SHARED_SUFFIXES and not any(part.startswith(".") for part in path.parts) and path.name != CONVERSION_FILE
 
 
@@ -159,15 +172,21 @@ def _base_on_the_hub(path: Path, base: str | None) -> Place:
     """
     require_content(path / ADAPTER_WEIGHTS)
     about = describe_adapter(path)
-    if base is not None:
-        return Place(base)
-    if not Path(about.base).exists() and not Path(about.base).is_absolute():
-        return about.base_place
-    origin = converted_from(about.base)
-    if origin is None:
-        msg = f"{path} was trained on {about.base}, a folder of this disk, which nobody else has. Push that first, and name it with `base=` (--base)."
-        raise CheckpointError(msg)
-    return origin
+    if base is None and not Path(about.base).exists() and not Path(about.base).is_absolute():
+        found = about.base_place
+    elif base is not None:
+        found = place_of(base)
+        if found.is_local:
+            msg = f"the base {base} is a folder of this disk, which nobody else has. Push it first, and give its id on the Hub."
+            raise CheckpointError(msg)
+    else:
+        origin = converted_from(about.base)
+        if origin is None:
+            msg = f"{path} was trained on {about.base}, a folder of this disk, which nobody else has. Push that first, and name it with `base=` (--base)."
+            raise CheckpointError(msg)
+        return origin
+    # It is there, and at this commit.
+    return fetched(found, ("config.json",))[1]
 
 
 def without_folders(settings: str) -> str:
@@ -183,6 +202,12 @@ def without_folders(settings: str) -> str:
             return {key: named(one) for key, one in value.items()}
         if isinstance(value, list):
             return [named(one) for one in value]
-        return Path(value).name if isinstance(value, str) and value.startswith(("/", "./", "../", "~", "\\")) else value
+        if isinstance(value, str) and re.match(r"(/|\.{1,2}/|~|\\|[A-Za-z]:[\\/])", value):
+            return re.split(r"[\\/]", value.rstrip("\\/"))[-1]
+        return value
 
-    return yaml.safe_dump(named(yaml.safe_load(settings)), sort_keys=False, allow_unicode=True)
+    try:
+        return yaml.safe_dump(named(yaml.safe_load(settings)), sort_keys=False, allow_unicode=True)
+    except yaml.YAMLError as error:
+        msg = f"{SETTINGS_FILE} is damaged ({str(error).splitlines()[0]}). Remove or mend it."
+        raise CheckpointError(msg) from error

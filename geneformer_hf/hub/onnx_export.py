@@ -22,7 +22,7 @@ from ..models.heads import heads_of
 from ..models.loading import load_model, tokenizer_of
 from ..models.modeling_geneformer import GeneformerForMaskedLM, GeneformerForTokenClassification, GeneformerModel
 from ..models.places import local_folder
-from ..outputs import new_folder
+from ..outputs import new_folder, require_apart
 from ..reports.cards import TAGS, card
 from .export import merged_model
 
@@ -67,7 +67,9 @@ def export_onnx(model: str | Path, output: str | Path, *, int8: bool = False, ov
         OutputExistsError
     """
     _require_packages()
-    loaded = merged_model(model) if is_adapter(local_folder(model)) else load_model(model)
+    folder = local_folder(model)
+    require_apart(output, [folder])
+    loaded = merged_model(model) if is_adapter(folder) else load_model(model)
     if is_quantized(loaded):
         msg = f"{model} was saved quantised. Export the checkpoint it was made from; `int8=True` (--int8) quantises the ONNX encoder."
         raise CheckpointError(msg)

@@ -1,7 +1,7 @@
 """Folders to the Hub and back: models, adapters, tokenizers and datasets, whole, in one commit.
 
 Tokens, retries and the transfer itself are `huggingface_hub`'s. Files that are on the Hub already are not sent again, and a download
-that broke off goes on where it stopped.
+that broke off goes on with the files that are missing.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ..models.adapters import describe_adapter, is_adapter
 from ..models.places import ADAPTER_FILES, LEGACY_WEIGHTS, WEIGHTS, Place, hub_errors, is_content_of
 from ..models.tokenization_geneformer import GENE_TABLE_FILE
 from ..outputs import unfinished
-from .folders import Folder, describe_folder, is_shared
+from .folders import CARD, Folder, describe_folder, is_shared
 from .tables import PARQUET_PATTERN, read_tables, write_tables
 
 
@@ -99,11 +99,15 @@ def push_folder(
                 raise HubError(msg)
             if revision is not None and not revision.startswith("refs/"):
                 api.create_branch(repository, branch=revision, repo_type=kind, exist_ok=True)
-            there = [one.path for one in _tree(api, repository, kind, revision)]
+            head = str(api.repo_info(repository, repo_type=kind, revision=revision).sha)
+            there = [one.path for one in _tree(api, repository, kind, head)]
+            if found.has_plain_card and CARD in there:
+                # Somebody wrote one, and we know no more.
+                del content[CARD]
             operations: list[Any] = [CommitOperationAdd(name, str(one) if isinstance(one, Path) else one) for name, one in content.items()]
-            operations += [CommitOperationDelete(name) for name in _replaced(there, content, kind)]
+            operations += [CommitOperationDelete(name) for name in _replaced(there, content, found.kind)]
             made = api.create_commit(
-                repository, operations, commit_message=message or f"Upload {found.kind} with geneformer_hf {__version__}", repo_type=kind, revision=revision, create_pr=create_pr
+                repository, operations, commit_message=message or f"Upload {found.kind} with geneformer_hf {__version__}", repo_type=kind, revision=revision, create_pr=create_pr, parent_commit=head
             )  # fmt: skip
         n_bytes = sum(one.stat().st_size if isinstance(one, Path) else len(one) for one in content.values())
     return Pushed(repository, made.pr_url or made.commit_url, made.oid, found.kind, sorted(content), found.left_out, n_bytes, found.base)
@@ -113,10 +117,21 @@ def _content(found: Folder) -> dict[str, Path | bytes]:
     return {name: found.changed.get(name, found.path / name) for name in found.files}
 
 
+REPLACED = {
+    "model": (*WEIGHTS, *LEGACY_WEIGHTS),
+    "adapter": ("adapter_model*.safetensors", "adapter_model.bin"),
+    "tokenizer": (),
+    "dataset": (PARQUET_PATTERN,),
+}
+"""What an earlier push of the same kind may have left, and would be read beside the new."""
+
+
 def _replaced(there: Iterable[str], content: Iterable[str], kind: str) -> list[str]:
-    """Return the weights or tables of an earlier push that these take the place of: left there, they would be read beside the new ones."""
-    patterns = [PARQUET_PATTERN] if kind == "dataset" else [*WEIGHTS, *LEGACY_WEIGHTS, *ADAPTER_FILES]
-    return [name for name in there if name not in set(content) and any(fnmatch(name, pattern) for pattern in patterns)]
+    """Return the weights or tables of an earlier push that these take the place of."""
+    patterns = REPLACED[kind]
+    return [
+        name for name in there if name not in set(content) and any(fnmatch(name, pattern) and name.count("/") == pattern.count("/") for pattern in patterns)
+    ]
 
 
 def _tree(api: HfApi, repository: str, kind: str, revision: str | None) -> list[RepoFile]:
@@ -132,7 +147,7 @@ def pull_folder(
     overwrite: bool = False,
     token: str | bool | None = None,
 ) -> Pulled:
-    """Fetch a repository into a folder: whole, every hash compared, or not there; a call that broke off goes on where it stopped.
+    """Fetch a repository into a folder: whole, every hash compared, or not there; a call that broke off goes on with the files that are missing.
 
     Datasets come as a folder for `datasets.load_from_disk`. Code, pickles and hidden files stay where they are.
 

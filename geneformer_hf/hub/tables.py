@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import tempfile
 from pathlib import Path
 
@@ -60,10 +61,19 @@ def read_tables(folder: Path, output: Path) -> None:
     """
     card = (folder / "README.md").read_text(encoding="utf-8") if (folder / "README.md").is_file() else ""
     path = folder / REPORT
-    report = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else report_in_card(card)
+    try:
+        report = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else report_in_card(card)
+    except json.JSONDecodeError as error:
+        msg = f"{REPORT} of the dataset is damaged: {error}."
+        raise CellFileError(msg) from error
+    # By what was fetched and checked, never by what the card names: that could be any file of this disk, or any address.
+    files: dict[str, list[str]] = {}
+    for one in sorted(folder.rglob("*.parquet")):
+        shard = re.fullmatch(r"(\w+)-\d+-of-\d+.*", one.stem)
+        files.setdefault(shard[1] if shard else "train", []).append(str(one))
     with tempfile.TemporaryDirectory(dir=folder) as cache:
         try:
-            splits = datasets.load_dataset(str(folder), cache_dir=cache)
+            splits = datasets.load_dataset("parquet", data_files=files, cache_dir=cache)
         except (OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
             msg = f"the Parquet files cannot be read: {str(error).splitlines()[0]}"
             raise CellFileError(msg) from error

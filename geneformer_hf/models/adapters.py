@@ -217,6 +217,38 @@ def add_adapter(model: Any, settings: LoraSettings | None = None, *, freeze_laye
         warnings.filterwarnings("ignore", category=FutureWarning)
         adapted = peft.get_peft_model(model, lora)
     model.config.architectures = [kind]
+    return _completing(adapted)
+
+
+class _CompletingAdapter:
+    """A `PeftModel` that writes what peft leaves out, so that what it saves or pushes opens again."""
+
+    def save_pretrained(self, save_directory: str, *args: Any, **kwargs: Any) -> None:
+        """Save as peft does, and complete the folder."""
+        with warnings.catch_warnings():
+            # It looks for the base's configuration under the base's name alone.
+            warnings.filterwarnings("ignore", message="Could not find a config file")
+            super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
+        if (Path(save_directory) / ADAPTER_FILE).is_file():
+            complete_adapter(self, Path(save_directory))
+
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
+        """Push as transformers does.
+
+        Raises:
+            CheckpointError: if the base is a folder of this disk.
+        """
+        base = unwrapped(self).place
+        if base is None or base.is_local:
+            msg = f"this adapter is of {base or 'a model that was not loaded from anywhere'}, which nobody else has. Push that first, save the adapter, and run push_folder(FOLDER, REPOSITORY, base=…)."
+            raise CheckpointError(msg)
+        return super().push_to_hub(*args, **kwargs)  # type: ignore[misc]
+
+
+def _completing(adapted: Any) -> Any:
+    kind = type(adapted)
+    if not issubclass(kind, _CompletingAdapter):
+        adapted.__class__ = type(kind.__name__, (_CompletingAdapter, kind), {"__module__": kind.__module__})
     return adapted
 
 
@@ -404,4 +436,5 @@ def load_adapter(
     except (RuntimeError, ValueError, OSError, SafetensorError) as error:
         msg = f"the adapter in {folder} does not fit {base}: {str(error).splitlines()[0]} Use the base it was trained on."
         raise CheckpointError(msg) from error
+    adapted = _completing(adapted)
     return adapted if is_trainable else adapted.eval()

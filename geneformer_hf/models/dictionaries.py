@@ -32,7 +32,7 @@ def folder_of_dictionaries(place: Place, **options: Any) -> Path:
     return folder if has_own else (root if place.subfolder else root.absolute().parent) / FOLDER
 
 
-def find_dictionaries(folder: Path, vocab_size: int) -> dict[str, Path]:
+def find_dictionaries(folder: Path, vocab_size: int, *, allow_unknown: bool = False) -> dict[str, Path]:
     """Return the four dictionaries of one vocabulary below a folder.
 
     Where a clone holds those of several, the ones whose token dictionary has as many entries as the model are taken.
@@ -61,11 +61,15 @@ def find_dictionaries(folder: Path, vocab_size: int) -> dict[str, Path]:
         raise CheckpointError(msg)
     if len(complete) == 1 and not missing:
         return complete[0]
-    fitting = [found for found in complete if len(read_dictionary(found["tokens"])) == vocab_size]
+    # Nothing is read that is not known by its hash, unless that was allowed.
+    published = {known["tokens"] for known in DICTIONARY_HASHES.values()}
+    readable = [found for found in complete if allow_unknown or sha256(found["tokens"]) in published]
+    fitting = [found for found in readable if len(read_dictionary(found["tokens"])) == vocab_size]
     if not fitting and missing:
         msg = f"No complete dictionaries for a vocabulary of {vocab_size:,}; missing in {'; '.join(missing)}."
         raise CheckpointError(msg)
-    return (fitting or complete)[0]
+    # Of those that were not read, whoever asks learns why.
+    return (fitting or [found for found in complete if found not in readable] or complete)[0]
 
 
 def identify(found: dict[str, Path], *, allow_unknown: bool = False) -> str | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -128,10 +129,13 @@ def _open_adapter(folder: Path, place: Place, *, base: str | Path | None, **opti
         if (folder / "config.json").is_file():
             config = GeneformerConfig.from_pretrained(str(folder))
         else:
-            config = config_on_base(folder, GeneformerConfig.from_pretrained(str(fetched_checkpoint(where)[0])))
+            config = config_on_base(
+                folder, GeneformerConfig.from_pretrained(str(fetched_checkpoint(where, **{name: options[name] for name in HUB_OPTIONS if name in options})[0]))
+            )
         opened = load_adapter(folder, model_class=model_class_of(config, str(place)), config=config, base=where, **options)
     inner = unwrapped(opened)
-    inner.place = place
+    inner.place = replace(place, name=str(Path(place.name).resolve())) if place.is_local else place
+    inner.hub_options = {name: options[name] for name in HUB_OPTIONS if name in options}
     inner.config.name_or_path = place.name if not place.is_local else str(folder)
     return opened
 
@@ -185,7 +189,7 @@ def tokenizer_of(model: Any) -> GeneformerTokenizer:
     """
     place = getattr(unwrapped(model), "place", None)
     if place is not None:
-        return load_tokenizer(place.name, subfolder=place.subfolder, revision=place.revision)
+        return load_tokenizer(place.name, subfolder=place.subfolder, revision=place.revision, **(unwrapped(model).hub_options or {}))
     origin = model.config.name_or_path
     if not origin:
         msg = "This model was not loaded from a folder, so its tokenizer is not known. Pass `tokenizer=`."

@@ -8,7 +8,8 @@ heads ignore that number, which multiplies losses and gradients by the number of
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -71,6 +72,8 @@ class _Checkpoint:
 
     place: Place | None = None
     """Where the weights are from."""
+    hub_options: dict[str, Any] | None = None
+    """How the Hub was asked, for the tokenizer that lies beside them."""
     model_tags: list[str] | None = ["geneformer", "single-cell", "transcriptomics", "biology"]  # noqa: RUF012 - the base class declares it so
     """What `push_to_hub` writes into a new card."""
 
@@ -87,16 +90,23 @@ class _Checkpoint:
             return super().from_pretrained(None, *args, **kwargs)  # type: ignore[misc]
         place = place_of(pretrained_model_name_or_path, subfolder=kwargs.pop("subfolder", None), revision=kwargs.pop("revision", None))
         kwargs.pop("_commit_hash", None)
+        named = (kwargs.get("adapter_kwargs") or {}).get("_adapter_model_path")
+        if named is not None and not Path(named).is_dir():
+            # The Auto classes have found an adapter, and put its base in its place.
+            place = place_of(named, subfolder=place.subfolder, revision=(kwargs["adapter_kwargs"]).get("revision"))
         options = {name: kwargs.pop(name) for name in HUB_OPTIONS if name in kwargs}
         folder, place = fetched_checkpoint(place, variant=kwargs.get("variant"), **options)
         if is_adapter(folder) and not any(folder.glob("model*.safetensors")):
-            return cls._from_adapter(place, dtype=kwargs.get("dtype"), device=kwargs.get("device_map"), **options)
+            passed = {name: kwargs[name] for name in ("dtype", "torch_dtype", "attn_implementation") if name in kwargs}
+            model = cls._from_adapter(place, device=kwargs.get("device_map"), **passed, **options)
+            return (model, {key: [] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")}) if kwargs.get("output_loading_info") else model
         found = super().from_pretrained(str(folder), *args, **kwargs)  # type: ignore[misc]
         # With `output_loading_info` there are two.
         model = found[0] if isinstance(found, tuple) else found
-        model.place = place
+        model.place = replace(place, name=str(Path(place.name).resolve())) if place.is_local else place
+        model.hub_options = {name: value for name, value in options.items() if name != "force_download"}
         # Not the folder in the cache of this machine: what is made from this model will say that it is from there.
-        model.name_or_path = model.config.name_or_path = place.name if not place.is_local else str(folder)
+        model.name_or_path = model.config.name_or_path = place.name if not place.is_local else str(folder.resolve())
         if place.name == REPOSITORY and model.config.vocabulary_fingerprint is None:
             model.config.vocabulary_fingerprint = PUBLISHED_TABLES.get(model.config.vocab_size)
         return found
@@ -118,12 +128,15 @@ class _Checkpoint:
         return model
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
-        """Save as transformers does; 4-bit weights that were repacked are refused.
+        """Save as transformers does; 4-bit weights that were repacked, and models with an adapter inside, are refused.
 
         Raises:
             CheckpointError
         """
         require_savable(self)
+        if not getattr(self, "_hf_peft_config_loaded", False) and any(hasattr(module, "lora_A") for module in self.modules()):  # type: ignore[attr-defined]
+            msg = "this model has an adapter at work inside, and would be written with names that no model reads. Save the adapter (load_peft_model(…).save_pretrained), or merge it (merge_adapter)."
+            raise CheckpointError(msg)
         return super().save_pretrained(*args, **kwargs)  # type: ignore[misc]
 
 

@@ -12,6 +12,7 @@ import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -115,7 +116,7 @@ def fetched(place: Place, files: Sequence[str], **options: Any) -> tuple[Path, P
     patterns = [prefix + name for name in files]
     with hub_errors(place):
         root = Path(snapshot_download(place.name, revision=place.revision, allow_patterns=patterns, **options))
-    require_intact(root, place)
+    require_intact(root, place, patterns)
     return root / (place.subfolder or ""), replace(place, revision=root.name)
 
 
@@ -179,8 +180,8 @@ def short_name(source: str | Path) -> str:
     return "/".join(part for part in Path(source).parts[-2:] if not part.startswith((".", "/")))
 
 
-def require_intact(root: Path, place: Place) -> None:
-    """Raise if a file of a snapshot is not what its name in the cache says: the SHA-256 or git hash that the Hub gave.
+def require_intact(root: Path, place: Place, patterns: Sequence[str]) -> None:
+    """Raise if a file that was asked for is not what its name in the cache says: the SHA-256 or git hash that the Hub gave.
 
     Damaged files are removed, so that the next try fetches them again.
 
@@ -190,15 +191,15 @@ def require_intact(root: Path, place: Place) -> None:
     for path in sorted(root.rglob("*")):
         blob = path.resolve()
         # Where the file system has no links the cache holds the files themselves, under names that say nothing.
-        if not path.is_file() or blob.parent.name != "blobs":
+        if not path.is_file() or blob.parent.name != "blobs" or not any(fnmatch(path.relative_to(root).as_posix(), pattern) for pattern in patterns):
             continue
         state = (str(blob), blob.stat().st_size, blob.stat().st_mtime_ns)
         if state in _checked:
             continue
         if not is_content_of(blob.name, blob):
             size = blob.stat().st_size
-            path.unlink()
-            blob.unlink()
+            path.unlink(missing_ok=True)
+            blob.unlink(missing_ok=True)
             msg = f"{path.name} of {place} is damaged: its {size:,} bytes do not have the hash {blob.name[:12]}… that the Hub gave. It was removed from the cache; run this again to fetch it anew."
             raise HubError(msg)
         _checked.add(state)
@@ -250,11 +251,11 @@ def _explained(error: BaseException, place: Place, doing: str) -> str:
         return f"{place} lacks a file that was asked for: {_first_line(error)}"
     if status is not None:
         advice = {401: f"The token is not accepted. {login}", 403: f"This token may not do that. {login}", 429: "The Hub asks for patience: try again later."}
-        words = advice.get(status, "Try again later; what has been transferred is kept." if status >= 500 else _first_line(error))
+        words = advice.get(status, "Try again later; whole files that came are kept." if status >= 500 else _first_line(error))
         return f"{place.name} {doing}: the Hub answered {status}. {words}"
     if isinstance(error, HFValidationError):
         return f"{place.name} is no name of a repository: {_first_line(error)}"
-    return f"{place} {doing}: {_first_line(error)} Run this again: it goes on where it stopped."
+    return f"{place} {doing}: {_first_line(error)} Run this again: whole files that came are kept."
 
 
 def _first_line(error: BaseException) -> str:

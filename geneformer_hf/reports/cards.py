@@ -16,11 +16,18 @@ import torch
 import yaml
 from huggingface_hub import DatasetCardData, EvalResult, ModelCard, ModelCardData
 
+from ..models.checkpoints import REPOSITORY
 from ..models.configuration_geneformer import GeneformerConfig
 from ..models.modeling_geneformer import GeneformerForMaskedLM
 from ..models.places import Place
 from .published import CITATIONS, Facts
 
+PIPELINE_TAGS = {
+    "GeneformerForMaskedLM": "fill-mask",
+    "GeneformerForSequenceClassification": "text-classification",
+    "GeneformerForMultiTaskClassification": "text-classification",
+    "GeneformerForTokenClassification": "token-classification",
+}
 TAGS = ["geneformer", "single-cell", "transcriptomics", "biology"]
 
 
@@ -42,22 +49,25 @@ def checkpoint_card(
         facts (`Facts`, *optional*): what is known of a published one.
         folder (`str`, *optional*): what to open in the example.
     """
+    architecture = (config.architectures or ["GeneformerForMaskedLM"])[0].replace("Bert", "Geneformer", 1)
     metadata = ModelCardData(
-        license="apache-2.0" if facts or not place.is_local else None,
+        license="apache-2.0" if place.name == REPOSITORY else None,
         library_name="transformers",
-        pipeline_tag="fill-mask",
+        pipeline_tag=PIPELINE_TAGS.get(architecture),
         base_model=None if place.is_local else place.name,
         tags=TAGS,
     )
     with torch.device("meta"):
-        parameters = GeneformerForMaskedLM(config).num_parameters()
+        # A model that is there can be counted better.
+        parameters = GeneformerForMaskedLM(config).num_parameters() if architecture == "GeneformerForMaskedLM" else None
     text = _template("checkpoint.md.j2").render(
         config=config,
         title=title,
         vocabulary=vocabulary,
         place=place,
         origin=f"a local folder ({place.subfolder or Path(place.name).name})" if place.is_local else None,
-        architecture=(config.architectures or ["GeneformerForMaskedLM"])[0],
+        architecture=architecture,
+        is_published=place.name == REPOSITORY,
         parameters=parameters,
         version=version,
         facts=facts,

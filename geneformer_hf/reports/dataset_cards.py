@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 from huggingface_hub import DatasetCardData
 
+from ..errors import CheckpointError
 from .cards import TAGS, card
 
 SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M"), (10_000_000, "1M<n<10M"), (100_000_000, "10M<n<100M"))
@@ -61,7 +62,11 @@ def parts_of(text: str) -> tuple[dict[str, Any], str]:
     parts = text.split("---\n", 2)
     if len(parts) < 3 or parts[0].strip():
         return {}, text
-    found = yaml.safe_load(parts[1])
+    try:
+        found = yaml.safe_load(parts[1])
+    except yaml.YAMLError as error:
+        msg = f"the metadata of the card are damaged ({str(error).splitlines()[0]}). Mend README.md."
+        raise CheckpointError(msg) from error
     return (found if isinstance(found, dict) else {}), parts[2]
 
 

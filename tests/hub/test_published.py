@@ -30,7 +30,7 @@ def published(hub, tmp_path, monkeypatch):
         BertForMaskedLM(BertConfig(vocab_size=size, **SHAPE)).save_pretrained(root / folder)
     tables = {}
     for version, size in (("V1", v1), ("V2", v2)):
-        found = dictionaries.find_dictionaries(root, size)
+        found = dictionaries.find_dictionaries(root, size, allow_unknown=True)
         monkeypatch.setitem(checkpoints.DICTIONARY_HASHES, version, {kind: dictionaries.sha256(path) for kind, path in found.items()})
         tables[size] = dictionaries.table_of(found)[0].fingerprint
     monkeypatch.setattr("geneformer_hf.models.modeling_geneformer.PUBLISHED_TABLES", tables)
@@ -121,3 +121,30 @@ def test_a_preset_that_cannot_be_reached(hub, offline):
     for opening in (load_model, load_tokenizer):
         with pytest.raises(HubError, match=rf"{REPOSITORY}/{PRESET} \(revision f45a6c7\w+\) cannot be downloaded.*HF_HUB_OFFLINE"):
             opening(PRESET)
+
+
+def test_nothing_that_is_not_known_by_its_hash_is_unpickled(hub, published, monkeypatch, tmp_path):
+    """Where there are two token dictionaries, the size of the vocabulary decides; but a stranger is not even opened."""
+    hub.put(REPOSITORY, {"geneformer/token_dictionary_gc104M.pkl": pickle.dumps({"x": 1})}, sha=PINNED)
+    opened = []
+    real = dictionaries.read_dictionary
+    monkeypatch.setattr(dictionaries, "read_dictionary", lambda path: opened.append(path.name) or real(path))
+    with pytest.raises((CheckpointError, VocabularyMismatchError)):
+        GeneformerTokenizer.from_pretrained(PRESET)
+    assert "token_dictionary_gc104M.pkl" not in opened
+
+
+def test_cards_claim_only_what_is_so(hub, published, tmp_path, monkeypatch, caplog):
+    """Figures of a published checkpoint are those of its weights; other repositories have their own licence."""
+    convert_checkpoint(PRESET, tmp_path / "tiny")
+    assert "and public users of the checkpoint state fff5cba" in caplog.text
+    card = (tmp_path / "tiny" / "README.md").read_text()
+    assert "fff5cba" not in card
+    assert "0.724" not in card
+    assert "license: apache-2.0" in card
+    files = {path.relative_to(published).as_posix(): path.read_bytes() for path in published.rglob("*") if path.is_file() and path.suffix != ".bin"}
+    hub.put("lab/mirror", files | {"README.md": b"---\nlicense: cc-by-nc-4.0\n---\n"})
+    convert_checkpoint("lab/mirror", tmp_path / "mirror", subfolder=PRESET)
+    card = (tmp_path / "mirror" / "README.md").read_text()
+    assert "apache" not in card.lower()
+    assert "A Geneformer checkpoint of [lab/mirror]" in card

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+import peft
 import pytest
 import torch
 import yaml
-from transformers import DataCollatorWithPadding, Trainer, TrainingArguments
+from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, Trainer, TrainingArguments, pipeline
 
 from geneformer_hf import (
     GeneformerForMaskedLM,
@@ -28,7 +29,7 @@ from geneformer_hf import (
 )
 from geneformer_hf.cli.main import main
 from geneformer_hf.data.tokenized import gene_table_of, open_tokenized, report_of
-from geneformer_hf.errors import CheckpointError, HubError, OutputExistsError, VocabularyMismatchError
+from geneformer_hf.errors import CellFileError, CheckpointError, HubError, OutputExistsError, VocabularyMismatchError
 from geneformer_hf.models.adapters import save_adapter
 from geneformer_hf.models.loading import tokenizer_of
 from tests.conftest import make_cells
@@ -213,6 +214,33 @@ def test_a_shared_dataset_of_another_vocabulary_is_refused(hub, dataset_folder, 
         embed_cells(v1_model, datasets.load_dataset("lab/cells", split="train"), tokenizer=v1_tokenizer, progress=False)
 
 
+@pytest.mark.parametrize("path", ["{secret}", "../../../{name}", "http://127.0.0.1:1/x.parquet", "*.txt"])
+def test_a_card_cannot_name_files_of_this_disk(path, hub, dataset_folder, tmp_path):
+    secret = tmp_path / "secret.parquet"
+    datasets.Dataset.from_dict({"secret": ["mine"]}).to_parquet(str(secret))
+    push_folder(dataset_folder, "lab/cells")
+    told = path.format(secret=secret, name=secret.name)
+    card = f"---\nconfigs:\n- config_name: default\n  data_files:\n  - split: train\n    path: {told!r}\n---\n"
+    hub.put("lab/cells", {"README.md": card.encode()}, kind="dataset")
+    pull_folder("lab/cells", tmp_path / "pulled")
+    assert datasets.load_from_disk(str(tmp_path / "pulled")).column_names[:2] == ["input_ids", "length"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"), [("report.json", b"{", "is damaged"), ("README.md", b"---\na: [\n---\n", "metadata of the card are damaged")]
+)
+def test_damaged_text_of_a_dataset(name, content, words, hub, dataset_folder, tmp_path):
+    push_folder(dataset_folder, "lab/cells")
+    files = {**hub.files("lab/cells", "dataset"), name: content}
+    if name == "README.md":
+        del files["report.json"]
+        hub.repositories.clear()
+    hub.put("lab/cells", files, kind="dataset")
+    with pytest.raises((CheckpointError, CellFileError), match=words):
+        pull_folder("lab/cells", tmp_path / "pulled")
+    assert not (tmp_path / "pulled").exists()
+
+
 def test_splits_and_a_card_of_ones_own(hub, dataset_folder, tmp_path):
     both = datasets.load_from_disk(str(dataset_folder)).train_test_split(0.2, seed=0)
     both.save_to_disk(str(tmp_path / "both"))
@@ -250,12 +278,94 @@ def test_peft_pushes_an_adapter_alone(hub, base, tmp_path):
     assert WEIGHTS not in hub.files("lab/plain-adapter")
     opened = load_peft_model("lab/plain-adapter")
     assert all(torch.equal(tensor, opened.state_dict()[name]) for name, tensor in adapted.state_dict().items())
-    # One with a head: how many classes there are shows in its weights.
+    # What peft alone leaves out is there: the base by its commit, and its fingerprint.
+    said = json.loads(hub.files("lab/plain-adapter")["adapter_config.json"])
+    assert (said["base_model_name_or_path"], said["revision"]) == ("lab/base", hub.repositories["model", "lab/base"].refs["main"])
+    assert "geneformer_base" in json.loads(hub.files("lab/plain-adapter")["config.json"])
+    with pytest.raises(CheckpointError, match=r"this adapter is of .*base.*, which nobody else has"):
+        add_adapter(load_model(base)).push_to_hub("lab/leak")
+    assert ("model", "lab/leak") not in hub.repositories
+
+
+@pytest.mark.filterwarnings("ignore:Could not find a config file")
+def test_an_adapter_of_peft_alone(hub, base):
+    """Without a configuration of ours: how many classes there are shows in its weights."""
+    push_folder(base, "lab/base")
     headed = GeneformerForSequenceClassification.from_pretrained("lab/base", num_labels=5)
-    headed.place = None
-    add_adapter(headed).push_to_hub("lab/plain-classifier")
+    peft.get_peft_model(headed, peft.LoraConfig(task_type="SEQ_CLS", target_modules=["query"], modules_to_save=["classifier", "pooler"])).push_to_hub(
+        "lab/plain-classifier"
+    )
+    assert "config.json" not in hub.files("lab/plain-classifier")
     opened = load_model("lab/plain-classifier")
     assert (type(opened), opened.config.num_labels) == (GeneformerForSequenceClassification, 5)
+
+
+def test_an_adapter_knows_the_subfolder_of_its_base(hub, base, tmp_path):
+    torch.manual_seed(8)
+    config = load_model(base).config
+    for name in ("", "small/"):
+        GeneformerForMaskedLM(config).save_pretrained(tmp_path / "weights")
+        hub.put("lab/two", {f"{name}{path.name}": path.read_bytes() for path in (tmp_path / "weights").iterdir()})
+    add_adapter(load_model("lab/two", subfolder="small")).push_to_hub("lab/of-small")
+    opened = load_model("lab/of-small").bert.embeddings.word_embeddings.weight
+    assert torch.equal(opened, load_model("lab/two", subfolder="small").bert.embeddings.word_embeddings.weight)
+    assert not torch.equal(opened, load_model("lab/two").bert.embeddings.word_embeddings.weight)
+
+
+def test_an_adapter_on_the_hub_through_the_auto_classes(hub, base, adapter, labelled, tokenizer):
+    push_folder(base, "lab/base")
+    push_folder(adapter, "lab/adapter", base="lab/base")
+    opened = AutoModelForSequenceClassification.from_pretrained("lab/adapter")
+    assert opened.config.id2label == load_model(adapter).config.id2label
+    expected = predict(adapter, labelled, progress=False).to_frame()
+    assert predict(opened, labelled, tokenizer=tokenizer, progress=False).to_frame().equals(expected)
+    _, info = GeneformerForSequenceClassification.from_pretrained("lab/adapter", output_loading_info=True)
+    assert info["missing_keys"] == []
+    found = pipeline("cell-classification", model=load_model("lab/adapter"), tokenizer=tokenizer, device="cpu")(labelled)
+    assert list(found.iloc[:, 0]) == list(expected.iloc[:, 0])
+    # It would be written with names that nothing reads.
+    with pytest.raises(CheckpointError, match="has an adapter at work inside"):
+        opened.save_pretrained(adapter.parent / "broken")
+
+
+def test_what_others_put_there_stays(hub, model_folder, tokenizer, adapter, base, tmp_path):
+    """A tokenizer or an adapter does not take the place of weights, nor a generated card that of a written one."""
+    push_folder(model_folder, "lab/model")
+    hub.put("lab/model", {"README.md": b"---\nlicense: mit\n---\n\nOurs.\n", "LICENSE": b"text"})
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    push_folder(tmp_path / "tokenizer", "lab/model")
+    push_folder(base, "lab/base")
+    push_folder(adapter, "lab/model", base="lab/base")
+    assert WEIGHTS in hub.files("lab/model")
+    (model_folder / "LICENSE").write_text("text")
+    push_folder(model_folder, "lab/third")
+    assert "LICENSE" in hub.files("lab/third")
+    hub.put("lab/third", {"README.md": b"---\nlicense: mit\n---\n\nOurs.\n"})
+    push_folder(model_folder, "lab/third", message="again")
+    assert b"Ours." in hub.files("lab/third")["README.md"]
+
+
+def test_a_base_has_to_be_on_the_hub(hub, adapter, base):
+    with pytest.raises(CheckpointError, match="is a folder of this disk, which nobody else has"):
+        push_folder(adapter, "lab/adapter", base=str(base))
+    with pytest.raises(HubError, match="lab/never-was is not on the Hub"):
+        push_folder(adapter, "lab/adapter", base="lab/never-was")
+    assert not hub.repositories
+
+
+def test_folders_of_a_run_and_paths_stay_here(hub, model_folder, tmp_path):
+    (model_folder / "checkpoint-5").mkdir()
+    (model_folder / "checkpoint-5" / "config.json").write_text("{}")
+    (model_folder / "sub").mkdir()
+    for place in (model_folder, model_folder / "sub"):
+        (place / "settings.yaml").write_text(f"train_data: {tmp_path}/patients.h5ad\nother: 'C:\\Users\\me\\x.csv'\nbase: lab/base\n")
+    pushed = push_folder(model_folder, "lab/run")
+    assert "checkpoint-5/config.json" in pushed.left_out
+    for name in ("settings.yaml", "sub/settings.yaml"):
+        assert yaml.safe_load(hub.files("lab/run")[name]) == {"train_data": "patients.h5ad", "other": "x.csv", "base": "lab/base"}
+    (model_folder / "settings.yaml").write_text("a: [")
+    with pytest.raises(CheckpointError, match=r"settings\.yaml is damaged"):
+        push_folder(model_folder, "lab/run")
 
 
 FRESH = """

@@ -17,8 +17,9 @@ from geneformer_hf import (
     GeneformerTokenizer,
     convert_checkpoint,
     export_checkpoint,
+    export_onnx,
 )
-from geneformer_hf.errors import CheckpointError, OutputExistsError, UnsafePickleError, VocabularyMismatchError
+from geneformer_hf.errors import CheckpointError, OutputError, OutputExistsError, UnsafePickleError, VocabularyMismatchError
 from geneformer_hf.models import PRESETS, checkpoints, dictionaries
 from geneformer_hf.models.loading import load_model, load_tokenizer, tokenizer_of
 from tests.conftest import ensembl, tiny_config
@@ -287,3 +288,15 @@ def test_every_preset_has_a_checkpoint_and_a_shape():
     assert set(CHECKPOINTS) == set(PRESETS)
     for name, checkpoint in CHECKPOINTS.items():
         assert checkpoint.version == ("V2" if GeneformerConfig.from_preset(name).vocab_size == 20_275 else "V1")
+
+
+def test_nothing_replaces_its_own_source(clone, tmp_path):
+    for output in (clone, clone / "Geneformer-tiny"):
+        with pytest.raises(OutputError, match="which writing there would replace"):
+            convert_checkpoint(clone, output, subfolder="Geneformer-tiny", overwrite=True)
+    convert_checkpoint(clone, tmp_path / "out" / "model", subfolder="Geneformer-tiny")
+    for export in (export_checkpoint, export_onnx):
+        for output in (tmp_path / "out", tmp_path / "out" / "model"):
+            with pytest.raises(OutputError, match="which writing there would replace"):
+                export(tmp_path / "out" / "model", output, overwrite=True)
+    assert (tmp_path / "out" / "model" / "gene_table.json").is_file()

@@ -43,6 +43,8 @@ def test_cell_embedding(model_folder, model, tokenizer, cells, h5ad):
     several = embed([str(h5ad), str(h5ad)])
     assert len(several) == 2
     assert several[0].equals(several[1])
+    again = pipeline("cell-embedding", model=str(model_folder), device="cpu", batch_size=4)([str(h5ad), str(h5ad)])
+    assert np.abs(again[1].to_numpy() - expected).max() < SAME_MODEL
     with pytest.raises(TypeError, match="CellEmbeddingPipeline knows no top_k; it takes gene_ids, counts_layer, layer, pooling, batch_size and progress"):
         embed(cells, top_k=3)
 
@@ -146,7 +148,9 @@ def test_what_is_refused(model_folder, classifier_folder, model, tokenizer, v1_t
         predict_masked_genes(model, cells, tokenizer=tokenizer, share=0, progress=False)
     with pytest.raises(UnknownGeneError, match="TP53"):
         predict_masked_genes(model, cells, tokenizer=tokenizer, genes=["TP53"], progress=False)
-    with pytest.raises(CheckpointError, match="has no head to predict labels with"):
+    with pytest.raises(CheckpointError, match="has no head to predict labels"):
         pipeline("cell-classification", model=GeneformerForMaskedLM.from_pretrained(model_folder), tokenizer=tokenizer, device="cpu")(cells)
+    with pytest.raises(CheckpointError, match="is a GeneformerForMaskedLM, which has no head to predict labels of cells with"):
+        pipeline("cell-classification", model=str(model_folder), device="cpu")(cells)
     with pytest.raises(VocabularyMismatchError):
         pipeline("cell-embedding", model=str(model_folder), tokenizer=v1_tokenizer, device="cpu")(cells)
