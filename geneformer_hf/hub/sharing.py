@@ -22,7 +22,7 @@ from ..errors import CheckpointError, HubError
 from ..models.adapters import describe_adapter, is_adapter
 from ..models.places import ADAPTER_FILES, LEGACY_WEIGHTS, WEIGHTS, Place, hub_errors, is_content_of
 from ..models.tokenization_geneformer import GENE_TABLE_FILE
-from ..outputs import unfinished
+from ..outputs import require_apart, unfinished
 from .folders import CARD, Folder, describe_folder, is_shared
 from .tables import PARQUET_PATTERN, read_tables, write_tables
 
@@ -101,6 +101,7 @@ def push_folder(
                 api.create_branch(repository, branch=revision, repo_type=kind, exist_ok=True)
             head = str(api.repo_info(repository, repo_type=kind, revision=revision).sha)
             there = [one.path for one in _tree(api, repository, kind, head)]
+            _require_one_kind(repository, there, found.kind)
             if found.has_plain_card and CARD in there:
                 # Somebody wrote one, and we know no more.
                 del content[CARD]
@@ -134,6 +135,19 @@ def _replaced(there: Iterable[str], content: Iterable[str], kind: str) -> list[s
     ]
 
 
+def _require_one_kind(repository: str, there: Iterable[str], kind: str) -> None:
+    """Raise if a model would lie beside an adapter: one of them would never be opened.
+
+    Raises:
+        HubError
+    """
+    names = set(there)
+    other = "an adapter" if kind == "model" and ADAPTER_FILES[0] in names else "a model" if kind == "adapter" and names & {WEIGHTS[0], WEIGHTS[1]} else None
+    if other:
+        msg = f"{repository} holds {other}, and {'an' if kind == 'adapter' else 'a'} {kind} beside it would not be opened, or in its place. Nothing was pushed: choose another repository."
+        raise HubError(msg)
+
+
 def _tree(api: HfApi, repository: str, kind: str, revision: str | None) -> list[RepoFile]:
     return [one for one in api.list_repo_tree(repository, recursive=True, revision=revision, repo_type=kind) if isinstance(one, RepoFile)]
 
@@ -164,6 +178,7 @@ def pull_folder(
         OutputExistsError
     """
     output, place = Path(output), Place(repository, revision=revision)
+    require_apart(output, [Path.cwd()])
     api = HfApi(token=token, library_name="geneformer_hf", library_version=__version__)
     with unfinished(output, overwrite=overwrite) as work:
         with hub_errors(place):

@@ -29,7 +29,7 @@ from geneformer_hf import (
 )
 from geneformer_hf.cli.main import main
 from geneformer_hf.data.tokenized import gene_table_of, open_tokenized, report_of
-from geneformer_hf.errors import CellFileError, CheckpointError, HubError, OutputExistsError, VocabularyMismatchError
+from geneformer_hf.errors import CellFileError, CheckpointError, HubError, OutputError, OutputExistsError, VocabularyMismatchError
 from geneformer_hf.models.adapters import save_adapter
 from geneformer_hf.models.loading import tokenizer_of
 from tests.conftest import make_cells
@@ -334,9 +334,15 @@ def test_what_others_put_there_stays(hub, model_folder, tokenizer, adapter, base
     hub.put("lab/model", {"README.md": b"---\nlicense: mit\n---\n\nOurs.\n", "LICENSE": b"text"})
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     push_folder(tmp_path / "tokenizer", "lab/model")
-    push_folder(base, "lab/base")
-    push_folder(adapter, "lab/model", base="lab/base")
     assert WEIGHTS in hub.files("lab/model")
+    push_folder(base, "lab/base")
+    with pytest.raises(HubError, match="lab/model holds a model, and an adapter beside it would not be opened"):
+        push_folder(adapter, "lab/model", base="lab/base")
+    push_folder(adapter, "lab/adapter", base="lab/base")
+    with pytest.raises(HubError, match="lab/adapter holds an adapter, and a model beside it would not be opened"):
+        push_folder(model_folder, "lab/adapter")
+    with pytest.raises(OutputError, match="which writing there would replace"):
+        pull_folder("lab/model", Path.cwd(), overwrite=True)
     (model_folder / "LICENSE").write_text("text")
     push_folder(model_folder, "lab/third")
     assert "LICENSE" in hub.files("lab/third")
