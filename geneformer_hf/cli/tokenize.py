@@ -32,8 +32,7 @@ class Tokenize(Command):
     def run(self, args: Namespace) -> int:
         from ..data.corpus import tokenize_corpus
         from ..models.loading import load_tokenizer
-        from ..outputs import new_file, require_free
-        from ..reports.dataset_cards import dataset_card, without_folders
+        from ..outputs import require_free
 
         require_free(args.output, overwrite=args.overwrite)
         tokenizer = load_tokenizer(args.model)
@@ -47,9 +46,6 @@ class Tokenize(Command):
             overwrite=args.overwrite,
         )
         report = json.loads(dataset.info.description)
-        # What the dataset is, for whoever it is passed on to.
-        with new_file(args.output / "README.md", overwrite=True) as card:
-            card.write_text(dataset_card({"train": dataset}, without_folders(report), name=args.output.name), encoding="utf-8")
         lengths = dataset.with_format("numpy")["length"][:]
         # What was left out has been said as a warning.
         print_files(report)

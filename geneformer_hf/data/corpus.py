@@ -24,12 +24,14 @@ from ..errors import CellFileError
 from ..models.tokenization_geneformer import GeneformerTokenizer
 from ..outputs import PARTS, Unfinished, new_part, require_apart, unfinished
 from .columns import ObsColumns, ObsHead
+from .dataset_cards import dataset_card, without_folders
 from .encoder import CellEncoder, EncodingOptions, features_of, row_ranges
 from .files import content_hash, find_files
 from .readers import open_cells
 from .report import FileReport, SkippedFile, with_report
 from .sources import FileSource, SourceOptions
 from .tasks import FileTasks, Workers, open_workers
+from .tokenized import report_of
 
 
 @dataclass(frozen=True)
@@ -285,3 +287,6 @@ def _assemble(
     datasets.DatasetInfo(features=features).write_to_directory(str(whole))
     dataset = with_report(datasets.load_from_disk(str(whole)), files, tokenizer, skipped)
     dataset.info.write_to_directory(str(whole))
+    # What the dataset is, for whoever it is passed on to; not by the name of its folder, which may change.
+    text = dataset_card({"train": dataset}, without_folders(report_of(dataset)), name="Tokenized cells")
+    (whole / "README.md").write_text(text, encoding="utf-8")

@@ -16,14 +16,15 @@ import torch
 from huggingface_hub import ModelCardData
 from torch import nn
 
+from ..data.dataset_cards import card
 from ..errors import CheckpointError, MissingExtraError
 from ..models.adapters import is_adapter, is_quantized
+from ..models.checkpoints import TAGS
 from ..models.heads import heads_of
 from ..models.loading import load_model, tokenizer_of
 from ..models.modeling_geneformer import GeneformerForMaskedLM, GeneformerForTokenClassification, GeneformerModel
 from ..models.places import local_folder
 from ..outputs import new_folder, require_apart
-from ..reports.cards import TAGS, card
 from .export import merged_model
 
 ENCODER, HEAD = "encoder.onnx", "head.onnx"

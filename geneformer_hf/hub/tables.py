@@ -10,9 +10,9 @@ from pathlib import Path
 
 import datasets
 
+from ..data.dataset_cards import dataset_card, report_in_card, without_folders
 from ..data.tokenized import open_tokenized, report_of
 from ..errors import CellFileError
-from ..reports.dataset_cards import dataset_card, report_in_card, without_folders
 
 PARQUET_PATTERN = "data/*.parquet"
 SHARD_BYTES = 500 << 20

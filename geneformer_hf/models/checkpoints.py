@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 REPOSITORY = "ctheodoris/Geneformer"
+TAGS = ["geneformer", "single-cell", "transcriptomics", "biology"]
+"""By which models and datasets are found on the Hub."""
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from transformers.utils.generic import can_return_tuple
 from ..errors import CheckpointError
 from .adapters import is_adapter, require_savable
 from .attention import PACKED_ATTENTION
-from .checkpoints import PUBLISHED_TABLES, REPOSITORY
+from .checkpoints import PUBLISHED_TABLES, REPOSITORY, TAGS
 from .configuration_geneformer import GeneformerConfig
 from .contrast import contrast_across
 from .heads import IGNORED
@@ -74,7 +74,7 @@ class _Checkpoint:
     """Where the weights are from."""
     hub_options: dict[str, Any] | None = None
     """How the Hub was asked, for the tokenizer that lies beside them."""
-    model_tags: list[str] | None = ["geneformer", "single-cell", "transcriptomics", "biology"]  # noqa: RUF012 - the base class declares it so
+    model_tags: list[str] | None = TAGS
     """What `push_to_hub` writes into a new card."""
 
     @classmethod

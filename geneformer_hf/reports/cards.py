@@ -14,9 +14,10 @@ from typing import Any
 import jinja2
 import torch
 import yaml
-from huggingface_hub import DatasetCardData, EvalResult, ModelCard, ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from ..models.checkpoints import REPOSITORY
+from ..data.dataset_cards import card
+from ..models.checkpoints import REPOSITORY, TAGS
 from ..models.configuration_geneformer import GeneformerConfig
 from ..models.modeling_geneformer import GeneformerForMaskedLM
 from ..models.places import Place
@@ -28,12 +29,6 @@ PIPELINE_TAGS = {
     "GeneformerForMultiTaskClassification": "text-classification",
     "GeneformerForTokenClassification": "token-classification",
 }
-TAGS = ["geneformer", "single-cell", "transcriptomics", "biology"]
-
-
-def card(metadata: ModelCardData | DatasetCardData, body: str) -> str:
-    """Return a card: the metadata as the Hub reads it, and the text below."""
-    return f"---\n{metadata.to_yaml()}\n---\n\n{body.strip()}\n"
 
 
 def checkpoint_card(

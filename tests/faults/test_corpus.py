@@ -58,6 +58,9 @@ def test_a_corpus_is_the_dataset_that_load_cells_makes(tmp_path, files, tokenize
     assert written[:] == opened[:] == loaded[:]
     assert [opened["donor"][i] for i in (0, 1, 2)] == [0, None, 1]
     assert json.loads(opened.info.description) == json.loads(loaded.info.description)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "| 0.h5ad | 600 | 60 | X |" in card
+    assert str(tmp_path) not in card
     assert sorted(p.name for p in tmp_path.iterdir()) == ["cache", "files", "out"], "nothing is left beside the output"
 
 

@@ -8,13 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from huggingface_hub import DatasetCardData
+from huggingface_hub import DatasetCardData, ModelCardData
 
 from ..errors import CheckpointError
-from .cards import TAGS, card
+from ..models.checkpoints import TAGS
 
 SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M"), (10_000_000, "1M<n<10M"), (100_000_000, "10M<n<100M"))
 MOST_FILES = 50
+
+
+def card(metadata: ModelCardData | DatasetCardData, body: str) -> str:
+    """Return a card: the metadata as the Hub reads it, and the text below."""
+    return f"---\n{metadata.to_yaml()}\n---\n\n{body.strip()}\n"
 
 
 def dataset_card(splits: Mapping[str, Any], report: Mapping[str, Any], *, name: str, text: str | None = None, as_parquet: bool = False) -> str:
