@@ -427,9 +427,16 @@ class InSilicoPerturber:
             # What falls off the end is left out of the cell before the change as well, so that the same genes are compared.
             losses = sorted({after.n_lost for _, after in mine})
             wholes += [Variant(whole.around(whole.genes[: whole.n_genes - lost]), (place, lost)) for lost in losses]
-        before = dict(self.encoder.read(wholes, lambda v, hidden: (v.about, self.reader.before(v.tokens, hidden))))
+        before = dict(
+            self.encoder.read(
+                wholes,
+                lambda some, hidden_te, lengths: [
+                    (v.about, self.reader.before(v.tokens, hidden_le)) for v, hidden_le in zip(some, hidden_te.split(lengths), strict=True)
+                ],
+            )
+        )
         variants = (variant for place, (whole, _) in enumerate(batch) for variant in self._variants(place, whole, jobs[place], before))
-        shifts = self.encoder.read(variants, lambda v, hidden: self.reader.after(v.about[0], v.about[1], v.tokens, hidden))
+        shifts = self.encoder.read(variants, lambda some, hidden_te, lengths: self.reader.after([(*v.about, v.tokens) for v in some], hidden_te, lengths))
         for place, (whole, _) in enumerate(batch):
             mine = jobs[place]
             yield PerturbedCell(whole.row, whole.cell_id, whole.n_genes, [c for c, _ in mine], [a for _, a in mine], [next(shifts) for _ in mine])

@@ -87,7 +87,7 @@ class Reader:
         n_genes = len(tokens) - first_gene - has_end
         found: dict[str, Any] = {}
         if PROBABILITY in self.readouts:
-            return Before(first_gene, n_genes, probabilities_c=self._probabilities(tokens, hidden_le))
+            return Before(first_gene, n_genes, probabilities_c=self._probabilities([tokens], hidden_le, [len(hidden_le)])[0])
         genes_me = hidden_le[first_gene : first_gene + n_genes].float()
         own_e = hidden_le[0].float() if self.pooling == "cls" else genes_me.mean(0)
         if self.pooling == "mean" or GENE in self.readouts:
@@ -97,37 +97,68 @@ class Reader:
             found["to_states_s"] = _dot(self.states_se, found["unit_e"])
         return Before(first_gene, n_genes, **found)
 
-    def after(self, before: Before, cell: ChangedCell, tokens: np.ndarray, hidden_le: torch.Tensor) -> Shift:
-        """Compare a perturbed cell with what it was."""
-        n_untouched = int(cell.untouched.sum())
-        if PROBABILITY in self.readouts:
-            assert before.probabilities_c is not None
-            return Shift(len(cell.tokens), probabilities=(self._probabilities(tokens, hidden_le) - before.probabilities_c).astype(np.float32))
-        found: dict[str, Any] = {}
-        genes_me = hidden_le[before.first_gene : before.first_gene + len(cell.tokens)].float()
-        likeness_u = None
-        if before.unit_me is not None:
-            rows = torch.from_numpy(np.flatnonzero(cell.untouched)).to(genes_me.device)
-            origin = torch.from_numpy(cell.origin[cell.untouched]).to(genes_me.device)
-            likeness_u = (F.normalize(genes_me[rows], dim=1) * before.unit_me[origin]).sum(1)
-        own_e = F.normalize(hidden_le[0].float() if self.pooling == "cls" else genes_me.mean(0), dim=0)
-        if CELL in self.readouts:
-            if self.pooling == "cls":
-                found["cell"] = float(_dot(own_e, before.unit_e))  # type: ignore[arg-type]
-            else:
-                found["cell"] = float(likeness_u.mean()) if n_untouched else float("nan")  # type: ignore[union-attr]
-        if STATE in self.readouts:
-            found["states"] = (_dot(self.states_se, own_e) - before.to_states_s).cpu().numpy()  # type: ignore[arg-type, operator]
-        if GENE in self.readouts:
-            found["genes"] = likeness_u.cpu().numpy()  # type: ignore[union-attr]
-        return Shift(n_untouched, **found)
+    def after(self, changed: Sequence[tuple[Before, ChangedCell, np.ndarray]], hidden_te: torch.Tensor, lengths: Sequence[int]) -> list[Shift]:
+        """Compare perturbed cells with what they were: all of a pass at once, so that an accelerator is waited for once a pass and not for each cell.
 
-    def _probabilities(self, tokens: np.ndarray, hidden_le: torch.Tensor) -> np.ndarray:
-        """Return what all heads say of a cell, float64 of shape `(classes of all heads,)`."""
-        ids = torch.from_numpy(tokens[: len(hidden_le)].astype(np.int64)).to(hidden_le.device)[None]
-        said = self.model.head(hidden_le[None], ids)
+        Args:
+            changed: of each cell what it was, what was changed, and its tokens.
+            hidden_te (`torch.Tensor` of shape `(t, e)`), lengths (`Sequence[int]`): the cells end to end, with a row for each token, or for the first alone.
+        """
+        starts = np.concatenate(([0], np.cumsum(lengths)[:-1])).tolist()
+        if PROBABILITY in self.readouts:
+            said_bc = self._probabilities([tokens for *_, tokens in changed], hidden_te, lengths)
+            return [
+                Shift(len(cell.tokens), probabilities=(said_c - before.probabilities_c).astype(np.float32))
+                for (before, cell, _), said_c in zip(changed, said_bc, strict=True)
+            ]
+        n_untouched = [int(cell.untouched.sum()) for _, cell, _ in changed]
+        found: list[dict[str, Any]] = [{} for _ in changed]
+        likeness_u = self._likeness(changed, hidden_te, starts)
+        own_be = None
+        if self.pooling == "cls":
+            own_be = F.normalize(hidden_te[starts].float(), dim=1)
+        elif STATE in self.readouts:
+            genes = (
+                slice(start + before.first_gene, start + before.first_gene + len(cell.tokens)) for start, (before, cell, _) in zip(starts, changed, strict=True)
+            )
+            own_be = F.normalize(torch.stack([hidden_te[some].float().mean(0) for some in genes]), dim=1)
+        if CELL in self.readouts:
+            if own_be is not None and self.pooling == "cls":
+                like_b = _dot(own_be, torch.stack([before.unit_e for before, *_ in changed]))  # type: ignore[misc]
+            else:
+                # Of no gene it is NaN.
+                like_b = torch.stack([part.mean() for part in likeness_u.split(n_untouched)])  # type: ignore[union-attr]
+            for one, like in zip(found, like_b.tolist(), strict=True):
+                one["cell"] = like
+        if STATE in self.readouts:
+            nearer_bs = _dot(self.states_se[None], own_be[:, None]) - torch.stack([before.to_states_s for before, *_ in changed])  # type: ignore[index, misc]
+            for one, nearer_s in zip(found, nearer_bs.cpu().numpy(), strict=True):
+                one["states"] = nearer_s
+        if GENE in self.readouts:
+            for one, part in zip(found, likeness_u.cpu().split(n_untouched), strict=True):  # type: ignore[union-attr]
+                one["genes"] = part.numpy()
+        return [Shift(n, **one) for n, one in zip(n_untouched, found, strict=True)]
+
+    def _likeness(self, changed: Sequence[tuple[Before, ChangedCell, np.ndarray]], hidden_te: torch.Tensor, starts: Sequence[int]) -> torch.Tensor | None:
+        """Return the cosine similarity of each untouched gene of each cell to itself before, cells end to end; None where no readout needs it."""
+        befores = {id(before): before for before, *_ in changed}
+        units = [before.unit_me for before in befores.values() if before.unit_me is not None]
+        if not units:
+            return None
+        first_of = dict(zip(befores, np.concatenate(([0], np.cumsum([len(unit) for unit in units])[:-1])).tolist(), strict=True))
+        rows_u = np.concatenate([start + before.first_gene + np.flatnonzero(cell.untouched) for start, (before, cell, _) in zip(starts, changed, strict=True)])
+        origin_u = np.concatenate([first_of[id(before)] + cell.origin[cell.untouched] for before, cell, _ in changed])
+        rows, origin = (torch.from_numpy(places).to(hidden_te.device) for places in (rows_u, origin_u))
+        unit_me = units[0] if len(units) == 1 else torch.cat(units)
+        return _dot(F.normalize(hidden_te[rows].float(), dim=1), unit_me[origin])
+
+    def _probabilities(self, cells: Sequence[np.ndarray], hidden_te: torch.Tensor, lengths: Sequence[int]) -> np.ndarray:
+        """Return what all heads say of some cells, float64 of shape `(b, classes of all heads)`."""
+        ids = np.concatenate([tokens[:length] for tokens, length in zip(cells, lengths, strict=True)]).astype(np.int64)
+        borders = torch.tensor([0, *np.cumsum(lengths).tolist()], device=hidden_te.device)
+        said = self.model.head(hidden_te[None], torch.from_numpy(ids).to(hidden_te.device)[None], None, borders)
         logits = (torch.cat(said, dim=1) if isinstance(said, tuple) else said).float().cpu().numpy()
-        return np.concatenate([head.probabilities(logits)[0] for head in self.heads])
+        return np.concatenate([head.probabilities(logits) for head in self.heads], axis=1)
 
 
 def _dot(vectors_xe: torch.Tensor, one_e: torch.Tensor) -> torch.Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from .encoding import PackedEncoder
 from .scan import VARIANTS_AT_ONCE, CellScan
 
 T = TypeVar("T")
+PassReader: TypeAlias = Callable[["Sequence[Variant]", torch.Tensor, list[int]], list[T]]
 
 
 @dataclass(frozen=True)
@@ -55,10 +56,11 @@ class VariantEncoder(PackedEncoder):
         super().__init__(model, **options)
         self.only_first = only_first
 
-    def read(self, variants: Iterable[Variant], reader: Callable[[Variant, torch.Tensor], T]) -> Iterator[T]:
-        """Yield what `reader` makes of each variant and its hidden states, in order; call it within `ready()`.
+    def read(self, variants: Iterable[Variant], reader: PassReader[T]) -> Iterator[T]:
+        """Yield what `reader` makes of each variant, in order; call it within `ready()`.
 
-        `reader` runs beside others on threads of their own.
+        `reader` gets the variants of a pass, their hidden states end to end, `(t, e)`, and how many of these each has; it runs beside others on threads of
+        their own.
         """
         for found in self.beside(lambda job: self._read_group(*job, reader), self._with_scans(self._grouped(variants))):
             yield from found
@@ -99,13 +101,13 @@ class VariantEncoder(PackedEncoder):
         ids = torch.from_numpy(cell.tokens.astype(np.int64)).to(self._device)
         return CellScan(self._model.base_model, ids, first_gene=cell.first_gene, to_top=cell.to_top)
 
-    def _read_group(self, group: list[Variant], scan: CellScan | None, reader: Callable[[Variant, torch.Tensor], T]) -> list[T]:
+    def _read_group(self, group: list[Variant], scan: CellScan | None, reader: PassReader[T]) -> list[T]:
         parts = run_with_backoff(lambda some: self._run_group(some, scan, reader), group)
         if len(parts) > 1:
             self.tokens_per_pass = max(1, self.tokens_per_pass // 2)
         return [found for part in parts for found in part]
 
-    def _run_group(self, group: Sequence[Variant], scan: CellScan | None, reader: Callable[[Variant, torch.Tensor], T]) -> list[T]:
+    def _run_group(self, group: Sequence[Variant], scan: CellScan | None, reader: PassReader[T]) -> list[T]:
         with self._computing():
             first = None if scan is None else scan.first_layer([variant.position for variant in group])
             found: list[T] = []
@@ -126,14 +128,15 @@ class VariantEncoder(PackedEncoder):
                 found += self._finish(some, hidden, lengths, last, reader)
             return found
 
-    def _finish(
-        self, some: Sequence[Variant], hidden_te: torch.Tensor, lengths: Sequence[int], layer: int, reader: Callable[[Variant, torch.Tensor], T]
-    ) -> list[T]:
+    def _finish(self, some: Sequence[Variant], hidden_te: torch.Tensor, lengths: Sequence[int], layer: int, reader: PassReader[T]) -> list[T]:
         """Run the last layer for first tokens where only those are asked for, and read."""
-        if self.only_first and 0 <= layer < self._n_layers:
-            return [reader(v, h) for v, h in zip(some, first_tokens(self._model.base_model.encoder.layer[layer], hidden_te, lengths)[:, None], strict=True)]
-        parts = hidden_te.split(list(lengths))
-        return [reader(v, h[:1] if self.only_first else h) for v, h in zip(some, parts, strict=True)]
+        if not self.only_first:
+            return reader(some, hidden_te, list(lengths))
+        if 0 <= layer < self._n_layers:
+            first_be = first_tokens(self._model.base_model.encoder.layer[layer], hidden_te, lengths)
+        else:
+            first_be = hidden_te[torch.tensor([0, *lengths[:-1]], device=hidden_te.device).cumsum(0)]
+        return reader(some, first_be, [1] * len(some))
 
     def _passes(self, group: Sequence[Variant]) -> Iterator[Sequence[Variant]]:
         start, tokens = 0, 0
