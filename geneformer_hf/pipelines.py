@@ -7,15 +7,17 @@ They run the packed engine of this package, so results do not depend on batches 
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-import pandas as pd
 from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassification
 from transformers.pipelines import PIPELINE_REGISTRY
 from transformers.pipelines.base import Pipeline
 
 from .errors import CheckpointError
 from .models.modeling_geneformer import GeneformerModel
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 READING = ("gene_ids", "counts_layer")
 
@@ -75,6 +77,8 @@ class CellEmbeddingPipeline(CellPipeline):
 
     def table(self, cells: Any, options: dict[str, Any], asked: dict[str, Any]) -> pd.DataFrame:
         """Return the embeddings of cells."""
+        import pandas as pd
+
         from .analysis.embeddings import Embedder
 
         reading = {name: options.pop(name) for name in READING if name in options}

@@ -26,7 +26,7 @@ def test_another_name_is_an_attribute_error():
 
 
 def test_the_import_is_light():
-    code = "import geneformer_hf, sys; print([m for m in ('anndata', 'datasets', 'h5py', 'peft', 'scanpy') if m in sys.modules])"
+    code = "import geneformer_hf, sys; print([m for m in ('anndata', 'datasets', 'h5py', 'pandas', 'peft', 'scanpy') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 
