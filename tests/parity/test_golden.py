@@ -58,7 +58,7 @@ def test_tokens_of_300_cells_are_the_published_ones_up_to_ties(shared, v1):
 @pytest.mark.parametrize(("file", "layer"), [("layer-1", -2), ("layer0", -1)])
 def test_cell_embeddings(file, layer, shared, golden_model, short_cells):
     golden = pd.read_csv(shared / "golden" / "v1" / f"emb_cell_{file}.csv.gz", index_col=0).set_index("cell_id")
-    ours = embed_cells(golden_model, short_cells, layer=layer, progress=False)
+    ours = embed_cells(golden_model, short_cells, layer=layer, device="cpu", progress=False)
     np.testing.assert_allclose(ours, golden.loc[short_cells["cell_id"][:]].to_numpy(), atol=GOLDEN_EMBEDDING)
 
 
@@ -67,7 +67,7 @@ def test_gene_embeddings(file, layer, shared, v1, golden_model, short_cells, mon
     # The golden model has 128 positions, the tokenizer of V1 keeps 2,048 tokens.
     monkeypatch.setattr(v1, "model_max_length", 128)
     golden = pd.read_csv(shared / "golden" / "v1" / f"emb_gene_{file}.csv.gz", index_col=0)
-    ours = embed_genes(golden_model, short_cells, tokenizer=v1, layer=layer, progress=False)
+    ours = embed_genes(golden_model, short_cells, tokenizer=v1, layer=layer, device="cpu", progress=False)
     assert set(ours.ensembl_ids) == set(golden.index)
     np.testing.assert_allclose(ours.vectors, golden.loc[ours.ensembl_ids].to_numpy(), atol=GOLDEN_EMBEDDING)
 

@@ -71,10 +71,15 @@ def labels_for(name, batch):
     }[name]
 
 
+def at(model, **batch):
+    """Quantised weights stay on the device they were packed for."""
+    return {name: value.to(model.device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
+
+
 def logits_of(model, batch):
     with torch.no_grad():
-        logits = model(**batch).logits
-    return torch.cat(logits, dim=1) if isinstance(logits, tuple) else logits
+        logits = model(**at(model, **batch)).logits
+    return (torch.cat(logits, dim=1) if isinstance(logits, tuple) else logits).cpu()
 
 
 def adapted_model(name, base, quantization):
@@ -90,7 +95,7 @@ def train(model, name, batch, steps=6):
     losses = []
     for _ in range(steps):
         model.train()
-        loss = model(**batch, labels=labels_for(name, batch)).loss
+        loss = model(**at(model, **batch, labels=labels_for(name, batch))).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -151,7 +156,7 @@ def test_gradients_reach_the_first_layer_after_an_evaluation_of_4_bit_weights(la
     def gradient():
         model.train()
         model.zero_grad()
-        model(**batch, labels=labels_for("cells", batch)).loss.backward()
+        model(**at(model, **batch, labels=labels_for("cells", batch))).loss.backward()
         return next(p.grad.clone() for key, p in model.named_parameters() if "layer.0.attention.self.query.lora_B" in key)
 
     before = gradient()

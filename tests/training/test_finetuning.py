@@ -106,6 +106,7 @@ def test_several_heads(tune, labelled):
         class_weights="balanced",
         test_share=0.2,
         num_train_epochs=10,
+        use_cpu=True,
     )
     again = load_model(found.folder)
     config = again.config
@@ -123,7 +124,7 @@ def test_pretrained_weights_are_loaded_by_every_class(base, tune, labelled):
     theirs = load_file(base / "model.safetensors")
     for settings in ({}, {"label": ["cell_type", "sex"]}, {"gene_classes": {"a": list(labelled.var_names[:20]), "b": list(labelled.var_names[20:])}}):
         found = tune("run" + "".join(settings), learning_rate=0.0, num_train_epochs=1, **settings)
-        weights = found.model.state_dict()
+        weights = found.model.cpu().state_dict()
         for name, tensor in theirs.items():
             if name.startswith("bert."):
                 assert torch.equal(weights[name], tensor), name
@@ -256,7 +257,7 @@ def test_class_weights_and_numbers_of_cells(tune, labelled, caplog):
 
 def test_the_first_layers_stand_still(tune, base):
     found = tune(freeze_layers=1, freeze_embeddings=True, num_train_epochs=1)
-    theirs, ours = load_file(base / "model.safetensors"), found.model.state_dict()
+    theirs, ours = load_file(base / "model.safetensors"), found.model.cpu().state_dict()
     for name, tensor in theirs.items():
         if name.startswith(("bert.embeddings.", "bert.encoder.layer.0.")):
             assert torch.equal(ours[name], tensor), name

@@ -88,7 +88,7 @@ def test_the_same_seed_gives_the_same_weights_and_another_does_not(run):
 def test_figures_of_held_out_cells_equal_the_naive_loop(run, tokens, tokenizer):
     found = run(num_train_epochs=1)
     corpus = Corpus("cells", tokens, 10)
-    masker, model = GeneMasker(tokenizer, seed=42), found.model.eval()
+    masker, model = GeneMasker(tokenizer, seed=42), found.model.cpu().eval()
     nll, first, ten, there = [], 0, 0, []
     for row in corpus.held_out_rows.tolist():
         cell = np.array(tokens[row]["input_ids"])
@@ -143,7 +143,7 @@ def test_the_final_folder_opens_with_auto_classes_and_says_what_it_is(run, token
     model, reloaded = AutoModelForMaskedLM.from_pretrained(found.folder), AutoTokenizer.from_pretrained(found.folder)
     assert type(model) is gf.GeneformerForMaskedLM
     assert reloaded.gene_table.fingerprint == tokenizer.gene_table.fingerprint == model.config.vocabulary_fingerprint
-    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), found.model.state_dict().values(), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), found.model.cpu().state_dict().values(), strict=True))
     assert BertForMaskedLM.from_pretrained(found.folder) is not None
     names = {path.name for path in found.folder.iterdir()}
     assert names >= {

@@ -70,7 +70,7 @@ def test_cell_classification_by_an_adapter(classifier_folder, cells, tmp_path, t
     assert not np.allclose(found.filter(like="probability_"), predict(classifier_folder, cells, progress=False).to_frame().filter(like="probability_"))
     # Its encoder, with the adapter at work.
     embedded = pipeline("cell-embedding", model=str(tmp_path / "adapter"), device="cpu")(cells)
-    assert np.abs(embedded.to_numpy() - embed_cells(tmp_path / "adapter", cells, progress=False)).max() < SAME_MODEL
+    assert np.abs(embedded.to_numpy() - embed_cells(tmp_path / "adapter", cells, device="cpu", progress=False)).max() < SAME_MODEL
     with pytest.raises(CheckpointError, match="is an adapter of a GeneformerForSequenceClassification, and cannot be opened as a GeneformerForMaskedLM"):
         GeneformerForMaskedLM.from_pretrained(tmp_path / "adapter")
 
