@@ -30,7 +30,7 @@ class Push(Command):
         done = push_folder(
             args.folder, args.repository, private=args.private, revision=args.revision, create_pr=args.pr, base=args.base, message=args.message
         )  # fmt: skip
-        print(f"{done.url}: {done.kind} of {len(done.files)} files, {done.n_bytes / 1e6:,.1f} MB.")
+        print(f"{done.url}: {done.kind} of {len(done.files)} files, {done.n_bytes / 1e6:,.1f} MB{'' if done.is_new else ', which was there already'}.")
         if done.base:
             print(f"Its base is {done.base}.")
         if done.left_out:

@@ -13,7 +13,15 @@ from huggingface_hub import DatasetCardData, ModelCardData
 from ..errors import CheckpointError
 from ..models.checkpoints import TAGS
 
-SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M"), (10_000_000, "1M<n<10M"), (100_000_000, "10M<n<100M"))
+SIZES = (
+    (1_000, "n<1K"),
+    (10_000, "1K<n<10K"),
+    (100_000, "10K<n<100K"),
+    (1_000_000, "100K<n<1M"),
+    (10_000_000, "1M<n<10M"),
+    (100_000_000, "10M<n<100M"),
+    (1_000_000_000, "100M<n<1B"),
+)
 MOST_FILES = 50
 
 
@@ -80,7 +88,7 @@ def _in_short(report: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _size(n: int) -> str:
-    return next((name for most, name in SIZES if n < most), "n>100M")
+    return next((name for most, name in SIZES if n < most), "1B<n<10B")
 
 
 def _text(splits: Mapping[str, Any], report: Mapping[str, Any], name: str, n: int) -> str:

@@ -25,7 +25,9 @@ SHARED_SUFFIXES = (
     ".json", ".jsonl", ".safetensors", ".parquet", ".onnx", ".data", ".md", ".txt", ".csv", ".tsv", ".yaml", ".yml", ".html", ".png", ".svg", ".pdf",
 )  # fmt: skip
 """Nothing in such files runs when they are opened."""
-CARD = "README.md"
+CARD, REPORT = "README.md", "report.json"
+OF_TABLES = ("state.json", "dataset_info.json", "dataset_dict.json")
+"""What `datasets` keeps beside its Arrow files."""
 RUNNING = ("checkpoint-*", "runs", "wandb", "mlruns")
 """Folders that belong to a run and not to what it made."""
 LEGAL = ("LICENSE", "NOTICE", "COPYING")
@@ -69,26 +71,28 @@ def describe_folder(folder: str | Path, *, base: str | None = None) -> Folder:
         raise CheckpointError(msg)
     files, left_out = _sorted_out(path)
     if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
-        return Folder(path, "dataset", files, left_out)
-    found = Folder(path, _kind_of(path, left_out), files, left_out)
+        # Its tables go as Parquet, with a card of their own.
+        kind, files, left_out = "dataset", [name for name in files if is_beside_tables(name)], [name for name in left_out if not name.endswith(".arrow")]
+    else:
+        kind = _kind_of(path, left_out)
+    # CONVERSION_FILE describes the weights of this disk; the card says where they are from.
+    found = Folder(path, kind, [name for name in files if name != CONVERSION_FILE], left_out)
     for name in found.files:
         require_content(path / name)
-    if found.kind == "adapter":
+        if Path(name).name == SETTINGS_FILE:
+            found.changed[name] = without_folders((path / name).read_text(encoding="utf-8")).encode()
+    if kind == "adapter":
         found.base = _base_on_the_hub(path, base)
         found.changed |= {name: text.encode() for name, text in with_base(path, found.base).items()}
     elif base is not None:
         msg = f"{folder} is no adapter (it holds no {ADAPTER_FILE}), so it has no base."
         raise CheckpointError(msg)
-    elif found.kind == "model":
+    elif kind == "model":
         _require_whole(path)
-    if found.kind == "model" and (path / GENE_TABLE_FILE).is_file():
-        require_same_vocabulary(GeneformerConfig.from_pretrained(path), GeneformerTokenizer.from_pretrained(path))
-    for name in found.files:
-        if Path(name).name == SETTINGS_FILE:
-            found.changed[name] = without_folders((path / name).read_text(encoding="utf-8")).encode()
-    found.changed |= _card(found)
-    # It describes the weights of this disk; the card says where they are from.
-    found.files = [name for name in found.files if name != CONVERSION_FILE]
+        if (path / GENE_TABLE_FILE).is_file():
+            require_same_vocabulary(GeneformerConfig.from_pretrained(path), GeneformerTokenizer.from_pretrained(path))
+    if kind != "dataset":
+        found.changed |= _card(found)
     return found
 
 
@@ -112,6 +116,12 @@ def is_shared(name: str) -> bool:
     if len(path.parts) == 1 and path.stem.upper() in LEGAL:
         return True
     return path.suffix.lower() in SHARED_SUFFIXES and not any(part.startswith(".") for part in path.parts) and path.name != CONVERSION_FILE
+
+
+def is_beside_tables(name: str) -> bool:
+    """Return whether a file of a dataset is none of those that its tables are made of, on this disk or on the Hub."""
+    path = PurePosixPath(name)
+    return path.name not in OF_TABLES and path.suffix not in (".parquet", ".arrow") and name not in (CARD, REPORT)
 
 
 def _sorted_out(folder: Path) -> tuple[list[str], list[str]]:

@@ -23,7 +23,7 @@ from ..models.adapters import describe_adapter, is_adapter
 from ..models.places import ADAPTER_FILES, LEGACY_WEIGHTS, WEIGHTS, Place, hub_errors, is_content_of
 from ..models.tokenization_geneformer import GENE_TABLE_FILE
 from ..outputs import require_apart, unfinished
-from .folders import CARD, Folder, describe_folder, is_shared
+from .folders import CARD, Folder, describe_folder, is_beside_tables, is_shared
 from .tables import PARQUET_PATTERN, read_tables, write_tables
 
 
@@ -40,6 +40,8 @@ class Pushed:
     files: list[str]
     left_out: list[str]
     n_bytes: int
+    is_new: bool
+    """False if all of it was there already, so that no commit was made."""
     base: Place | None
     """Of an adapter: where its model is."""
 
@@ -90,7 +92,7 @@ def push_folder(
     kind = "dataset" if found.kind == "dataset" else "model"
     api = HfApi(token=token, library_name="geneformer_hf", library_version=__version__)
     with tempfile.TemporaryDirectory() as temporary:
-        content: dict[str, Path | bytes] = dict(write_tables(found.path, Path(temporary))) if kind == "dataset" else _content(found)
+        content = _content(found) | (write_tables(found.path, Path(temporary)) if kind == "dataset" else {})
         # The Hub is asked last: what cannot be shared leaves no empty repository behind.
         with hub_errors(Place(repository, revision=revision), doing="cannot be written"):
             repository = api.create_repo(repository, private=private, repo_type=kind, exist_ok=True).repo_id
@@ -111,7 +113,7 @@ def push_folder(
                 repository, operations, commit_message=message or f"Upload {found.kind} with geneformer_hf {__version__}", repo_type=kind, revision=revision, create_pr=create_pr, parent_commit=head
             )  # fmt: skip
         n_bytes = sum(one.stat().st_size if isinstance(one, Path) else len(one) for one in content.values())
-    return Pushed(repository, made.pr_url or made.commit_url, made.oid, found.kind, sorted(content), found.left_out, n_bytes, found.base)
+    return Pushed(repository, made.pr_url or made.commit_url, made.oid, found.kind, sorted(content), found.left_out, n_bytes, made.oid != head, found.base)
 
 
 def _content(found: Folder) -> dict[str, Path | bytes]:
@@ -202,6 +204,9 @@ def pull_folder(
             # Of a call that was killed here.
             shutil.rmtree(whole, ignore_errors=True)
             read_tables(part, whole)
+            for name in filter(is_beside_tables, wanted):
+                (whole / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(part / name, whole / name)
         base = describe_adapter(whole).base_place if is_adapter(whole) else None
         made = "dataset" if kind == "dataset" else "adapter" if base else "model" if (whole / "config.json").is_file() else "tokenizer"
         work.put_in_place(whole)

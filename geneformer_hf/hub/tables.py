@@ -13,10 +13,10 @@ import datasets
 from ..data.dataset_cards import dataset_card, report_in_card, without_folders
 from ..data.tokenized import open_tokenized, report_of
 from ..errors import CellFileError
+from .folders import REPORT
 
 PARQUET_PATTERN = "data/*.parquet"
 SHARD_BYTES = 500 << 20
-REPORT = "report.json"
 
 
 def write_tables(folder: Path, output: Path) -> dict[str, Path]:

@@ -50,6 +50,7 @@ _WHAT_GOES_WRONG: tuple[type[Exception], ...] = (
     ValueError,
     RuntimeError,
 )
+DOWNLOADING = "cannot be downloaded"
 _checked: set[tuple[str, int, int]] = set()
 
 
@@ -218,7 +219,7 @@ def is_content_of(etag: str, blob: Path) -> bool:
 
 
 @contextmanager
-def hub_errors(place: Place | str, *, doing: str = "cannot be downloaded") -> Iterator[None]:
+def hub_errors(place: Place | str, *, doing: str = DOWNLOADING) -> Iterator[None]:
     """Turn what goes wrong between us and the Hub into an error that says what to do.
 
     Raises:
@@ -246,6 +247,8 @@ def _explained(error: BaseException, place: Place, doing: str) -> str:
         return f"{place.name} has no revision {place.revision!r}. Give a branch, a tag or a commit of it."
     if isinstance(error, (OfflineModeIsEnabled, LocalEntryNotFoundError)):
         why = f"the Hub answered {status}" if status else "the Hub may not be asked" if is_offline_mode() else "the Hub cannot be reached"
+        if doing != DOWNLOADING:
+            return f"{place} {doing}: {why}. Check the network (and HF_HUB_OFFLINE)."
         return f"{place} {doing}: it is not whole in the cache, and {why}. Check the network (and HF_HUB_OFFLINE), or give a local folder."
     if isinstance(error, EntryNotFoundError):
         return f"{place} lacks a file that was asked for: {_first_line(error)}"

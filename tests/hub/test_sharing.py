@@ -208,6 +208,32 @@ def test_a_dataset_there_and_back(hub, dataset_folder, tmp_path, model, tokenize
     assert (embed_cells(model, after, tokenizer=tokenizer, progress=False) == embed_cells(model, before, tokenizer=tokenizer, progress=False)).all()
 
 
+def test_what_lies_beside_the_tables_of_a_dataset_goes_along(hub, dataset_folder, tmp_path):
+    beside = {"LICENSE": "Ours.", "sub/donors.csv": "donor,age\n", "settings.yaml": f"files: {tmp_path}/cells.h5ad\n"}
+    for name, text in beside.items():
+        (dataset_folder / name).parent.mkdir(exist_ok=True)
+        (dataset_folder / name).write_text(text)
+    (dataset_folder / "run.py").write_text("boom()")
+    pushed = push_folder(dataset_folder, "lab/cells")
+    assert pushed.is_new
+    assert pushed.left_out == ["run.py"]
+    assert set(pushed.files) == {"README.md", "report.json", "data/train-00000-of-00001.parquet", *beside}
+    assert hub.files("lab/cells", "dataset")["settings.yaml"] == b"files: cells.h5ad\n"
+    # Of a repository nothing takes the place of what datasets itself writes.
+    hub.put("lab/cells", {"state.json": b"{}", "dataset_dict.json": b"{}"}, kind="dataset")
+    pull_folder("lab/cells", tmp_path / "pulled")
+    assert (tmp_path / "pulled" / "sub" / "donors.csv").read_text() == "donor,age\n"
+    assert open_tokenized(tmp_path / "pulled").to_dict() == open_tokenized(dataset_folder).to_dict()
+    assert not push_folder(tmp_path / "pulled", "lab/again").left_out
+    assert not push_folder(tmp_path / "pulled", "lab/again").is_new
+
+
+def test_offline_nothing_is_pushed(hub, model_folder, offline):
+    offline()
+    with pytest.raises(HubError, match=r"^lab/new cannot be written: the Hub may not be asked\. Check the network \(and HF_HUB_OFFLINE\)\.$"):
+        push_folder(model_folder, "lab/new")
+
+
 def test_a_shared_dataset_of_another_vocabulary_is_refused(hub, dataset_folder, v1_model, v1_tokenizer):
     push_folder(dataset_folder, "lab/cells")
     with pytest.raises(VocabularyMismatchError, match="gene table"):
@@ -553,6 +579,7 @@ def test_by_command(hub, model_folder, tmp_path, capsys):
     assert main(["push", str(model_folder), "lab/new", "--private"]) == 0
     said = capsys.readouterr().out
     assert "model of 6 files" in said
+    assert "there already" not in said
     assert "Left here, as nothing of the kind is shared: training_args.bin" in said
     assert main(["pull", "lab/new", str(tmp_path / "pulled")]) == 0
     assert "opens with the Auto classes" in capsys.readouterr().out
