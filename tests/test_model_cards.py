@@ -52,6 +52,8 @@ def test_the_metadata_is_what_the_hub_reads(name):
         "fill-mask",
     )
     assert "geneformer" in found.tags
+    corpus = re.search(r"Genecorpus-\d+M", FACTS[name].corpus)
+    assert [dataset.split("/")[1] for dataset in found.datasets or []] == ([corpus[0]] if corpus else [])
 
 
 @pytest.mark.parametrize("name", CHECKPOINTS)

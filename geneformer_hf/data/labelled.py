@@ -17,7 +17,7 @@ from .builder import load_cells
 from .labels import class_counts, class_name, describe_counts, is_missing
 from .stores import is_zarr
 from .tenx import is_tenx_folder
-from .tokenized import open_tokenized, report_of, require_lists_of_ids, require_made_with
+from .tokenized import open_tokenized, report_of, repository_of_cells, require_lists_of_ids, require_made_with
 
 TRAIN, VALIDATION, TEST = 0, 1, 2
 PART_NAMES = ("train", "validation", "test")
@@ -38,6 +38,8 @@ class LabelledCells:
     """bool of shape `(n,)`: cells that were not left out."""
     notes: list[str] = field(default_factory=list)
     """What was left out, and why."""
+    repositories: list[str] = field(default_factory=list)
+    """Where on the Hub the datasets among them are from."""
 
     def __post_init__(self) -> None:
         self.usable = np.ones(len(self.part), dtype=bool)
@@ -141,7 +143,9 @@ def open_labelled(
         for column in columns:
             values[column] += _decoded(dataset, column)
         cell_ids += list(dataset["cell_id"][:]) if "cell_id" in dataset.column_names else [str(i) for i in range(len(dataset))]
-    return LabelledCells(datasets.concatenate_datasets(tokens) if len(tokens) > 1 else tokens[0], values, np.concatenate(parts), cell_ids, notes=notes)
+    repositories = sorted({found for _, dataset in opened if (found := repository_of_cells(dataset))})
+    together = datasets.concatenate_datasets(tokens) if len(tokens) > 1 else tokens[0]
+    return LabelledCells(together, values, np.concatenate(parts), cell_ids, notes=notes, repositories=repositories)
 
 
 def left_out_of(dataset: datasets.Dataset) -> list[str]:

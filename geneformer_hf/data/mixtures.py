@@ -38,12 +38,14 @@ class Corpus:
         cells (`datasets.Dataset`): with `input_ids`, and `length` where it was tokenized here.
         held_out (`int` or int array, *optional*, defaults to 0): cells kept for evaluation: how many, or which rows.
         held_out_from (`str`, *optional*): the name of the dataset they are from, if it is another one.
+        repository (`str`, *optional*): where on the Hub the cells to train on are from, if they are.
     """
 
     name: str
     cells: datasets.Dataset
     held_out: int | np.ndarray = 0
     held_out_from: str | None = None
+    repository: str | None = None
     held_out_rows: np.ndarray = field(init=False, repr=False, compare=False)
     """int64, sorted."""
     lengths: np.ndarray = field(init=False, repr=False, compare=False)

@@ -13,6 +13,8 @@ import pyarrow as pa
 from ..errors import CellFileError, VocabularyMismatchError
 from ..models.tokenization_geneformer import GeneformerTokenizer
 
+REPOSITORY = "repository"
+"""Key of the report."""
 LOOKED_AT = 1000
 """Cells of a dataset that are looked at before training."""
 
@@ -64,6 +66,12 @@ def report_of(dataset: Any) -> dict[str, Any]:
     except json.JSONDecodeError:
         return {}
     return report if isinstance(report, dict) else {}
+
+
+def repository_of_cells(dataset: Any) -> str | None:
+    """Return where on the Hub a dataset is from, as `push_folder` and `pull_folder` record it, None where that is not known."""
+    found = report_of(dataset).get(REPOSITORY)
+    return found if isinstance(found, str) else None
 
 
 def gene_table_of(dataset: Any) -> str | None:

@@ -26,6 +26,8 @@ from ..outputs import require_apart, unfinished
 from .folders import CARD, Folder, describe_folder, is_beside_tables, is_shared
 from .tables import PARQUET_PATTERN, read_tables, write_tables
 
+WRITING = "cannot be written"
+
 
 @dataclass(frozen=True)
 class Pushed:
@@ -76,7 +78,7 @@ def push_folder(
 
     Args:
         folder (`str` or `Path`): of a model, an adapter, a tokenizer or a tokenized dataset.
-        repository (`str`): its id, such as "name/model"; it is made if it is not there.
+        repository (`str`): its id, such as "name/model", or "model" of one's own; it is made if it is not there.
         private (`bool`, *optional*): for a new repository.
         revision (`str`, *optional*): branch, made if it is not there.
         create_pr (`bool`, *optional*, defaults to `False`): propose the commit instead of making it.
@@ -91,10 +93,13 @@ def push_folder(
     found = describe_folder(folder, base=base)
     kind = "dataset" if found.kind == "dataset" else "model"
     api = HfApi(token=token, library_name="geneformer_hf", library_version=__version__)
+    if "/" not in repository:
+        with hub_errors(Place(repository), doing=WRITING):
+            repository = f"{api.whoami()['name']}/{repository}"
     with tempfile.TemporaryDirectory() as temporary:
-        content = _content(found) | (write_tables(found.path, Path(temporary)) if kind == "dataset" else {})
+        content = _content(found) | (write_tables(found.path, Path(temporary), repository) if kind == "dataset" else {})
         # The Hub is asked last: what cannot be shared leaves no empty repository behind.
-        with hub_errors(Place(repository, revision=revision), doing="cannot be written"):
+        with hub_errors(Place(repository, revision=revision), doing=WRITING):
             repository = api.create_repo(repository, private=private, repo_type=kind, exist_ok=True).repo_id
             if private and not api.repo_info(repository, repo_type=kind).private:
                 msg = f"{repository} is there already, and public: private is for a new repository. Nothing was pushed; change it on its page, or choose another name."
@@ -203,7 +208,7 @@ def pull_folder(
             whole = work.folder / "whole"
             # Of a call that was killed here.
             shutil.rmtree(whole, ignore_errors=True)
-            read_tables(part, whole)
+            read_tables(part, whole, repository)
             for name in filter(is_beside_tables, wanted):
                 (whole / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(part / name, whole / name)

@@ -11,7 +11,7 @@ from pathlib import Path
 import datasets
 
 from ..data.dataset_cards import dataset_card, report_in_card, without_folders
-from ..data.tokenized import open_tokenized, report_of
+from ..data.tokenized import REPOSITORY, open_tokenized, report_of
 from ..errors import CellFileError
 from .folders import REPORT
 
@@ -19,8 +19,10 @@ PARQUET_PATTERN = "data/*.parquet"
 SHARD_BYTES = 500 << 20
 
 
-def write_tables(folder: Path, output: Path) -> dict[str, Path]:
+def write_tables(folder: Path, output: Path, repository: str) -> dict[str, Path]:
     """Write the splits of a dataset as Parquet, with its card and report; return names in the repository and files.
+
+    The report names the repository, so that what is made of the cells can say where they are from.
 
     Raises:
         CellFileError: if it is damaged.
@@ -34,8 +36,8 @@ def write_tables(folder: Path, output: Path) -> dict[str, Path]:
             found[name] = output / name
             found[name].parent.mkdir(parents=True, exist_ok=True)
             dataset.shard(n_shards, i, contiguous=True).to_parquet(str(found[name]))
-    report = without_folders(report_of(next(iter(splits.values()))))
-    texts = {REPORT: json.dumps(report, indent=1) + "\n"} if report else {}
+    report = without_folders(report_of(next(iter(splits.values())))) | {REPOSITORY: repository}
+    texts = {REPORT: json.dumps(report, indent=1) + "\n"}
     own = folder / "README.md"
     texts["README.md"] = dataset_card(
         splits, report, text=own.read_text(encoding="utf-8") if own.is_file() else None, name=folder.resolve().name, as_parquet=True
@@ -53,7 +55,7 @@ def _splits(folder: Path) -> dict[str, datasets.Dataset]:
     return {"train": open_tokenized(folder)}
 
 
-def read_tables(folder: Path, output: Path) -> None:
+def read_tables(folder: Path, output: Path, repository: str) -> None:
     """Make of a repository's Parquet files what `load_from_disk` opens: one dataset, or several splits.
 
     Raises:
@@ -78,7 +80,7 @@ def read_tables(folder: Path, output: Path) -> None:
             msg = f"the Parquet files cannot be read: {str(error).splitlines()[0]}"
             raise CellFileError(msg) from error
         for dataset in splits.values():
-            dataset.info.description = json.dumps(report, indent=1) if report else ""
+            dataset.info.description = json.dumps(report | {REPOSITORY: repository}, indent=1)
         made = next(iter(splits.values())) if list(splits) == ["train"] else splits
         made.save_to_disk(str(output))
     if card:

@@ -50,6 +50,7 @@ def checkpoint_card(
         library_name="transformers",
         pipeline_tag=PIPELINE_TAGS.get(architecture),
         base_model=None if place.is_local else place.name,
+        datasets=[facts.dataset] if facts and facts.dataset else None,
         tags=TAGS,
     )
     with torch.device("meta"):
@@ -124,6 +125,8 @@ class PretrainingFacts:
     seed: int
     base_model: str | None = None
     """Repository on the Hub that training started from."""
+    datasets: Sequence[str] = ()
+    """Repositories on the Hub that the cells are from."""
     species: str | None = None
 
 
@@ -135,6 +138,7 @@ def pretraining_card(facts: PretrainingFacts, *, name: str) -> str:
         tags=TAGS,
         pipeline_tag="fill-mask",
         base_model=facts.base_model,
+        datasets=list(facts.datasets) or None,
         model_name=name,
         eval_results=[
             EvalResult(
@@ -253,6 +257,8 @@ class FineTuningFacts:
     """How cells or genes were parted."""
     base_model: str | None = None
     """Repository on the Hub that training started from."""
+    datasets: Sequence[str] = ()
+    """Repositories on the Hub that the cells are from."""
 
 
 def finetuning_card(facts: FineTuningFacts, *, name: str) -> str:
@@ -274,6 +280,7 @@ def finetuning_card(facts: FineTuningFacts, *, name: str) -> str:
         tags=[*TAGS, *(["lora"] if facts.is_adapter else [])],
         pipeline_tag=task,
         base_model=facts.base_model,
+        datasets=list(facts.datasets) or None,
         model_name=name,
         eval_results=results or None,
     )

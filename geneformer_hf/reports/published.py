@@ -46,8 +46,11 @@ class Facts:
     revision_source: str | None = None
     same_as: str | None = None
     """Another name of the same weights."""
+    dataset: str | None = None
+    """Where the corpus is on the Hub, if it is there."""
 
 
+_ON_THE_HUB = {"30M": "ctheodoris/Genecorpus-30M", "104M": "theodoris-lab/Genecorpus-104M"}
 _GENECORPUS_30M = (
     "Genecorpus-30M, June 2021: 29.9 million human single-cell transcriptomes of 561 droplet data sets, 27.4 million after quality control (counts and mitochondrial "
     "share within 3 standard deviations of the data set, at least 7 detected genes). Malignant and immortalised cells were left out. (Dataset card of Genecorpus-30M; Nature 2023.)"
@@ -80,13 +83,13 @@ _F45A = "NVIDIA's bionemo-recipes load this checkpoint at this commit"
 FACTS: dict[str, Facts] = {
     "Geneformer-V1-10M": Facts(
         _GENECORPUS_30M, f"{_BASE} The smallest, and the one the 2023 paper reports: for laptops, and to compare with published figures.", ("V1",), _V1_FIGURES, _ZERO_SHOT,
-        "a5e33a757431643b3697de7ef6127950cdc49e06e58d4266b3a3ab191b683f14", _F45A, "gf-6L-30M-i2048",
+        "a5e33a757431643b3697de7ef6127950cdc49e06e58d4266b3a3ab191b683f14", _F45A, "gf-6L-30M-i2048", _ON_THE_HUB["30M"],
     ),
     "gf-6L-30M-i2048": Facts(
         _GENECORPUS_30M, f"{_BASE} The smallest, and the one the 2023 paper reports: for laptops, and to compare with published figures.", ("V1",), _V1_FIGURES, _ZERO_SHOT,
-        "a5e33a757431643b3697de7ef6127950cdc49e06e58d4266b3a3ab191b683f14", same_as="Geneformer-V1-10M",
+        "a5e33a757431643b3697de7ef6127950cdc49e06e58d4266b3a3ab191b683f14", same_as="Geneformer-V1-10M", dataset=_ON_THE_HUB["30M"],
     ),
-    "gf-12L-30M-i2048": Facts(_GENECORPUS_30M, f"{_BASE} Twice the depth of the paper's model, on the same cells.", ("V1",)),
+    "gf-12L-30M-i2048": Facts(_GENECORPUS_30M, f"{_BASE} Twice the depth of the paper's model, on the same cells.", ("V1",), dataset=_ON_THE_HUB["30M"]),
     "gf-12L-95M-i4096": Facts(
         _95M, f"{_BASE} Of the second generation, and small: it sees 4,096 tokens of a cell at the cost of the first generation's larger model.", ("preprint",),
         (Figure(_SCIPLEX, "0.698 / 0.685", HELICAL_SERIES),), (), "4365ba23e393fcfa0e65a94ac64a0983cd788bd23a8d4914f4ab66f85cfe043c", _94D9,
@@ -95,11 +98,11 @@ FACTS: dict[str, Facts] = {
     "gf-20L-95M-i4096": Facts(_95M, f"{_BASE} The deepest; followed by Geneformer-V2-104M and Geneformer-V2-316M.", ("preprint",), revision_source="listings of this commit, which hold the folder"),
     "Geneformer-V2-104M": Facts(
         _104M, f"{_BASE} The one to begin with on a GPU.", ("V2",), (Figure(_SCIPLEX, "0.724 / 0.712", HELICAL_SERIES),), (),
-        "fff5cba29ddd8792991fa77b4872246fbe548a178cebda3775cdc72b67780e7f", _F45A,
+        "fff5cba29ddd8792991fa77b4872246fbe548a178cebda3775cdc72b67780e7f", _F45A, dataset=_ON_THE_HUB["104M"],
     ),
-    "Geneformer-V2-104M_CLcancer": Facts(_104M + _CANCER, f"{_TUNED} Its shape is that of Geneformer-V2-104M.", ("preprint", "V2"), revision_source=_F45A),
+    "Geneformer-V2-104M_CLcancer": Facts(_104M + _CANCER, f"{_TUNED} Its shape is that of Geneformer-V2-104M.", ("preprint", "V2"), revision_source=_F45A, dataset=_ON_THE_HUB["104M"]),
     "Geneformer-V2-316M": Facts(
         _104M, f"{_BASE} The largest, and the default of the published repository: where a little more accuracy is worth three times the computing.", ("V2",),
-        (Figure(_SCIPLEX, "0.726 / 0.716", HELICAL_SERIES),), (), "965ceccea81953d362081ef3843560a0e4fef88d396c28017881f1e94b1246f3", _F45A,
+        (Figure(_SCIPLEX, "0.726 / 0.716", HELICAL_SERIES),), (), "965ceccea81953d362081ef3843560a0e4fef88d396c28017881f1e94b1246f3", _F45A, dataset=_ON_THE_HUB["104M"],
     ),
 }  # fmt: skip

@@ -11,7 +11,7 @@ import datasets
 import numpy as np
 
 from ..data.mixtures import Corpus
-from ..data.tokenized import gene_table_of, open_tokenized, require_lists_of_ids, require_made_with
+from ..data.tokenized import gene_table_of, open_tokenized, repository_of_cells, require_lists_of_ids, require_made_with
 from ..errors import CellFileError, SettingError
 from ..models.tokenization_geneformer import GeneformerTokenizer
 from .arguments import GeneformerPretrainingArguments
@@ -88,13 +88,14 @@ def _require_different(training: dict[str, datasets.Dataset], evaluation: dict[s
 
 def _corpus(arguments: GeneformerPretrainingArguments, name: str, cells: datasets.Dataset, evaluation: tuple[str, datasets.Dataset] | None) -> Corpus:
     if evaluation is None:
-        return Corpus(name, cells, _n_held_out(arguments.held_out, len(cells)))
+        return Corpus(name, cells, _n_held_out(arguments.held_out, len(cells)), repository=repository_of_cells(cells))
     other_name, other = evaluation
+    repository = repository_of_cells(cells)
     cells, other = cells.select_columns(["input_ids"]), other.select_columns(["input_ids"])
     if other.features != cells.features:
         other = other.cast(cells.features)
     together = datasets.concatenate_datasets([cells, other])
-    return Corpus(name, together, np.arange(len(cells), len(together)), held_out_from=other_name)
+    return Corpus(name, together, np.arange(len(cells), len(together)), held_out_from=other_name, repository=repository)
 
 
 def _n_held_out(held_out: float, n_cells: int) -> int:

@@ -140,6 +140,7 @@ def _write_all(outcome: Outcome, folder: Path) -> tuple[dict[str, Any], pd.DataF
         settings=settings,
         started_from=short_name(start) if start else None,
         base_model=repository_of(start),
+        datasets=outcome.prepared.cells.repositories,
         is_adapter=(folder / ADAPTER_FILE).is_file(),
         seed=outcome.asked.seed,
         split_lines=_split_lines(outcome),

@@ -114,6 +114,7 @@ def save_model(trainer: GeneformerPretrainer, tokenizer: GeneformerTokenizer, fi
             figures=figures,
             started_from=short_name(asked.from_checkpoint) if asked.from_checkpoint else None,
             base_model=repository_of(asked.from_checkpoint),
+            datasets=sorted({c.repository for c in trainer.mixture.corpora if c.repository}),
             seed=asked.seed,
             species=species_of(tokenizer.gene_table.ensembl_ids),
         )

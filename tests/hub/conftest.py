@@ -1,6 +1,6 @@
 import pytest
 
-from tests.training.conftest import base, labelled, tune  # noqa: F401 - fixtures
+from tests.training.conftest import base, labelled, run, settings, tokens, tune  # noqa: F401 - fixtures
 
 
 @pytest.fixture

@@ -28,7 +28,7 @@ from geneformer_hf import (
     push_folder,
 )
 from geneformer_hf.cli.main import main
-from geneformer_hf.data.tokenized import gene_table_of, open_tokenized, report_of
+from geneformer_hf.data.tokenized import gene_table_of, open_tokenized, report_of, repository_of_cells
 from geneformer_hf.errors import CellFileError, CheckpointError, HubError, OutputError, OutputExistsError, VocabularyMismatchError
 from geneformer_hf.models.adapters import save_adapter
 from geneformer_hf.models.loading import tokenizer_of
@@ -206,6 +206,22 @@ def test_a_dataset_there_and_back(hub, dataset_folder, tmp_path, model, tokenize
     assert report_of(after)["files"][0]["file"] == "cells.h5ad"
     assert report_of(after)["encoding"] == report_of(before)["encoding"]
     assert (embed_cells(model, after, tokenizer=tokenizer, progress=False) == embed_cells(model, before, tokenizer=tokenizer, progress=False)).all()
+
+
+def test_what_is_made_of_a_dataset_on_the_hub_names_it(hub, dataset_folder, tmp_path, tune, run, labelled, tokenizer):
+    cells = load_cells(labelled, tokenizer=tokenizer, obs=["cell_type"], keep_counts=True, cache_dir=tmp_path / "cache")
+    cells.save_to_disk(tmp_path / "labelled")
+    assert push_folder(tmp_path / "labelled", "labelled").repository == "lab/labelled"
+    push_folder(dataset_folder, "lab/cells")
+    pull_folder("lab/cells", tmp_path / "pulled")
+    tuned = tune("tuned", cells=datasets.load_dataset("lab/labelled", split="train"), num_train_epochs=1)
+    for more in ({}, {"eval_paths": [str(dataset_folder)]}):
+        trained = run(f"trained{len(more)}", data=False, train_data=[str(tmp_path / "pulled")], max_steps=1, **more)
+        assert metadata((trained.folder / "README.md").read_bytes())["datasets"] == ["lab/cells"]
+    assert metadata((tuned.folder / "README.md").read_bytes())["datasets"] == ["lab/labelled"]
+    # A folder of this disk is nothing to name.
+    assert "datasets" not in metadata((tune("local", num_train_epochs=1).folder / "README.md").read_bytes())
+    assert repository_of_cells(open_tokenized(dataset_folder)) is None
 
 
 def test_what_lies_beside_the_tables_of_a_dataset_goes_along(hub, dataset_folder, tmp_path):
