@@ -365,6 +365,9 @@ def test_an_adapter_on_the_hub_through_the_auto_classes(hub, base, adapter, labe
     assert info["missing_keys"] == []
     found = pipeline("cell-classification", model=load_model("lab/adapter"), tokenizer=tokenizer, device="cpu")(labelled)
     assert list(found.iloc[:, 0]) == list(expected.iloc[:, 0])
+    by_name = pipeline("cell-classification", model="lab/adapter", device="cpu")
+    assert by_name.model.place.name == "lab/adapter"
+    assert by_name(labelled).equals(found)
     # It would be written with names that nothing reads.
     with pytest.raises(CheckpointError, match="has an adapter at work inside"):
         opened.save_pretrained(adapter.parent / "broken")
