@@ -68,6 +68,9 @@ def read_tables(folder: Path, output: Path, repository: str) -> None:
     except json.JSONDecodeError as error:
         msg = f"{REPORT} of the dataset is damaged: {error}."
         raise CellFileError(msg) from error
+    if not isinstance(report, dict):
+        msg = f"{REPORT} of the dataset is damaged: it holds a {type(report).__name__}; expected an object with names."
+        raise CellFileError(msg)
     # By what was fetched and checked, never by what the card names: that could be any file of this disk, or any address.
     files: dict[str, list[str]] = {}
     for one in sorted(folder.rglob("*.parquet")):

@@ -269,7 +269,12 @@ def test_a_card_cannot_name_files_of_this_disk(path, hub, dataset_folder, tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "words"), [("report.json", b"{", "is damaged"), ("README.md", b"---\na: [\n---\n", "metadata of the card are damaged")]
+    ("name", "content", "words"),
+    [
+        ("report.json", b"{", "is damaged"),
+        ("report.json", b"[1]", "is damaged: it holds a list"),
+        ("README.md", b"---\na: [\n---\n", "metadata of the card are damaged"),
+    ],
 )
 def test_damaged_text_of_a_dataset(name, content, words, hub, dataset_folder, tmp_path):
     push_folder(dataset_folder, "lab/cells")
