@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,10 +17,12 @@ import yaml
 from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, Trainer, TrainingArguments, pipeline
 
 from geneformer_hf import (
+    GeneformerFineTuningArguments,
     GeneformerForMaskedLM,
     GeneformerForSequenceClassification,
     add_adapter,
     embed_cells,
+    finetune,
     load_cells,
     load_model,
     load_peft_model,
@@ -136,9 +139,18 @@ def test_a_fine_tuned_model_has_its_card_and_no_path_of_this_machine(hub, tune, 
     assert predict("lab/tuned", labelled, progress=False).labels.tolist() == predict(run.folder, labelled, progress=False).labels.tolist()
 
 
+@pytest.fixture(scope="session")
+def trained_adapter(tmp_path_factory, base, labelled):
+    arguments = GeneformerFineTuningArguments(
+        str(tmp_path_factory.mktemp("adapter") / "run"), from_checkpoint=str(base), label=["cell_type"], adapter="lora", num_train_epochs=1,
+        per_device_train_batch_size=8, learning_rate=1e-2, disable_tqdm=True, baselines=False,
+    )  # fmt: skip
+    return finetune(arguments, labelled).folder
+
+
 @pytest.fixture
-def adapter(tune):
-    return tune("adapted", adapter="lora").folder
+def adapter(trained_adapter, tmp_path):
+    return Path(shutil.copytree(trained_adapter, tmp_path / "adapted" / "model"))
 
 
 def test_an_adapter_of_a_folder_needs_to_know_where_that_is(hub, adapter, base, labelled, tmp_path):
