@@ -186,7 +186,7 @@ def test_filter_pass_that_is_neither(cells, model_folder, tmp_path, capsys):
     check_refused(command, r"obs\['filter_pass'\] holds 30 values that are neither 0 nor 1 \(2\)", tmp_path, capsys)
 
 
-@pytest.mark.parametrize("processes", ["1", "2"])
+@pytest.mark.parametrize("processes", ["1", pytest.param("2", marks=pytest.mark.slow)])
 def test_a_bad_cell_far_down_is_found_by_every_process(processes, genes, model_folder, tmp_path, capsys):
     # More values than are looked at before the work starts; the bad cell lies between the places looked at.
     cells = make_cells(genes, 20_000)

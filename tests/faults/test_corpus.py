@@ -64,6 +64,7 @@ def test_a_corpus_is_the_dataset_that_load_cells_makes(tmp_path, files, tokenize
     assert sorted(p.name for p in tmp_path.iterdir()) == ["cache", "files", "out"], "nothing is left beside the output"
 
 
+@pytest.mark.slow
 def test_several_processes_write_the_same_bytes(tmp_path, files, tokenizer):
     for num_proc, name in ((1, "one"), (2, "several")):
         tokenize_corpus(files, tmp_path / name, tokenizer=tokenizer, keep_counts=True, num_proc=num_proc)
@@ -185,7 +186,9 @@ def other_species(path, genes):
     make_cells([f"ENSMUSG{i:011d}" for i in range(60)], 5).write_h5ad(path)
 
 
-@pytest.mark.parametrize(("damage", "num_proc"), [(damaged, 1), (bad_in_the_middle, 1), (other_species, 1), (bad_in_the_middle, 2)])
+@pytest.mark.parametrize(
+    ("damage", "num_proc"), [(damaged, 1), (bad_in_the_middle, 1), (other_species, 1), pytest.param(bad_in_the_middle, 2, marks=pytest.mark.slow)]
+)
 def test_a_bad_file_among_good_ones(damage, num_proc, tmp_path, genes, files, tokenizer, model_folder, capsys, caplog):
     bad = tmp_path / "files" / "bad.h5ad"
     bad.write_bytes(files[0].read_bytes())

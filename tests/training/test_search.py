@@ -73,6 +73,7 @@ def test_what_a_trial_tries_reaches_the_model(arguments, labelled, monkeypatch):
     assert len(set(tried)) > 1
 
 
+@pytest.mark.slow
 def test_a_search_goes_on_with_the_trials_that_are_missing(arguments, labelled):
     first = search(arguments(), SearchSettings(space=SPACE, n_trials=2, refit=False), labelled)
     more = search(arguments(), SearchSettings(space=SPACE, n_trials=4, refit=False), labelled)
@@ -92,6 +93,7 @@ def test_a_search_goes_on_with_the_trials_that_are_missing(arguments, labelled):
         search(arguments(num_train_epochs=3), SearchSettings(space=SPACE, n_trials=4, refit=False), labelled)
 
 
+@pytest.mark.slow
 def test_bad_trials_are_pruned(arguments, labelled):
     space = {"learning_rate": [1e-2, 1e-9]}
     found = search(arguments(num_train_epochs=6), SearchSettings(space=space, n_trials=14, refit=False), labelled)

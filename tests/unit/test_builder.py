@@ -34,7 +34,9 @@ def test_a_file_becomes_a_dataset(h5ad, cells, tokenizer, table):
     assert [dataset.features["cell_type"].int2str(i) for i in dataset["cell_type"][:]] == cells.obs["cell_type"].tolist()
 
 
-@pytest.mark.parametrize(("layout", "num_proc"), [("csr", None), ("csc", None), ("dense", None), ("gzip", None), ("csr", 2), ("csc", 2)])
+@pytest.mark.parametrize(
+    ("layout", "num_proc"), [("csr", None), ("csc", None), ("dense", None), ("gzip", None), ("csr", 2), pytest.param("csc", 2, marks=pytest.mark.slow)]
+)
 def test_layout_blocks_and_processes_change_nothing(layout, num_proc, tmp_path, genes, tokenizer, table, monkeypatch):
     monkeypatch.setattr(matrices, "BLOCK_VALUES", 500)
     monkeypatch.setattr(encoder, "RANGE_CELLS", 100)
@@ -45,6 +47,7 @@ def test_layout_blocks_and_processes_change_nothing(layout, num_proc, tmp_path, 
     assert not list(tmp_path.glob("geneformer-hf-*")), "rows of a transposed file were left behind"
 
 
+@pytest.mark.slow
 def test_several_processes_are_cached_and_say_the_same_again(tmp_path, genes, tokenizer, caplog):
     path = write(make_cells(genes, 300, filter_pass=np.arange(300) % 3 > 0), tmp_path / "a.h5ad")
     first = load_cells(path, tokenizer=tokenizer, num_proc=2, cache_dir=tmp_path / "cache")

@@ -16,6 +16,7 @@ def test_classes_are_sorted_and_missing_ones_ignored():
     assert ids.tolist() == [2, -100, 1, -100, -100, 2, 0, 3]
 
 
+@pytest.mark.slow
 def test_class_ids_do_not_depend_on_the_hash_seed():
     code = "from geneformer_hf.data.labels import class_ids; print(class_ids(['T', 'B', 'NK', 'DC', 'Mono'])[0])"
     found = {

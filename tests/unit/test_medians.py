@@ -154,6 +154,7 @@ def test_genes_that_nobody_knows(genes):
 
 
 @pytest.mark.shared
+@pytest.mark.slow
 def test_medians_of_all_real_cells_are_within_a_tenth_of_a_percent(shared):
     paths = [p for p in sorted((shared / "data").glob("*/*.h5ad")) if "day2_day5" not in p.name]
     fitted = as_dict(fit_gene_table(paths))

@@ -80,7 +80,7 @@ def test_a_masked_gene_model(model_folder, model, tokenizer, cells, tmp_path):
         export_onnx(model_folder, tmp_path / "onnx")
 
 
-@pytest.mark.parametrize("name", HEADS)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] if name in ("attention", "numbers") else []) for name in HEADS])
 def test_every_head(name, tokenizer, cells, tmp_path):
     cls, fields = HEADS[name]
     torch.manual_seed(6)
