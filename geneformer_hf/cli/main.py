@@ -17,6 +17,7 @@ from .command import Command
 from .convert import Convert
 from .demo import Demo
 from .embed import Embed
+from .evaluate import Evaluate
 from .export import Export
 from .finetune import Finetune
 from .info import Info
@@ -38,6 +39,7 @@ COMMANDS: tuple[type[Command], ...] = (
     Export,
     Tokenize,
     Embed,
+    Evaluate,
     Qc,
     Medians,
     Pretrain,

@@ -46,6 +46,13 @@ class AnnDataFileSource(FileSource):
             item = store.get(place, {})
             return list(item) if isinstance(item, dict) or is_group(item) else list(item.dtype.names or ())
 
+    def _stored_obsm(self, key: str) -> Any:
+        import anndata
+
+        with self._open() as store:
+            item = store["obsm"]
+            return anndata.io.read_elem(item[key]) if is_group(item) else item[key]
+
     def _open(self) -> AbstractContextManager[Any]:
         return open_store(self.path)
 

@@ -90,6 +90,31 @@ class CellSource(ABC):
     def keys_of(self, place: str) -> list[str]:
         """Return the names of what is stored in `obsm` or `varm`."""
 
+    def read_obsm(self, key: str) -> np.ndarray:
+        """Return an embedding that is stored in `obsm`, float32 of shape `(n, e)`.
+
+        Raises:
+            ColumnNotFoundError: if there is none of that name.
+            CellFileError: if it is no table of numbers with a row for each cell.
+        """
+        if key not in self.keys_of("obsm"):
+            msg = f"{self.name}: obsm has no {key!r}. Found: {', '.join(self.keys_of('obsm')) or 'nothing'}."
+            raise ColumnNotFoundError(msg)
+        stored = self._stored_obsm(key)
+        try:
+            vectors = np.asarray(stored.toarray() if sp.issparse(stored) else stored, dtype=np.float32)
+        except (TypeError, ValueError) as error:
+            msg = f"{self.name}: obsm[{key!r}] holds something else than numbers ({error})."
+            raise CellFileError(msg) from error
+        if vectors.ndim != 2 or len(vectors) != self.n_cells or not vectors.shape[1]:
+            msg = f"{self.name}: obsm[{key!r}] has shape {vectors.shape}; expected a row of numbers for each of {self.n_cells:,} cells."
+            raise CellFileError(msg)
+        return vectors
+
+    def _stored_obsm(self, key: str) -> Any:
+        """Return what is stored in `obsm`; called where it is there."""
+        raise NotImplementedError
+
     @abstractmethod
     def _iter_counts(self, start: int, stop: int) -> Iterator[tuple[sp.csr_array, int]]:
         """Yield the rows of the count matrix in order, each block with the number of its first cell."""
@@ -234,6 +259,9 @@ class AnnDataSource(CellSource):
     def keys_of(self, place: str) -> list[str]:
         """Return the names of what is stored in `obsm` or `varm`."""
         return list(getattr(self._adata, place).keys())
+
+    def _stored_obsm(self, key: str) -> Any:
+        return self._adata.obsm[key]
 
     @property
     def obs_columns(self) -> list[str]:

@@ -231,3 +231,10 @@ def fingerprint_of(model: Any) -> str:
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def untrained_encoder(config: GeneformerConfig, seed: int) -> GeneformerModel:
+    """Return an encoder of this shape with random weights: what a checkpoint has to beat."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return GeneformerModel(GeneformerConfig.from_dict({**config.to_dict(), "quantization_config": None})).eval()

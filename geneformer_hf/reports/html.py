@@ -1,11 +1,11 @@
-"""One HTML file that needs nothing beside it: figures, baselines, pictures, split, settings."""
+"""One HTML file that needs nothing beside it: sections of words, tables and pictures, for wide and narrow screens."""
 
 from __future__ import annotations
 
 import base64
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -16,51 +16,50 @@ TEMPLATE = "report.html.j2"
 
 
 @dataclass(frozen=True)
-class HeadSection:
-    """What the report says of one head."""
+class Table:
+    """Rows of one set of columns."""
 
-    name: str
-    verdict: str
-    comparison: Sequence[Mapping[str, Any]]
-    """Rows: the model first, then its baselines."""
-    rows: Sequence[Mapping[str, Any]] = ()
-    rows_title: str = ""
-    pictures: Sequence[Path] = ()
+    rows: Sequence[Mapping[str, Any]]
+    title: str = ""
+    n_marked: int = 0
+    """First rows that are set off from the others: the models, before their baselines."""
 
 
 @dataclass(frozen=True)
-class Report:
-    """A report of a fine-tuned model."""
+class Section:
+    """A heading and what stands below it, in this order; what is empty is left out."""
+
+    title: str
+    verdict: str = ""
+    lines: Sequence[str] = ()
+    tables: Sequence[Table] = ()
+    pictures: Sequence[Path] = ()
+    further: Sequence[Table] = ()
+    """Tables below the pictures."""
+    points: Sequence[str] = ()
+    settings: str = ""
+
+
+@dataclass(frozen=True)
+class Page:
+    """A report."""
 
     title: str
     subtitle: str
-    heads: Sequence[HeadSection]
-    split_lines: Sequence[str]
-    settings: str
-    balance: Sequence[Mapping[str, Any]] = ()
-    notes: Sequence[str] = ()
-    pictures: Sequence[Path] = field(default_factory=tuple)
+    sections: Sequence[Section]
 
 
-def write_report(report: Report, path: Path) -> None:
+def write_page(page: Page, path: Path) -> None:
     """Write a report; pictures are put into the file."""
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string((resources.files(__package__) / TEMPLATE).read_text(encoding="utf-8"))
-    heads = [
-        {**vars(head), "comparison": _shown_rows(head.comparison), "rows": _shown_rows(head.rows), "pictures": _embedded(head.pictures)}
-        for head in report.heads
-    ]
-    values = vars(report) | {"heads": heads, "pictures": _embedded(report.pictures), "balance": _shown_rows(report.balance)}
-    path.write_text(template.render(values), encoding="utf-8")
+    sections = [vars(section) | {"pictures": _embedded(section.pictures)} for section in page.sections]
+    path.write_text(template.render(title=page.title, subtitle=page.subtitle, sections=sections, shown=shown), encoding="utf-8")
 
 
 def _embedded(pictures: Sequence[Path]) -> list[dict[str, str]]:
     found = [picture for picture in pictures if picture.is_file()]
     return [{"data": base64.b64encode(picture.read_bytes()).decode(), "alt": picture.stem.replace("_", " ")} for picture in found]
-
-
-def _shown_rows(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
-    return [{str(name).replace("_", " "): shown(value) for name, value in row.items()} for row in rows]
 
 
 def shown(value: Any) -> str:

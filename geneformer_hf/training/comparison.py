@@ -15,7 +15,6 @@ from ..device import resolve_device
 from ..models.configuration_geneformer import GeneformerConfig
 from ..models.encoding import PackedEncoder
 from ..models.heads import CLASSES, NUMBERS
-from ..models.modeling_geneformer import GeneformerModel
 from ..models.pooling import gene_positions
 from ..reports.cell_baselines import COMPONENTS, Standardised, expression_matrix, fitted, most_variable, sklearn_or_refuse
 from .arguments import GeneformerFineTuningArguments
@@ -96,13 +95,6 @@ def frozen_vectors(model: Any, corpus: Corpus, rows: np.ndarray, *, pooling: str
                     hidden = done.hidden[span].float().cpu()
                     out[some[cell]] = (hidden[0] if pooling in ("first", "cls") else hidden[keep[span]].mean(0)).numpy()
     return out
-
-
-def untrained(config: GeneformerConfig, seed: int) -> GeneformerModel:
-    """Return the encoder with random weights."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return GeneformerModel(GeneformerConfig.from_dict({**config.to_dict(), "quantization_config": None}))
 
 
 def gene_baselines(cells: LabelledCells, task: GeneTask, splits: Sequence[Split], rows: np.ndarray) -> dict[str, list[np.ndarray]]:

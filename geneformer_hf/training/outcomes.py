@@ -10,22 +10,22 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import xxhash
 import yaml
 
 from .._version import __version__
 from ..errors import MissingExtraError
 from ..models.adapters import ADAPTER_FILE, unwrapped
 from ..models.heads import CLASSES, NUMBERS, Head
-from ..models.loading import load_model
+from ..models.loading import load_model, untrained_encoder
 from ..models.places import repository_of, short_name
 from ..reports.cards import FineTuningFacts, finetuning_card, occurrences_in_words
 from ..reports.classification import RocCurve, figures_of, main_figure, mean_roc, per_class_table, roc_curve
 from ..reports.classification_plots import plot_calibration, plot_comparison, plot_confusion, plot_course, plot_numbers, plot_roc
-from ..reports.html import HeadSection, Report, write_report
+from ..reports.figures import file_name, write_figures
+from ..reports.html import Page, Section, Table, write_page
 from .arguments import GeneformerFineTuningArguments
 from .checkpointing import CONFIG_FILE, FOLD, MODEL_FOLDER, UNFINISHED_MODEL, put_in_place, save_weights
-from .comparison import FROZEN, UNTRAINED, cell_baselines, frozen_vectors, gene_baselines, untrained
+from .comparison import FROZEN, UNTRAINED, cell_baselines, frozen_vectors, gene_baselines
 from .configs import resolved, write_config
 from .preparing import Prepared
 from .tasks import CellTask, GeneTask
@@ -120,13 +120,13 @@ def _write_all(outcome: Outcome, folder: Path) -> tuple[dict[str, Any], pd.DataF
         predictions.to_csv(folder / "predictions.csv", index=False)
     _split_table(prepared, outcome.asked.group_column).to_csv(folder / "splits.csv", index=False)
     for result in results:
-        per_class_table(figures["heads"][result.head.name][MODEL]).to_csv(folder / f"per_class_{_file_name(result.head.name)}.csv", index=False)
+        per_class_table(figures["heads"][result.head.name][MODEL]).to_csv(folder / f"per_class_{file_name(result.head.name)}.csv", index=False)
         if result.head.kind == CLASSES:
             names = result.head.names
             confusion = pd.DataFrame(figures["heads"][result.head.name][MODEL]["confusion"], index=pd.Index(names, name="true"), columns=names)
-            confusion.to_csv(folder / f"confusion_{_file_name(result.head.name)}.csv")
+            confusion.to_csv(folder / f"confusion_{file_name(result.head.name)}.csv")
     pictures = _draw(outcome, results, figures, history, folder)
-    (folder / "figures.json").write_text(json.dumps(_without_nan(figures), indent=1) + "\n", encoding="utf-8")
+    write_figures(figures, folder / "figures.json")
     settings = {name: value for name, value in resolved(outcome.asked).items() if name not in PLACES} | _names_of_places(outcome.asked)
     _write_report(outcome, results, figures, pictures, settings, folder)
     start = outcome.asked.from_checkpoint
@@ -186,7 +186,7 @@ def _cell_baselines(outcome: Outcome, task: CellTask, notes: list[str]) -> list[
     try:
         checkpoint = load_model(arguments.from_checkpoint)
         vectors[FROZEN] = frozen_vectors(checkpoint, corpus, rows, pooling=config.pooling)
-        vectors[UNTRAINED] = frozen_vectors(untrained(config, arguments.seed), corpus, rows, pooling=config.pooling)
+        vectors[UNTRAINED] = frozen_vectors(untrained_encoder(config, arguments.seed), corpus, rows, pooling=config.pooling)
         return [cell_baselines(prepared.cells, task, split, arguments, vectors, config) for split in prepared.splits]
     except MissingExtraError as error:
         notes.append(f"no baselines: {error}")
@@ -276,7 +276,7 @@ def _draw(outcome: Outcome, results: list[HeadResult], figures: dict[str, Any], 
 
 def _draw_head(outcome: Outcome, result: HeadResult, figures: dict[str, Any], folder: Path) -> Any:
     head, found = result.head, figures["heads"][result.head.name]
-    stem, main = _file_name(head.name), main_figure(head.kind)
+    stem, main = file_name(head.name), main_figure(head.kind)
     what = "cells" if isinstance(outcome.prepared.task, CellTask) else "genes"
     of = f"{found[MODEL]['n']:,} test {what}"
     values = {name: [fold[main] for fold in one["folds"]] if "folds" in one else [one[main]] for name, one in found.items()}
@@ -296,8 +296,8 @@ def _draw_head(outcome: Outcome, result: HeadResult, figures: dict[str, Any], fo
         yield folder / f"calibration_{stem}.png"
     elif head.kind == NUMBERS:
         for i, name in enumerate(head.names):
-            plot_numbers(labels[:, i], p[:, i], folder / f"predicted_{_file_name(name)}.png", title=f"{name}, {of}")
-            yield folder / f"predicted_{_file_name(name)}.png"
+            plot_numbers(labels[:, i], p[:, i], folder / f"predicted_{file_name(name)}.png", title=f"{name}, {of}")
+            yield folder / f"predicted_{file_name(name)}.png"
 
 
 def _curves(outcome: Outcome, result: HeadResult) -> tuple[dict[str, RocCurve], dict[str, RocCurve]]:
@@ -357,33 +357,32 @@ def _write_report(
     outcome: Outcome, results: list[HeadResult], figures: dict[str, Any], pictures: dict[str, list[Path]], settings: dict[str, Any], folder: Path
 ) -> None:
     prepared = outcome.prepared
-    heads = []
+    sections = []
     for result in results:
         found = figures["heads"][result.head.name]
-        heads.append(
-            HeadSection(
-                name=result.head.name,
-                verdict=" ".join(
-                    [verdict_of(found, result.head.kind), *([occurrences_in_words(figures["per_occurrence"])] if "per_occurrence" in figures else [])]
-                ),
-                comparison=comparison_rows(found, result.head.kind),
-                rows=found[MODEL].get("per_class") or found[MODEL].get("per_column") or (),
-                rows_title="By column" if result.head.kind == NUMBERS else "By class",
+        also = [occurrences_in_words(figures["per_occurrence"])] if "per_occurrence" in figures else []
+        each = found[MODEL].get("per_class") or found[MODEL].get("per_column") or ()
+        sections.append(
+            Section(
+                title=result.head.name,
+                verdict=" ".join([verdict_of(found, result.head.kind), *also]),
+                tables=[Table(comparison_rows(found, result.head.kind), n_marked=1)],
                 pictures=pictures.get(result.head.name, []),
+                further=[Table(each, title="By column" if result.head.kind == NUMBERS else "By class")],
             )
         )
-    write_report(
-        Report(
+    if pictures[""]:
+        sections.append(Section("Training", pictures=pictures[""]))
+    balance = [({"fold": i + 1} if len(prepared.balance) > 1 else {}) | row for i, table in enumerate(prepared.balance) for row in table.to_dict("records")]
+    sections.append(Section("Split", lines=_split_lines(outcome), tables=[Table(balance)]))
+    if figures["notes"]:
+        sections.append(Section("Left out, and other remarks", points=figures["notes"]))
+    sections.append(Section("Settings", settings=yaml.safe_dump(settings, sort_keys=True, allow_unicode=True)))
+    write_page(
+        Page(
             title=f"Fine-tuned: {', '.join(result.head.name for result in results) or 'no test'}",
             subtitle=f"{figures['trained_parameters']:,} of {figures['parameters']:,} parameters trained; {figures['seconds']:,.0f} seconds; geneformer-hf {__version__}.",
-            heads=heads,
-            split_lines=_split_lines(outcome),
-            balance=[
-                ({"fold": i + 1} if len(prepared.balance) > 1 else {}) | row for i, table in enumerate(prepared.balance) for row in table.to_dict("records")
-            ],
-            notes=figures["notes"],
-            settings=yaml.safe_dump(settings, sort_keys=True, allow_unicode=True),
-            pictures=pictures[""],
+            sections=sections,
         ),
         folder / "report.html",
     )
@@ -401,20 +400,3 @@ def _split_lines(outcome: Outcome) -> list[str]:
     if column:
         sizes.append(f"Every {column} is wholly on one side.")
     return sizes
-
-
-def _without_nan(value: Any) -> Any:
-    """Return figures as JSON knows them: what is not a number is null."""
-    if isinstance(value, dict):
-        return {str(key): _without_nan(one) for key, one in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_without_nan(one) for one in value]
-    if isinstance(value, (float, np.floating)):
-        return float(value) if np.isfinite(value) else None
-    return value.item() if isinstance(value, np.generic) else value
-
-
-def _file_name(name: str) -> str:
-    """Return a column's name as part of a file name; a hash tells apart names that would be too long or alike."""
-    plain = "".join(c if c.isalnum() or c in "-_." else "_" for c in name)
-    return plain if plain == name and len(plain) <= 60 else f"{plain[:60]}_{xxhash.xxh3_64_hexdigest(name.encode())[:6]}"
