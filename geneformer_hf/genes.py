@@ -327,6 +327,18 @@ class GeneTable:
             raise UnknownGeneError(msg)
         return self.token_ids[np.array(rows, dtype=np.int64)]
 
+    def known_tokens(self, names: Iterable[str]) -> tuple[np.ndarray, list[str]]:
+        """Return the token ids of those genes that are in the table, each once and sorted, and the names of the others.
+
+        Example:
+            >>> GeneTable(["ENSG00000141510"], [7], [1.0], ["TP53"]).known_tokens(["TP53", "no gene"])
+            (array([7], dtype=int32), ['no gene'])
+        """
+        names = list(dict.fromkeys(map(str, names)))
+        rows = [self._find(name)[0] for name in names]
+        known = np.unique(self.token_ids[np.array([row for row in rows if row is not None], dtype=np.int64)])
+        return known, [name for name, row in zip(names, rows, strict=True) if row is None]
+
     def _find(self, name: str) -> tuple[int | None, str]:
         """Return the row of one name and how it was found: id, version, retired, symbol, ambiguous or unknown."""
         if (row := self.row_of.get(name)) is not None:

@@ -76,20 +76,22 @@ class MaskedGenePredictor(Embedder):
             msg = f"{type(self.model).__name__} does not predict masked genes. Use a pretrained model (GeneformerForMaskedLM)."
             raise CheckpointError(msg)
 
-    def table(self, tokens: Cells, *, genes: Sequence[str] | None = None, share: float = 0.15, top_k: int = 5, seed: int = 42) -> pd.DataFrame:
-        """Return what is predicted, as `predict_masked_genes`."""
+    def table(
+        self, tokens: Cells, *, genes: Sequence[str] | None = None, share: float = 0.15, top_k: int = 5, seed: int = 42, with_cell: bool = False
+    ) -> pd.DataFrame:
+        """Return what is predicted, as `predict_masked_genes`; with `cell`, the place of the cell among all cells, where that is asked for."""
         table = self.gene_table(tokens)
         if not 0 < top_k <= len(table):
             msg = f"top_k is {top_k}; expected 1 to {len(table):,} genes."
             raise SettingError(msg)
         wanted = None if genes is None else table.token_of(genes)
         parts = [pd.DataFrame(part) for part in self._parts(tokens, wanted, share, top_k, seed)]
-        found = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=[*COLUMNS[:2], "token", *COLUMNS[4:]])
+        found = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=[*COLUMNS[:2], "token", *COLUMNS[4:], "cell"])
         row_of = {token: row for row, token in enumerate(table.token_ids.tolist())}
         rows = [row_of[token] for token in found.pop("token")]
         found["ensembl_id"], found["symbol"] = [table.ensembl_ids[row] for row in rows], [table.symbols[row] for row in rows]
         found["predicted"] = [[table.ensembl_ids[row_of[token]] for token in tokens] for tokens in found["predicted"]]
-        return found[list(COLUMNS)]
+        return found[[*COLUMNS, *(["cell"] if with_cell else [])]]
 
     def _parts(self, tokens: Cells, wanted: np.ndarray | None, share: float, top_k: int, seed: int) -> Iterator[dict[str, Any]]:
         no_gene = torch.ones(self.config.vocab_size, dtype=torch.bool)
@@ -149,6 +151,7 @@ def _in_order(chunk: TokenChunk, made: list[dict[str, Any]], special: list[int])
     joined = {name: [value for part in made for value in part[name]] for name in ("probability", "place", "predicted", "predicted_probability")}
     yield {
         "cell_id": [chunk.cell_ids[i] for i in cells],
+        "cell": chunk.start + cells,
         "position": places - starts + 1 - begins,
         "token": chunk.input_ids[places],
         **{name: [values[i] for i in order] for name, values in joined.items()},

@@ -7,6 +7,8 @@ from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from pathlib import Path
 from typing import Any
 
+from ..errors import CellFileError
+
 KINDS = "files of cells (.h5ad, .zarr, .loom, 10x .h5 or folder)"
 
 
@@ -89,3 +91,28 @@ def describe_size(path: Path) -> str:
     """Return the size of a file or folder for people."""
     size = sum(p.stat().st_size for p in path.rglob("*") if p.is_file()) if path.is_dir() else path.stat().st_size
     return f"{size / 1e6:,.1f} MB"
+
+
+def listed_genes(text: str, option: str = "--genes") -> list[str]:
+    """Return genes from a list parted by commas, or from a file with one a line.
+
+    Raises:
+        CellFileError
+    """
+    path = Path(text)
+    if path.is_file():
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+        except UnicodeDecodeError as error:
+            msg = f"{option} {path}: expected a text file with one gene a line ({error})."
+            raise CellFileError(msg) from error
+    elif path.suffix in (".txt", ".csv", ".tsv"):
+        msg = f"{option} {path} does not exist."
+        raise CellFileError(msg)
+    else:
+        lines = text.split(",")
+    genes = list(dict.fromkeys(line.strip() for line in lines if line.strip() and not line.startswith("#")))
+    if not genes:
+        msg = f"{option} {text}: there are no genes in it."
+        raise CellFileError(msg)
+    return genes

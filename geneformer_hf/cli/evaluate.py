@@ -28,6 +28,13 @@ class Evaluate(Command):
         )
         parser.add_argument("--obsm", nargs="+", default=[], metavar="KEY", help="embeddings of other tools to judge as well, by their keys in obsm")
         parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="new folder")
+        parser.add_argument("--genes", action="store_true", help="also look at genes: context, modules, hidden genes, ranks")
+        parser.add_argument(
+            "--gene-classes",
+            type=Path,
+            metavar="FILE",
+            help="--genes: classes of genes, as JSON of class to genes, or a table (default: mitochondrial, ribosomal)",
+        )
         parser.add_argument("--no-baselines", action="store_true", help="leave out the untrained model and expression")
         parser.add_argument("--no-umap", action="store_true", help="draw no UMAPs")
         parser.add_argument(
@@ -40,10 +47,16 @@ class Evaluate(Command):
     def run(self, args: Namespace) -> int:
         from ..analysis.evaluation import evaluate_cells
         from ..analysis.evaluation_report import write_evaluation
+        from ..data.labels import read_gene_classes
+        from ..errors import SettingError
         from ..outputs import new_folder, require_apart, require_free
 
         require_free(args.output, overwrite=args.overwrite)
         require_apart(args.output, [args.input])
+        if args.gene_classes is not None and not args.genes:
+            msg = "--gene-classes is of use with --genes. Add it, or leave out the classes."
+            raise SettingError(msg)
+        classes = read_gene_classes(args.gene_classes) if args.gene_classes is not None else None
         models = models_of(args.model)
         found = evaluate_cells(
             models,
@@ -63,13 +76,33 @@ class Evaluate(Command):
         settings = {"input": args.input.name, "models": {name: str(model) for name, model in models.items()}, "labels": args.labels, "batch": args.batch,
                     "held_out": found.held_out, "layer": args.layer, "pooling": args.pooling or "default", "folds": args.folds, "seed": args.seed}  # fmt: skip
         with new_folder(args.output, overwrite=args.overwrite) as partial:
-            write_evaluation(found, partial, title=f"Embeddings of {args.input.name}", settings=settings, umaps=not args.no_umap, seed=args.seed)
+            further = self._genes(args, models, classes, partial) if args.genes else []
+            write_evaluation(
+                found, partial, title=f"Embeddings of {args.input.name}", settings=settings, umaps=not args.no_umap, seed=args.seed, further=further
+            )
         print_table(found.table)
         print(found.verdict())
         for note in found.notes:
             print(note)
         print(f"Report, figures and pictures: {args.output}. Look at {args.output / 'report.html'}")
         return 0
+
+    def _genes(self, args: Namespace, models: dict[str, Any], classes: dict[str, list[str]] | None, folder: Path) -> list[Any]:
+        """Write what the models make of genes, and return the sections of the page."""
+        from ..analysis.evaluation_report import PICTURES
+        from ..analysis.gene_report import gene_section
+        from ..reports.figures import write_figures
+
+        (folder / PICTURES).mkdir()
+        sections, figures = [], {}
+        for name, model in models.items():
+            section, figures[name] = gene_section(
+                name, model, args.input, folder / PICTURES, labels=args.labels, classes=classes, seed=args.seed,
+                gene_ids=args.gene_ids, counts_layer=args.counts_layer, **embedding_options(args),
+            )  # fmt: skip
+            sections.append(section)
+        write_figures(figures, folder / "genes.json")
+        return sections
 
 
 def add_embedding(parser: ArgumentParser) -> None:

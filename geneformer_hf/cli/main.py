@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 from .._version import __version__
 from ..errors import GeneformerError
+from .attention import Attention
 from .command import Command
 from .convert import Convert
 from .demo import Demo
@@ -40,6 +41,7 @@ COMMANDS: tuple[type[Command], ...] = (
     Tokenize,
     Embed,
     Evaluate,
+    Attention,
     Qc,
     Medians,
     Pretrain,

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CellFileError, SettingError
-from .command import KINDS, Command, add_computing, add_overwrite, add_reading, describe_size
+from .command import KINDS, Command, add_computing, add_overwrite, add_reading, describe_size, listed_genes
 
 
 class Perturb(Command):
@@ -125,31 +125,6 @@ def perturbations_of(args: Namespace) -> Any:
     if args.anchor:
         return Perturbation.with_anchor(args.kind, args.anchor, genes, **shift)
     return Perturbation.each(args.kind, genes, **shift)
-
-
-def listed_genes(text: str) -> list[str]:
-    """Return genes from a list parted by commas, or from a file with one a line.
-
-    Raises:
-        CellFileError
-    """
-    path = Path(text)
-    if path.is_file():
-        try:
-            lines = path.read_text(encoding="utf-8").splitlines()
-        except UnicodeDecodeError as error:
-            msg = f"--genes {path}: expected a text file with one gene a line ({error})."
-            raise CellFileError(msg) from error
-    elif path.suffix in (".txt", ".csv", ".tsv"):
-        msg = f"--genes {path} does not exist."
-        raise CellFileError(msg)
-    else:
-        lines = text.split(",")
-    genes = list(dict.fromkeys(line.strip() for line in lines if line.strip() and not line.startswith("#")))
-    if not genes:
-        msg = f"--genes {text}: there are no genes in it."
-        raise CellFileError(msg)
-    return genes
 
 
 def states_of(args: Namespace) -> Any:

@@ -11,7 +11,8 @@ Two ways in: `packed_attention`, registered with transformers, serves whole mode
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -84,6 +85,17 @@ def packed_attention(
 
 AttentionInterface.register(PACKED_ATTENTION, packed_attention)
 AttentionMaskInterface.register(PACKED_ATTENTION, sdpa_mask)
+
+
+@contextmanager
+def eager_attention(model: Any) -> Iterator[None]:
+    """Let a model compute attention so that it has weights to give, and put it back as it was: torch's fused kernels have none."""
+    before = model.config._attn_implementation
+    model.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
 
 
 def encode_packed(bert: Any, input_ids_t: torch.Tensor, lengths: Sequence[int], n_layers: int) -> torch.Tensor:

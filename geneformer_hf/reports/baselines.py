@@ -55,10 +55,17 @@ class RankFrequencyBaseline:
         """Return the mean negative log-likelihood in nats of hidden genes at their ranks."""
         return self._loss(genes, ranks, self.prior)
 
+    def losses(self, genes: np.ndarray, ranks: np.ndarray) -> np.ndarray:
+        """Return the negative log-likelihood in nats of each hidden gene at its rank."""
+        return self._losses(genes, ranks, self.prior)
+
     def _loss(self, genes: np.ndarray, ranks: np.ndarray, prior: float) -> float:
+        return float(self._losses(genes, ranks, prior).mean())
+
+    def _losses(self, genes: np.ndarray, ranks: np.ndarray, prior: float) -> np.ndarray:
         bins = np.minimum(ranks // self.width, len(self._counts) - 1)
         shares = (self._counts[bins, genes] + prior * self._overall[genes]) / (self._totals[bins] + prior)
-        return float(-np.log(shares).mean())
+        return -np.log(shares)
 
 
 def _choose_smoothing(arrays: Sequence[np.ndarray], vocab_size: int, width: int | None, prior: float | None) -> tuple[int, float]:
