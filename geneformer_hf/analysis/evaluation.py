@@ -14,13 +14,14 @@ from tqdm.auto import tqdm
 
 from ..data.labels import class_ids
 from ..errors import SettingError
+from ..models.configuration_geneformer import GeneformerConfig
 from ..models.heads import IGNORED
 from ..models.tokenization_geneformer import GeneformerTokenizer
 from ..reports.integration import integration_figures, scib_metrics
 from ..reports.label_transfer import KNN, MAJORITY, PROBE, Fold, means, transfer, transfer_folds
 from .cells import Cells
 from .embeddings import Embedder
-from .representations import BASELINE, MODEL, STORED, UNTRAINED, Representation, expression, iter_models, named_models, stored
+from .representations import BASELINE, MODEL, STORED, UNTRAINED, Representation, UnrankedCells, expression, iter_models, named_models, stored
 
 logger = logging.getLogger(__name__)
 
@@ -128,7 +129,7 @@ def evaluate_cells(
     Every representation is judged on the same cells: those that have a label and, in every vocabulary, a gene.
 
     Args:
-        models: one model, folder or Hub id; several; or a dictionary of names to them. Each uses the tokenizer of its folder.
+        models: one model, folder or Hub id; several; or a dictionary of names to them. Each uses the tokenizer of its folder. None or empty: baselines alone.
         cells (`AnnData`, `str`, `Path` or `datasets.Dataset`): as in `embed_cells`. A dataset suits models of one vocabulary.
         labels (`str`): column of obs with cell types.
         batch (`str`, *optional*): column of obs with batches, for the figures of integration.
@@ -152,6 +153,9 @@ def evaluate_cells(
     if n_folds < 2:
         msg = f"n_folds is {n_folds}; expected 2 or more."
         raise SettingError(msg)
+    if not models and not obsm and not baselines:
+        msg = "there is nothing to judge: no model, no obsm, no baselines. Name one or more checkpoints."
+        raise SettingError(msg)
     read: list[_Labelled] = []
 
     def open_cells(runner: Embedder) -> Cells:
@@ -159,19 +163,23 @@ def evaluate_cells(
         if not read:
             # Before the first model has embedded a million cells in vain.
             read.append(_Labelled(tokens, labels, batch, held_out))
+            stored(tokens, obsm)
         return tokens
 
-    options = {"layer": layer, "pooling": pooling, "batch_size": batch_size, "device": device, "dtype": dtype, "quantization": quantization}
-    embedded = iter_models(named_models(models), open_cells, untrained=untrained, seed=seed, tokenizer=tokenizer, progress=progress, **options)
     made: list[Representation] = []
-    others: list[Representation] = []
-    for representation, tokens, config in embedded:
-        made.append(representation)
-        if not others:
-            others = stored(tokens, obsm)
-        opened = tokens, config
+    opened: tuple[Cells, GeneformerConfig | None]
+    if models:
+        options = {"layer": layer, "pooling": pooling, "batch_size": batch_size, "device": device, "dtype": dtype, "quantization": quantization}
+        for representation, tokens, config in iter_models(
+            named_models(models), open_cells, untrained=untrained, seed=seed, tokenizer=tokenizer, progress=progress, **options
+        ):
+            made.append(representation)
+            opened = tokens, config
+    else:
+        opened = UnrankedCells(cells, gene_ids=gene_ids, counts_layer=counts_layer), None
+        read.append(_Labelled(opened[0], labels, batch, held_out))
     known = read[0]
-    made += others
+    made += stored(opened[0], obsm)
     known.leave_out_empty(made)
     values = expression(*opened, known.batch_ids, known.used, seed=seed) if baselines or batch is not None else []
     judge = Judge(known, values[1].vectors[known.used] if values else None, n_folds=n_folds, seed=seed)

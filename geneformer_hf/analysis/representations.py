@@ -12,12 +12,13 @@ from typing import Any
 import numpy as np
 import scipy.sparse as sp
 
+from ..data.readers import open_cells
 from ..errors import ColumnNotFoundError, SettingError
 from ..models.configuration_geneformer import GeneformerConfig
 from ..models.loading import untrained_encoder
 from ..reports.cell_baselines import expression_matrix
 from ..reports.expression import principal_components, variable_expression
-from .cells import Cells, SourceCells
+from .cells import Cells, SourceCells, TokenChunk
 from .embeddings import Embedder
 
 logger = logging.getLogger(__name__)
@@ -102,6 +103,21 @@ def _embedded(runner: Embedder, cells: Cells) -> np.ndarray:
     return out
 
 
+class UnrankedCells(SourceCells):
+    """Counts that no model reads: for baselines alone."""
+
+    def __init__(self, cells: Any, *, gene_ids: str | None, counts_layer: str | None) -> None:
+        if hasattr(cells, "column_names"):
+            msg = "a tokenized dataset can only be judged with a model, whose vocabulary tells its genes. Name one, or give the file of cells."
+            raise SettingError(msg)
+        self.source = open_cells(cells, gene_ids=gene_ids, counts_layer=counts_layer)
+        self.n_cells = self.source.n_cells
+
+    def chunks(self) -> Iterator[TokenChunk]:
+        """Raise: there is no vocabulary to rank with."""
+        raise NotImplementedError
+
+
 def stored(cells: Cells, keys: Sequence[str]) -> list[Representation]:
     """Return embeddings that lie in `obsm`.
 
@@ -116,7 +132,7 @@ def stored(cells: Cells, keys: Sequence[str]) -> list[Representation]:
     return [Representation(f"obsm {key}", STORED, cells.source.read_obsm(key)) for key in keys]
 
 
-def expression(cells: Cells, config: GeneformerConfig, batches: np.ndarray | None, kept: np.ndarray, *, seed: int) -> list[Representation]:
+def expression(cells: Cells, config: GeneformerConfig | None, batches: np.ndarray | None, kept: np.ndarray, *, seed: int) -> list[Representation]:
     """Return the principal components of variable genes, and their log counts: of all genes of a file, or of the tokens of a dataset.
 
     Args:
@@ -126,6 +142,7 @@ def expression(cells: Cells, config: GeneformerConfig, batches: np.ndarray | Non
         matrix = sp.vstack([block.counts_ng for block in cells.source.iter_blocks()], format="csr")
         what, counts = "log counts", True
     else:
+        assert config is not None, "a dataset is opened for a model"
         dataset = cells.dataset  # type: ignore[attr-defined]
         special = [int(token) for token in (config.pad_token_id, config.cls_token_id, config.eos_token_id) if token is not None]  # type: ignore[arg-type]
         matrix, counts = expression_matrix(dataset, np.arange(cells.n_cells), config.vocab_size, special), False

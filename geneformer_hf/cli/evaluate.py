@@ -20,7 +20,9 @@ class Evaluate(Command):
 
     def add_arguments(self, parser: ArgumentParser) -> None:
         parser.add_argument("input", type=Path, help=f"labelled raw counts ({KINDS}), or folder of a tokenized dataset")
-        parser.add_argument("--model", required=True, nargs="+", metavar="MODEL", help="checkpoints: folders or Hub ids, or NAME=FOLDER")
+        parser.add_argument(
+            "--model", nargs="+", default=[], metavar="MODEL", help="checkpoints: folders or Hub ids, or NAME=FOLDER (none: --obsm and baselines alone)"
+        )
         parser.add_argument("--labels", required=True, metavar="COL", help="column of obs with cell types")
         parser.add_argument("--batch", metavar="COL", help="column of obs with batches (default: no figures of integration)")
         parser.add_argument(

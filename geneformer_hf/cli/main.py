@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from .._version import __version__
 from ..errors import GeneformerError
 from .attention import Attention
+from .benchmark import Benchmark
 from .command import Command
 from .convert import Convert
 from .demo import Demo
@@ -31,6 +32,7 @@ from .push import Push
 from .qc import Qc
 from .search import Search
 from .stats import Stats
+from .task import Task
 from .tokenize import Tokenize
 
 COMMANDS: tuple[type[Command], ...] = (
@@ -41,6 +43,7 @@ COMMANDS: tuple[type[Command], ...] = (
     Tokenize,
     Embed,
     Evaluate,
+    Benchmark,
     Attention,
     Qc,
     Medians,
@@ -48,6 +51,7 @@ COMMANDS: tuple[type[Command], ...] = (
     Finetune,
     Search,
     Predict,
+    Task,
     Perturb,
     Stats,
     Push,

@@ -16,6 +16,7 @@ import pandas as pd
 from ..errors import CellFileError, ColumnNotFoundError, SettingError, UnknownGeneError
 from ..genes import GeneTable
 from ..models.heads import IGNORED
+from ..pickles import read_dictionary
 
 SEPARATOR = ";"
 GENE_COLUMNS = ("ensembl_id", "gene_id", "gene", "gene_name", "symbol")
@@ -190,12 +191,14 @@ def match_gene_classes(classes: Mapping[str, Sequence[str]], table: GeneTable, *
 
 
 def read_gene_classes(path: str | Path) -> dict[str, list[str]]:
-    """Read a table of genes and classes: JSON of class to genes, or a .csv or .tsv with a column of genes and one of classes.
+    """Read a table of genes and classes: JSON of class to genes, a published pickle of the same, or a .csv or .tsv with a column of genes and one of classes.
 
     Raises:
-        CellFileError, ColumnNotFoundError
+        CellFileError, ColumnNotFoundError, UnsafePickleError, CheckpointError
     """
     path = Path(path)
+    if path.suffix in (".pickle", ".pkl"):
+        return _published_classes(path)
     try:
         if path.suffix == ".json":
             found = json.loads(path.read_text(encoding="utf-8"))
@@ -221,6 +224,17 @@ def read_gene_classes(path: str | Path) -> dict[str, list[str]]:
         msg = f"{path}: {incomplete:,} of {len(frame):,} rows lack a gene ({gene}) or a class ({kind}). Complete or remove them."
         raise CellFileError(msg)
     return {str(name): group[gene].tolist() for name, group in frame.groupby(kind)}
+
+
+def _published_classes(path: Path) -> dict[str, list[str]]:
+    if not path.is_file():
+        msg = f"{path} does not exist; expected a table of genes and classes."
+        raise CellFileError(msg)
+    found = read_dictionary(path)
+    if not all(isinstance(genes, (list, tuple)) and all(isinstance(gene, str) for gene in genes) for genes in found.values()):
+        msg = f"{path} holds a dictionary of other things than lists of genes; expected {{class: [Ensembl ids, …], …}}."
+        raise CellFileError(msg)
+    return {name: list(genes) for name, genes in found.items()}
 
 
 def describe_counts(counts: Mapping[str, int], most: int = 12) -> str:
