@@ -88,7 +88,10 @@ def pretrain_models(work: Path) -> None:
             lr_scheduler_type="cosine", warmup_steps=0.05, weight_decay=0.01, held_out=0.05, logging_steps=50, save_steps=400, seed=0,
         )  # fmt: skip
         found = pretrain(arguments, cells, tokenizer=tokenizer).figures["held_out"]["cells"]
-        print(f"{len(cells):,} cells: loss at <mask> {found['after']['loss_at_mask']:.2f}; gene frequency {found['baselines']['gene_frequency_at_mask']:.2f}", flush=True)
+        print(
+            f"{len(cells):,} cells: loss at <mask> {found['after']['loss_at_mask']:.2f}; gene frequency {found['baselines']['gene_frequency_at_mask']:.2f}",
+            flush=True,
+        )
 
 
 PARTS = {"pretrain": pretrain_models}

@@ -24,13 +24,21 @@ from .models import (
 from .ranking import rank_genes
 
 if TYPE_CHECKING:
+    from .analysis.attention_networks import AttentionNetwork, attention_network, regulator_centrality
+    from .analysis.attention_weights import iter_attention
+    from .analysis.benchmarking import BenchmarkDataset, benchmark
     from .analysis.effects import cooperativity, perturbation_effects
     from .analysis.embeddings import embed_cells, embed_genes, iter_gene_embeddings, state_embeddings
+    from .analysis.evaluation import CellEvaluation, evaluate_cells
+    from .analysis.gene_classes import hide_genes
+    from .analysis.gene_context import context_specificity
+    from .analysis.gene_modules import gene_modules, gene_similarity
     from .analysis.masked_genes import predict_masked_genes
     from .analysis.perturbations import Perturbation
     from .analysis.perturbing import InSilicoPerturber
     from .analysis.predictions import CellPredictions, GenePredictions, predict
     from .analysis.published import read_published_perturbations
+    from .analysis.rank_contribution import rank_contributions
     from .analysis.screening import screening_quality
     from .analysis.states import StateShift, StateVectors
     from .analysis.statistics import perturbation_statistics
@@ -50,9 +58,14 @@ if TYPE_CHECKING:
     from .training.pretraining import PretrainingRun, pretrain
     from .training.search import SearchRun, search
     from .training.search_settings import SearchSettings
+    from .transfer_tasks import load_task, run_task, task_names
+
 
 _LAZY = {
+    "AttentionNetwork": "analysis.attention_networks",
+    "BenchmarkDataset": "analysis.benchmarking",
     "CellDatasetBuilder": "data.builder",
+    "CellEvaluation": "analysis.evaluation",
     "CellPredictions": "analysis.predictions",
     "FineTuningRun": "training.finetuning",
     "GenePredictions": "analysis.predictions",
@@ -68,38 +81,54 @@ _LAZY = {
     "StateVectors": "analysis.states",
     "add_adapter": "models.adapters",
     "assess_quality": "data.quality",
-    "cooperativity": "analysis.effects",
+    "attention_network": "analysis.attention_networks",
+    "benchmark": "analysis.benchmarking",
+    "context_specificity": "analysis.gene_context",
     "convert_checkpoint": "hub.conversion",
+    "cooperativity": "analysis.effects",
     "embed_cells": "analysis.embeddings",
     "embed_genes": "analysis.embeddings",
+    "evaluate_cells": "analysis.evaluation",
     "export_checkpoint": "hub.export",
     "export_onnx": "hub.onnx_export",
     "finetune": "training.finetuning",
     "fit_gene_table": "data.medians",
+    "gene_modules": "analysis.gene_modules",
+    "gene_similarity": "analysis.gene_modules",
+    "hide_genes": "analysis.gene_classes",
+    "iter_attention": "analysis.attention_weights",
     "iter_gene_embeddings": "analysis.embeddings",
     "load_cells": "data.builder",
     "load_model": "models.loading",
     "load_peft_model": "models.loading",
+    "load_task": "transfer_tasks",
     "merge_adapter": "hub.export",
     "perturbation_effects": "analysis.effects",
     "perturbation_statistics": "analysis.statistics",
-    "read_published_perturbations": "analysis.published",
-    "screening_quality": "analysis.screening",
     "predict": "analysis.predictions",
     "predict_masked_genes": "analysis.masked_genes",
     "pretrain": "training.pretraining",
     "pull_folder": "hub.sharing",
     "push_folder": "hub.sharing",
+    "rank_contributions": "analysis.rank_contribution",
+    "read_published_perturbations": "analysis.published",
+    "regulator_centrality": "analysis.attention_networks",
+    "run_task": "transfer_tasks",
+    "screening_quality": "analysis.screening",
     "search": "training.search",
     "state_embeddings": "analysis.embeddings",
     "stream_cells": "data.streaming",
     "stream_tokens": "data.streaming",
+    "task_names": "transfer_tasks",
     "tokenize_corpus": "data.corpus",
 }
 
 __all__ = [
     "CHECKPOINTS",
+    "AttentionNetwork",
+    "BenchmarkDataset",
     "CellDatasetBuilder",
+    "CellEvaluation",
     "CellPredictions",
     "FineTuningRun",
     "GenePredictions",
@@ -124,18 +153,27 @@ __all__ = [
     "__version__",
     "add_adapter",
     "assess_quality",
+    "attention_network",
+    "benchmark",
+    "context_specificity",
     "convert_checkpoint",
     "cooperativity",
     "embed_cells",
     "embed_genes",
+    "evaluate_cells",
     "export_checkpoint",
     "export_onnx",
     "finetune",
     "fit_gene_table",
+    "gene_modules",
+    "gene_similarity",
+    "hide_genes",
+    "iter_attention",
     "iter_gene_embeddings",
     "load_cells",
     "load_model",
     "load_peft_model",
+    "load_task",
     "merge_adapter",
     "perturbation_effects",
     "perturbation_statistics",
@@ -144,13 +182,17 @@ __all__ = [
     "pretrain",
     "pull_folder",
     "push_folder",
+    "rank_contributions",
     "rank_genes",
     "read_published_perturbations",
+    "regulator_centrality",
+    "run_task",
     "screening_quality",
     "search",
     "state_embeddings",
     "stream_cells",
     "stream_tokens",
+    "task_names",
     "tokenize_corpus",
 ]
 

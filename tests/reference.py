@@ -130,3 +130,38 @@ def shifts(model: torch.nn.Module, cell: list[int], kind: str, chosen: list[int]
         "gene": genes,
         "state": {name: cosine(own["new"], vector) - cosine(own["old"], vector) for name, vector in states.items()},
     }
+
+
+def between_types(vectors: np.ndarray, types: list[int]) -> float:
+    """Share of the summed squared distance to the mean that means of types explain, cell by cell."""
+    centre = vectors.mean(axis=0)
+    total = sum(float(((vector - centre) ** 2).sum()) for vector in vectors)
+    explained = 0.0
+    for kind in set(types):
+        mine = vectors[[i for i, t in enumerate(types) if t == kind]]
+        explained += len(mine) * float(((mine.mean(axis=0) - centre) ** 2).sum())
+    return explained / total
+
+
+@torch.no_grad()
+def attention_of(model: torch.nn.Module, cell: list[int]) -> np.ndarray:
+    """The weights of one cell alone, of all layers, as transformers gives them: `(layers, heads, l, l)`."""
+    before = model.config._attn_implementation
+    model.set_attn_implementation("eager")
+    found = model.base_model(input_ids=torch.tensor([cell]), output_attentions=True).attentions
+    model.set_attn_implementation(before)
+    return torch.stack([weights[0] for weights in found]).numpy()
+
+
+def mean_attention(model: torch.nn.Module, cells: list[list[int]], chosen: list[int], relative: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Sums of attention between chosen tokens over cells, and how many cells hold both, one pair at a time."""
+    shape = (model.config.num_hidden_layers, model.config.num_attention_heads)
+    sums, together = np.zeros((*shape, len(chosen), len(chosen))), np.zeros((len(chosen), len(chosen)), dtype=int)
+    for cell in cells:
+        weights = attention_of(model, cell) * (len(cell) if relative else 1)
+        for a, one in enumerate(chosen):
+            for b, other in enumerate(chosen):
+                if one in cell and other in cell:
+                    sums[:, :, a, b] += weights[:, :, cell.index(one), cell.index(other)]
+                    together[a, b] += 1
+    return sums, together

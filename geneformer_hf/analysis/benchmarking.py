@@ -198,7 +198,7 @@ def _without_repeats(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Leave out untrained models of a shape that stands there already: same figures of the same cells."""
     kept: dict[str, dict[str, Any]] = {}
     for row in rows:
-        facts = {key: value for key, value in row.items() if key != "name"} if row["kind"] == "untrained" else row
+        facts = {key: value for key, value in row.items() if key not in ("name", "notes")} if row["kind"] == "untrained" else row
         kept.setdefault(json.dumps(facts, sort_keys=True), row)
     return list(kept.values())
 

@@ -163,6 +163,7 @@ def evaluate_cells(
         if not read:
             # Before the first model has embedded a million cells in vain.
             read.append(_Labelled(tokens, labels, batch, held_out))
+            read[0].folds(n_folds, seed)
             stored(tokens, obsm)
         return tokens
 
@@ -190,6 +191,8 @@ def evaluate_cells(
 
 def _doubts(judged: Sequence[Judged]) -> list[str]:
     """Say so where labels follow none of the embeddings, expression included: they may belong to other cells."""
+    if not any(one.representation.kind == BASELINE for one in judged):
+        return []
     best = max((means(one.transfer, KNN)["balanced_accuracy"] for one in judged), default=np.nan)
     chance = means(judged[0].transfer, MAJORITY)["balanced_accuracy"]
     n_labels = len({name for one in judged for row in one.transfer for name in row["f1_by_class"]})
@@ -231,6 +234,11 @@ class _Labelled:
             )
         self._require_enough("label", "batch" if self.batch_ids is not None else None)
 
+    def folds(self, n_folds: int, seed: int) -> list[Fold]:
+        """Return the folds of label transfer, over the cells that can be judged."""
+        groups = None if self.group_ids is None else self.group_ids[self.used]
+        return transfer_folds(self.label_ids[self.used], groups, self.group_names, n_folds=n_folds, seed=seed)
+
     def _leave_out(self, rows: np.ndarray, why: str) -> None:
         fresh = rows & self.used
         if fresh.any():
@@ -266,8 +274,7 @@ class Judge:
         self._known, self._expression, self._seed = known, expression_ng, seed
         self._labels = known.label_ids[known.used]
         self._batches = None if known.batch_ids is None else known.batch_ids[known.used]
-        groups = None if known.group_ids is None else known.group_ids[known.used]
-        self._folds: list[Fold] = transfer_folds(self._labels, groups, known.group_names, n_folds=n_folds, seed=seed)
+        self._folds = known.folds(n_folds, seed)
 
     def __call__(self, one: Representation) -> Judged:
         """Return the figures of a representation."""

@@ -52,9 +52,11 @@ def gene_section(
     classes = classes or gene_classes_by_name(table)
     drawn = {kind: pictures / f"genes_{kind}_{file_name(name)}.png" for kind in ("specificity", "modules", "ranks")}
 
-    specificity = context_specificity(opened, cells, labels=labels, seed=seed, **options)
+    n_cells = runner.open(cells, gene_ids=gene_ids, counts_layer=counts_layer).n_cells
+    # Of few cells, genes in fewer of them have to do.
+    specificity = context_specificity(opened, cells, labels=labels, least_cells=max(2, min(20, n_cells // 5)), seed=seed, **options)
     plot_specificity(specificity, drawn["specificity"], title=f"Context of genes, {name}")
-    modules = gene_modules(embed_genes(opened, cells, **options), table=table, seed=seed)
+    modules = gene_modules(embed_genes(opened, cells, **options), table=table, least_cells=max(2, min(10, n_cells // 10)), seed=seed)
     plot_modules(modules.obsm["X_umap"], modules.obs["module"], drawn["modules"], title=f"Modules of genes, {name}")
     neighbours = neighbours_of_classes(modules, classes, table)
     moves = rank_contributions(opened, cells, pooling=pooling, seed=seed, **options)
