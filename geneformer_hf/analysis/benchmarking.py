@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
@@ -20,7 +19,7 @@ from tqdm.auto import tqdm
 from .._version import __version__
 from ..data.files import content_hash
 from ..errors import OutputError, OutputExistsError, SettingError
-from ..models.loading import fingerprint_of, load_model, tokenizer_of
+from ..models.loading import fingerprint_of, load_model, tokenizer_of, untrained_encoder
 from ..outputs import new_part
 from ..ranking import ENCODING_VERSION
 from ..reports.evaluation_plots import plot_table
@@ -28,11 +27,9 @@ from ..reports.figures import without_nan
 from ..reports.html import Page, Section, Table, write_page
 from .evaluation import evaluate_cells
 from .evaluation_report import MEANING, SUMMING_UP
-from .representations import MODEL, named_models
+from .representations import BASELINE, MODEL, UNTRAINED, named_models, shape_of
 
-logger = logging.getLogger(__name__)
-
-ROWS, TABLE, BASELINES = "rows", "benchmark.csv", "(baselines)"
+ROWS, TABLE = "rows", "benchmark.csv"
 SETTINGS = ("layer", "pooling", "n_folds", "seed", "dtype", "quantization")
 """What figures depend on beside models and cells."""
 
@@ -125,19 +122,45 @@ def benchmark(
         msg = f"datasets are called {', '.join(names) or 'nothing'}; expected one or more, each with a name of its own."
         raise SettingError(msg)
     with _table(Path(output)) as folder:
-        identities = {name: _identity(model) for name, model in named.items()} | {BASELINES: ""}
-        tasks = [(dataset, name) for dataset in chosen for name in identities]
+        contestants = _contestants(named, seed=options.get("seed", 0))
         rows: list[dict[str, Any]] = []
-        for dataset, name in tqdm(tasks, desc="Benchmark", unit=" parts", disable=not progress):
-            part = folder / ROWS / f"{_key(dataset, identities[name], options)}.json"
+        for dataset, one in tqdm([(d, c) for d in chosen for c in contestants], desc="Benchmark", unit=" parts", disable=not progress):
+            part = folder / ROWS / f"{_key(dataset, one, options)}.json"
             if not part.is_file():
-                found = _judged(dataset, {} if name == BASELINES else {"model": named[name]}, options)
+                found = _judged(dataset, one, options)
                 with new_part(part) as partial:
                     partial.write_text(json.dumps(without_nan(found)), encoding="utf-8")
-            rows += _named(json.loads(part.read_text(encoding="utf-8")), dataset, name)
-        table = pd.DataFrame(_without_repeats(rows))
+            # A part does not know what a model is called.
+            rows += [{"dataset": dataset.shown} | row | one.shown for row in json.loads(part.read_text(encoding="utf-8"))]
+        table = pd.DataFrame(rows)
         _write(table, folder, {"models": {name: str(model) for name, model in named.items()}, "datasets": [asdict(one) for one in chosen]} | options)
     return table
+
+
+@dataclass(frozen=True)
+class _Contestant:
+    """What is judged in one part: a model, an untrained one, or expression."""
+
+    identity: str
+    """All that its figures depend on."""
+    shown: dict[str, str]
+    """Name and kind in the table; empty for expression, which names itself."""
+    model: Any = None
+    tokenizer: Any = None
+
+
+def _contestants(models: Mapping[str, Any], *, seed: int) -> list[_Contestant]:
+    found, shapes = [], dict[str, tuple[str, Any, Any]]()
+    for name, model in models.items():
+        opened = load_model(model)
+        tokenizer = tokenizer_of(opened)
+        identity = f"{fingerprint_of(opened)} {type(opened).__name__} {tokenizer.gene_table.fingerprint}"
+        found.append(_Contestant(identity, {"name": name, "kind": MODEL}, model))
+        shapes.setdefault(shape_of(opened.config), (name, opened.config, tokenizer))
+    for shape, (name, config, tokenizer) in shapes.items():
+        shown = {"name": "untrained" if len(shapes) == 1 else f"untrained, shape of {name}", "kind": UNTRAINED}
+        found.append(_Contestant(f"untrained {shape} {seed}", shown, untrained_encoder(config, seed), tokenizer))
+    return [*found, _Contestant("expression", {})]
 
 
 @contextmanager
@@ -166,72 +189,63 @@ def _table(folder: Path) -> Iterator[Path]:
         lock.release()
 
 
-def _identity(model: Any) -> str:
-    opened = load_model(model)
-    return f"{fingerprint_of(opened)} {type(opened).__name__} {tokenizer_of(opened).gene_table.fingerprint}"
-
-
-def _key(dataset: BenchmarkDataset, model: str, options: Mapping[str, Any]) -> str:
-    facts = asdict(dataset) | {"path": "", "name": "", "content": dataset.content, "model": model, "encoding": ENCODING_VERSION, "version": __version__}
+def _key(dataset: BenchmarkDataset, one: _Contestant, options: Mapping[str, Any]) -> str:
+    facts = asdict(dataset) | {"path": "", "name": "", "content": dataset.content, "model": one.identity, "encoding": ENCODING_VERSION, "version": __version__}
     # Where it is computed, and how many cells at a time, changes nothing that is shown.
     facts |= {name: options[name] for name in SETTINGS if name in options}
     return xxhash.xxh3_128_hexdigest(json.dumps(facts, sort_keys=True).encode())
 
 
-def _judged(dataset: BenchmarkDataset, models: dict[str, Any], options: Mapping[str, Any]) -> list[dict[str, Any]]:
-    logger.info("%s: %s", dataset.shown, ", ".join(models) or "baselines")
+def _judged(dataset: BenchmarkDataset, one: _Contestant, options: Mapping[str, Any]) -> list[dict[str, Any]]:
     found = evaluate_cells(
-        models, dataset.path, labels=dataset.labels, batch=dataset.batch, held_out=dataset.held_out, gene_ids=dataset.gene_ids, counts_layer=dataset.counts_layer,
-        baselines=not models, progress=False, **options,
+        {} if one.model is None else {"model": one.model}, dataset.path, labels=dataset.labels, batch=dataset.batch, held_out=dataset.held_out, gene_ids=dataset.gene_ids,
+        counts_layer=dataset.counts_layer, tokenizer=one.tokenizer, untrained=False, baselines=one.model is None, progress=False, **options,
     )  # fmt: skip
     facts = {"cells": len(found.used), "cells_judged": int(found.used.sum()), "notes": found.notes}
-    return [one.row() | facts for one in found.judged]
-
-
-def _named(rows: list[dict[str, Any]], dataset: BenchmarkDataset, name: str) -> list[dict[str, Any]]:
-    """Give a part's rows the names of this call: a part does not know what a model is called."""
-    shown = {"model": name, "untrained": f"untrained, shape of {name}"}
-    return [{"dataset": dataset.shown} | row | {"name": shown.get(row["name"], row["name"])} for row in rows]
-
-
-def _without_repeats(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Leave out untrained models of a shape that stands there already: same figures of the same cells."""
-    kept: dict[str, dict[str, Any]] = {}
-    for row in rows:
-        facts = {key: value for key, value in row.items() if key not in ("name", "notes")} if row["kind"] == "untrained" else row
-        kept.setdefault(json.dumps(facts, sort_keys=True), row)
-    return list(kept.values())
+    return [judged.row() | facts for judged in found.judged]
 
 
 def _write(table: pd.DataFrame, folder: Path, settings: Mapping[str, Any]) -> None:
-    pictures, sections = [], []
-    shown = [name for name in SUMMING_UP if name in table]
-    drawn = folder / "pictures"
-    drawn.mkdir(exist_ok=True)
-    for figure in shown:
-        wide = table.assign(row=table["name"].where(table["kind"] != "baseline", table["name"].str.replace(r"[\d,]+ variable", "variable", regex=True)))
-        wide = wide.pivot_table(index="row", columns="dataset", values=figure, sort=False, observed=True)
-        models = set(table.loc[table["kind"] == MODEL, "name"])
-        order = [name for name in wide.index if name in models] + [name for name in wide.index if name not in models]
-        pictures.append(drawn / f"{figure}.png")
-        plot_table(
-            wide.loc[order].to_numpy(dtype=float), order, list(wide.columns), pictures[-1], title=figure.replace("_", " "), what="figure", n_marked=len(models)
-        )
-    sections.append(Section("Figures", pictures=pictures, points=MEANING))
-    for dataset, rows in table.groupby("dataset", sort=False):
-        columns = ["name", *shown, "cells_judged"]
-        notes = sorted({note for notes in rows["notes"] for note in notes})
-        ordered = rows.sort_values("kind", key=lambda kinds: kinds != MODEL, kind="stable")[columns]
-        sections.append(Section(str(dataset), tables=[Table(ordered.to_dict("records"), n_marked=int((rows["kind"] == MODEL).sum()))], points=notes))
-    sections.append(Section("Settings", settings=yaml.safe_dump(json.loads(json.dumps(settings)), sort_keys=False, allow_unicode=True)))
-    n = f"{table['dataset'].nunique()} datasets, {table['name'].nunique()} embeddings"
-    for name, write in (
-        (TABLE, lambda path: table.drop(columns="notes").to_csv(path, index=False)),
-        (
-            "benchmark.json",
-            lambda path: path.write_text(json.dumps(without_nan({"settings": dict(settings), "rows": table.to_dict("records")}), indent=1), encoding="utf-8"),
-        ),
-        ("report.html", lambda path: write_page(Page("Benchmark", f"{n}; nothing was trained on these cells. geneformer-hf {__version__}.", sections), path)),
-    ):
+    """Write table, JSON and page, each whole."""
+    (folder / "pictures").mkdir(exist_ok=True)
+    content = {
+        TABLE: table.drop(columns="notes").to_csv(index=False),
+        "benchmark.json": json.dumps(without_nan({"settings": dict(settings), "rows": table.to_dict("records")}), indent=1, ensure_ascii=False),
+    }
+    for name, text in content.items():
         with new_part(folder / name) as partial:
-            write(partial)
+            partial.write_text(text, encoding="utf-8")
+    shown = [name for name in SUMMING_UP if name in table]
+    sections = [Section("Figures", pictures=[_draw(table, figure, folder / "pictures") for figure in shown], points=MEANING)]
+    for dataset, rows in table.groupby("dataset", sort=False):
+        notes = sorted({note for notes in rows["notes"] for note in notes})
+        sections.append(
+            Section(
+                str(dataset),
+                tables=[Table(rows[["name", *shown, "cells_judged"]].to_dict("records"), n_marked=int((rows["kind"] == MODEL).sum()))],
+                points=notes,
+            )
+        )
+    sections.append(Section("Settings", settings=yaml.safe_dump(json.loads(json.dumps(settings)), sort_keys=False, allow_unicode=True)))
+    subtitle = f"{table['dataset'].nunique()} datasets, {table['name'].nunique()} embeddings; nothing was trained on these cells. geneformer-hf {__version__}."
+    with new_part(folder / "report.html") as partial:
+        write_page(Page("Benchmark", subtitle, sections), partial)
+
+
+def _draw(table: pd.DataFrame, figure: str, pictures: Path) -> Path:
+    """Draw one figure of every embedding on every dataset."""
+    # Datasets have their own numbers of variable genes; the rows are the same.
+    names = table["name"].where(table["kind"] != BASELINE, table["name"].str.replace(r" of [\d,]+ variable genes", "", regex=True))
+    wide = table.assign(row=names).pivot_table(index="row", columns="dataset", values=figure, sort=False, observed=True, dropna=False)
+    path = pictures / f"{figure}.png"
+    n_models = table.loc[table["kind"] == MODEL, "name"].nunique()
+    plot_table(
+        wide.to_numpy(dtype=float),
+        list(wide.index),
+        [str(name) for name in wide.columns],
+        path,
+        title=figure.replace("_", " "),
+        what="figure",
+        n_marked=n_models,
+    )
+    return path

@@ -73,6 +73,11 @@ def named_models(models: Any) -> dict[str, Any]:
     return found
 
 
+def shape_of(config: GeneformerConfig) -> str:
+    """Return what an untrained model depends on, as text."""
+    return json.dumps([getattr(config, field, None) for field in SHAPE])
+
+
 def iter_models(
     models: Mapping[str, Any], open_cells: Callable[[Embedder], Cells], *, untrained: bool, seed: int, **options: Any
 ) -> Iterator[tuple[Representation, Cells, GeneformerConfig]]:
@@ -87,8 +92,7 @@ def iter_models(
         runner = Embedder(model, **options)
         cells = open_cells(runner)
         yield Representation(name, MODEL, _embedded(runner, cells)), cells, runner.config
-        key = json.dumps([getattr(runner.config, field, None) for field in SHAPE])
-        shapes.setdefault(key, (name, runner.config, runner.tokenizer() if isinstance(cells, SourceCells) else None))
+        shapes.setdefault(shape_of(runner.config), (name, runner.config, runner.tokenizer() if isinstance(cells, SourceCells) else None))
     for name, config, tokenizer in shapes.values() if untrained else ():
         runner = Embedder(untrained_encoder(config, seed), **(options | {"tokenizer": tokenizer, "quantization": None}))
         shown = "untrained" if len(shapes) == 1 else f"untrained, shape of {name}"

@@ -38,17 +38,32 @@ def plot_table(values: np.ndarray, rows: Sequence[str], columns: Sequence[str], 
 
 
 def plot_curves(
-    curves: Mapping[str, Sequence[tuple[float, float]]], path: Path, *, title: str, xlabel: str, ylabel: str, lines: Mapping[str, float] | None = None
+    panels: Mapping[str, Sequence[tuple[float, float]]], lines: Mapping[str, Mapping[str, float]], path: Path, *, title: str, xlabel: str, ylabel: str
 ) -> None:
-    """Draw a figure against a size on a logarithmic axis, one line a name, and figures that have no size as dashed lines."""
+    """Draw a figure against a size, a panel for each dataset, with what has no size as lines across.
+
+    Args:
+        panels: dataset to points of size and figure.
+        lines: dataset to names and figures.
+    """
     plt = pyplot()
-    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
-    for i, (name, points) in enumerate(curves.items()):
-        axes.plot(*zip(*points, strict=True), "o-", color=f"C{i % 10}", label=name)
-    for i, (name, value) in enumerate((lines or {}).items()):
-        axes.axhline(value, color=f"C{(len(curves) + i) % 10}", linestyle="--", linewidth=1, label=f"{name} ({value:.2f})")
-    axes.set_xscale("log")
-    axes.set(title=title, xlabel=xlabel, ylabel=ylabel)
-    axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    axes.spines[["top", "right"]].set_visible(False)
+    n_columns = min(3, len(panels))
+    n_rows = -(-len(panels) // n_columns)
+    figure, grid = plt.subplots(n_rows, n_columns, figsize=(3.6 * n_columns, 0.8 + 2.8 * n_rows), layout="constrained", squeeze=False, sharex=True)
+    for axes, (name, points) in zip(grid.flat, panels.items(), strict=False):
+        axes.plot(*zip(*sorted(points), strict=True), "o-", color="#4c78a8", label="pretrained")
+        for style, colour, (what, value) in zip(
+            ("--", "-.", ":", (0, (5, 1))), ("#e45756", "#f58518", "0.4", "#54a24b"), lines.get(name, {}).items(), strict=False
+        ):
+            axes.axhline(value, color=colour, linestyle=style, linewidth=1.2, label=what)
+        axes.set(xscale="log", title=name, ylim=(0, 1.02))
+        axes.title.set_fontsize(9)
+        axes.spines[["top", "right"]].set_visible(False)
+    for axes in grid.flat[len(panels) :]:
+        axes.set_visible(False)
+    handles, labels = grid.flat[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=8)
+    figure.suptitle(title)
+    figure.supxlabel(xlabel, fontsize=9)
+    figure.supylabel(ylabel, fontsize=9)
     save_figure(plt, figure, path)

@@ -43,7 +43,8 @@ def counted(monkeypatch):
     real = benchmarking.evaluate_cells
 
     def spy(models, cells, **options):
-        done.append((cells.rsplit("/", 1)[-1], len(models)))
+        what = "untrained" if options["tokenizer"] is not None else "model" if models else "expression"
+        done.append((cells.rsplit("/", 1)[-1], what))
         return real(models, cells, **options)
 
     monkeypatch.setattr(benchmarking, "evaluate_cells", spy)
@@ -57,7 +58,7 @@ def datasets_in(place, *names):
 def test_figures_are_those_of_evaluate_cells(place, labelled):
     table = benchmark({"mine": place / "model"}, datasets_in(place, "first"), place / "table", **OPTIONS)
     found = evaluate_cells({"mine": place / "model"}, labelled, labels="cell_type", batch="batch", **OPTIONS).table
-    assert table["name"].tolist() == ["mine", "untrained, shape of mine", "PCA of 60 variable genes", "log counts of 60 variable genes"]
+    assert table["name"].tolist() == ["mine", "untrained", "PCA of 60 variable genes", "log counts of 60 variable genes"]
     numbers = [column for column in found if found[column].dtype == float]
     np.testing.assert_allclose(table[numbers].to_numpy(dtype=float), found[numbers].to_numpy(), atol=1e-6)
     assert table["cells_judged"].tolist() == [60] * 4
@@ -68,14 +69,14 @@ def test_figures_are_those_of_evaluate_cells(place, labelled):
 
 def test_what_is_finished_is_not_computed_again_and_new_models_are_added(place, counted):
     first = benchmark({"mine": place / "model"}, datasets_in(place, "first"), place / "table", **OPTIONS)
-    assert counted == [("first.h5ad", 1), ("first.h5ad", 0)]
+    assert counted == [("first.h5ad", "model"), ("first.h5ad", "untrained"), ("first.h5ad", "expression")]
     del counted[:]
     again = benchmark({"renamed": place / "model"}, datasets_in(place, "first"), place / "table", **OPTIONS)
     assert counted == []
     assert again["name"].tolist()[0] == "renamed"
     pd.testing.assert_frame_equal(again.drop(columns=["name", "notes"]), first.drop(columns=["name", "notes"]))
     grown = benchmark({"mine": place / "model", "other": place / "other"}, datasets_in(place, "first", "second"), place / "table", **OPTIONS)
-    assert counted == [("first.h5ad", 1), ("second.h5ad", 1), ("second.h5ad", 1), ("second.h5ad", 0)]
+    assert counted == [("first.h5ad", "model"), *(("second.h5ad", what) for what in ("model", "model", "untrained", "expression"))]
     assert grown["dataset"].value_counts().tolist() == [5, 5], "one untrained model for both, which have one shape"
 
 
@@ -92,10 +93,10 @@ def test_a_run_that_was_cut_off_goes_on(place, counted, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             benchmark({"mine": place / "model"}, datasets_in(place, "first", "second"), place / "table", **OPTIONS)
     assert not (place / "table" / "benchmark.csv").exists()
-    assert len(list((place / "table" / "rows").iterdir())) == 2
+    assert len(list((place / "table" / "rows").iterdir())) == 3
     del counted[:]
     table = benchmark({"mine": place / "model"}, datasets_in(place, "first", "second"), place / "table", **OPTIONS)
-    assert counted == [("second.h5ad", 1), ("second.h5ad", 0)]
+    assert counted == [("second.h5ad", "model"), ("second.h5ad", "untrained"), ("second.h5ad", "expression")]
     assert table["dataset"].unique().tolist() == ["first", "second"]
 
 
@@ -103,22 +104,22 @@ def test_other_cells_weights_or_options_are_computed_anew(place, labelled, count
     benchmark(place / "model", datasets_in(place, "first"), place / "table", **OPTIONS)
     del counted[:]
     benchmark(place / "model", datasets_in(place, "first"), place / "table", **(OPTIONS | {"seed": 5}))
-    assert len(counted) == 2
+    assert len(counted) == 3
     write(labelled[:50].copy(), place / "first.h5ad")
     benchmark(place / "model", datasets_in(place, "first"), place / "table", **OPTIONS)
-    assert len(counted) == 4
+    assert len(counted) == 6
     (place / "other").rename(place / "moved")
     (place / "model").rename(place / "away")
     (place / "moved").rename(place / "model")
     benchmark(place / "model", datasets_in(place, "first"), place / "table", **OPTIONS)
-    assert counted[4:] == [("first.h5ad", 1)], "the baselines are the same"
+    assert counted[6:] == [("first.h5ad", "model")], "the rest is the same"
 
 
 def test_what_cannot_be_judged_stops_after_what_is_finished_was_kept(place, counted):
     bad = [*datasets_in(place, "first"), BenchmarkDataset(path=str(place / "second.h5ad"), labels="nothing")]
     with pytest.raises(ColumnNotFoundError, match="nothing"):
         benchmark(place / "model", bad, place / "table", **OPTIONS)
-    assert len(list((place / "table" / "rows").iterdir())) == 2
+    assert len(list((place / "table" / "rows").iterdir())) == 3
 
 
 def test_folders_of_others_and_running_tables_are_left_alone(place):
