@@ -45,6 +45,11 @@ ARGUMENTS = {
     "load_published.py": ["cells.h5ad", "Geneformer-V1-10M", "geneformer-v1"],
     "cell_pipelines.py": ["cells.h5ad", "geneformer-v2"],
     "export_onnx.py": ["cells.h5ad", "geneformer-v2", "graphs"],
+    "evaluate_checkpoints.py": ["cells.h5ad", "cell_type", "sex", "report", "geneformer-v2"],
+    "genes_in_context.py": ["cells.h5ad", "geneformer-v2", "cell_type", "modules.h5ad"],
+    "attention_regulators.py": ["cells.h5ad", "geneformer-v2", "factors.txt", "network.h5ad", "network.graphml"],
+    "benchmark_checkpoints.py": ["table", "cell_type", "sex", "cells.h5ad", "geneformer-v2"],
+    "transfer_task.py": ["dosage-sensitivity", "geneformer-v2", "cells.h5ad", "genes.csv", "run"],
     "affected_genes.py": ["cells.h5ad", "geneformer-v2", "affected.csv", "affected.png"],
 }
 
@@ -243,6 +248,39 @@ def test_affected_genes(in_two_states, tokenizer):
     printed = run([ROOT / "examples" / "affected_genes.py"], in_two_states, *ARGUMENTS["affected_genes.py"], *list(tokenizer.gene_table.ensembl_ids)[:2])
     assert "Cosine_sim_mean" in printed
     assert (in_two_states / "affected.png").stat().st_size > 5000
+
+
+@pytest.mark.parametrize(
+    ("name", "expected", "made"),
+    [
+        ("evaluate_checkpoints.py", r"geneformer-v2 +0\.\d+ +0\.\d+ +0\.\d+ +0\.\d+\n(?:.*\n)*.*Overall: geneformer-v2", "report/report.html"),
+        ("genes_in_context.py", r"(?: *SYM\d+ +\d+ +0\.\d+(?:.*)\n){5}module\n(?:.*\n)+ *all genes", "modules.h5ad"),
+        ("attention_regulators.py", r"cell0: \d+ tokens; most attention goes to \S+\n.*auc_matched", "network.graphml"),
+        ("benchmark_checkpoints.py", r"cells +geneformer-v2 +0\.\d+", "table/report.html"),
+        ("transfer_task.py", r"Published: AUC 0\.914.*\nAUC [01]\.\d\d  this model", "run/model/report.html"),
+    ],
+)
+def test_evaluating(labelled, name, expected, made):
+    (labelled / "factors.txt").write_text("\n".join(f"SYM{i}" for i in range(20)))
+    printed = run([ROOT / "examples" / name], labelled, *ARGUMENTS[name])
+    assert re.search(expected, printed), printed
+    assert (labelled / made).stat().st_size > 1000
+
+
+@pytest.mark.parametrize("name", ["evaluation", "genes_in_context", pytest.param("transfer_tasks", marks=pytest.mark.slow)])
+def test_the_how_tos_of_evaluating(labelled, name):
+    """Commands, YAML and Python of three how-tos, in their order."""
+    (labelled / "factors.txt").write_text("\n".join(f"SYM{i}" for i in range(20)))
+    text = (ROOT / "docs" / f"{name}.md").read_text()
+    for settings in re.findall(r"```yaml\n(.*?)```", text, re.S):
+        (labelled / "benchmark.yaml").write_text(settings)
+    lines = [line.split("  #")[0].split() for block in re.findall(r"```bash\n(.*?)```", text, re.S) for line in block.splitlines()]
+    commands = [words[1:] for words in lines if words[0] == "geneformer-hf"]
+    assert all(run(["-m", "geneformer_hf"], labelled, *words) for words in commands)
+    outputs = [labelled / words[words.index("--output") + 1] for words in commands if "--output" in words]
+    assert all((output / "report.html").is_file() or (output / "model" / "report.html").is_file() for output in outputs)
+    for block in re.findall(r"```python\n(.*?)```", text, re.S):
+        run(["-c", block], labelled)
 
 
 @pytest.mark.slow

@@ -63,7 +63,8 @@ def gene_modules(
     if table is not None:
         obs["symbol"] = [table.symbols[table.row_of[name]] for name in ids]
     adata = anndata.AnnData((vectors - vectors.mean(axis=0)).astype(np.float32), obs=obs)
-    sc.pp.neighbors(adata, use_rep="X", n_neighbors=n_neighbors, metric="cosine", random_state=seed)
+    # Exact, for the reasons of `umap_coordinates`.
+    sc.pp.neighbors(adata, use_rep="X", n_neighbors=n_neighbors, metric="cosine", transformer="sklearn", random_state=seed)
     sc.tl.leiden(adata, resolution=resolution, flavor="igraph", n_iterations=2, directed=False, random_state=seed, key_added="module")
     sc.tl.umap(adata, random_state=seed)
     adata.uns["genes_left_out"] = int((~kept).sum())

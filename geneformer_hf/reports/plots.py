@@ -48,7 +48,8 @@ def umap_coordinates(embeddings: np.ndarray, *, seed: int = 0, n_neighbors: int 
     if keep.sum() < 4:
         return out
     adata = anndata.AnnData(obs=pd.DataFrame(index=[str(i) for i in np.flatnonzero(keep)]), obsm={"X": embeddings[keep]})
-    sc.pp.neighbors(adata, use_rep="X", n_neighbors=min(n_neighbors, int(keep.sum()) - 1), random_state=seed)
+    # Exact: scanpy 1.11 cannot read the neighbours of pynndescent 0.7, which it takes beyond 4,096 cells, and these are the same on every machine.
+    sc.pp.neighbors(adata, use_rep="X", n_neighbors=min(n_neighbors, int(keep.sum()) - 1), transformer="sklearn", random_state=seed)
     sc.tl.umap(adata, random_state=seed)
     out[keep] = adata.obsm["X_umap"]
     return out

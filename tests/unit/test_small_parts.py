@@ -92,6 +92,13 @@ def test_pictures_are_drawn(tmp_path):
     assert np.isnan(umap_coordinates(embeddings[:2])).all()
 
 
+@pytest.mark.slow
+def test_pictures_of_many_cells_are_drawn():
+    """Beyond 8,192 cells scanpy would take neighbours that it cannot read."""
+    cells = np.random.default_rng(0).normal(size=(8_300, 4)).astype(np.float32)
+    assert np.isfinite(umap_coordinates(cells)).all()
+
+
 def test_outputs_are_whole_or_not_there(tmp_path):
     with new_folder(tmp_path / "a") as folder:
         (folder / "x").write_text("1")
