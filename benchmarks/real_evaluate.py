@@ -59,7 +59,7 @@ CORPUS = (
     "pbmc_10x_protein_400/pbmc_10k_protein_v3_200",
     "pbmc_10x_protein_400/pbmc_5k_protein_v3_200",
 )
-SIZES = (None, 2000, 700, 200)
+SIZES = (None, 2000, 700)
 """Cells of each corpus; None: all of them."""
 STEPS = 1600
 SHAPE = {"hidden_size": 128, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 256, "max_position_embeddings": 512, "hidden_dropout_prob": 0.0,

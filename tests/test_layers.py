@@ -29,6 +29,9 @@ EXTRAS = (
     "scib_metrics",
     "igraph",
     "networkx",
+    "bionemo",
+    "tiledbsoma",
+    "cellxgene_census",
 )
 MODULES = [p for p in sorted(PACKAGE.rglob("*.py")) if p.name != "build_human_genes.py"]
 

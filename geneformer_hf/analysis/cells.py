@@ -12,9 +12,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from ..data.files import is_cells_folder
 from ..data.readers import CellSource, open_cells, read_ahead
-from ..data.stores import is_zarr
-from ..data.tenx import is_tenx_folder
 from ..data.tokenized import gene_table_of, open_tokenized, report_of
 from ..errors import CellFileError, ColumnNotFoundError, VocabularyMismatchError
 from ..models.configuration_geneformer import GeneformerConfig
@@ -166,11 +165,11 @@ def open_tokens(cells: Any, tokenizer: Callable[[], GeneformerTokenizer], *, gen
         cells (`AnnData`, `str`, `Path` or `datasets.Dataset`).
         tokenizer: called only where counts have to be ranked.
     """
-    if isinstance(cells, (str, Path)) and Path(cells).is_dir() and not (is_zarr(Path(cells)) or is_tenx_folder(Path(cells))):
+    if isinstance(cells, (str, Path)) and Path(cells).is_dir() and not is_cells_folder(Path(cells)):
         import datasets
 
         if not (Path(cells) / "dataset_info.json").is_file():
-            msg = f"{cells} is not the folder of a tokenized dataset (it holds no dataset_info.json), nor a zarr store or 10x folder. Make one with `geneformer-hf tokenize`."
+            msg = f"{cells} is not the folder of a tokenized dataset (it holds no dataset_info.json), nor a zarr store, 10x folder or scDL archive. Make one with `geneformer-hf tokenize`."
             raise CellFileError(msg)
         cells = datasets.load_from_disk(str(cells))
     if isinstance(cells, (str, Path)) and Path(cells).suffix == ".parquet" and Path(cells).is_file():

@@ -116,11 +116,7 @@ def embed_cells(
         quantization=quantization,
         progress=progress,
     )
-    tokens = runner.open(cells, gene_ids=gene_ids, counts_layer=counts_layer)
-    out = np.full((tokens.n_cells, runner.config.hidden_size), np.nan, dtype=np.float32)
-    for chunk, vectors in runner.iter_cells(tokens):
-        out[chunk.start : chunk.start + len(vectors)] = vectors
-    return out
+    return runner.embed(runner.open(cells, gene_ids=gene_ids, counts_layer=counts_layer))
 
 
 def embed_genes(
@@ -299,6 +295,13 @@ class Embedder:
     def gene_table(self, tokens: Cells) -> GeneTable:
         """Return the gene table, which names the tokens."""
         return self.tokenizer().gene_table
+
+    def embed(self, tokens: Cells) -> np.ndarray:
+        """Return the embeddings of all cells, float32 of shape `(n, e)`; NaN for cells without genes."""
+        out = np.full((tokens.n_cells, self.config.hidden_size), np.nan, dtype=np.float32)
+        for chunk, vectors in self.iter_cells(tokens):
+            out[chunk.start : chunk.start + len(vectors)] = vectors
+        return out
 
     def iter_cells(self, tokens: Cells) -> Iterator[tuple[TokenChunk, np.ndarray]]:
         """Yield consecutive cells and their embeddings, float32 of shape `(m, e)`, in order."""

@@ -145,7 +145,5 @@ def _genes_between(tokens: Cells, special: np.ndarray, first: int, last: int) ->
 
 
 def _unit_vectors(runner: Embedder, tokens: Cells) -> np.ndarray:
-    out = np.full((tokens.n_cells, runner.config.hidden_size), np.nan, dtype=np.float64)
-    for chunk, vectors in runner.iter_cells(tokens):
-        out[chunk.start : chunk.start + len(vectors)] = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
-    return out
+    vectors = runner.embed(tokens).astype(np.float64)
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)

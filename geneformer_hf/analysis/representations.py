@@ -91,20 +91,13 @@ def iter_models(
     for name, model in models.items():
         runner = Embedder(model, **options)
         cells = open_cells(runner)
-        yield Representation(name, MODEL, _embedded(runner, cells)), cells, runner.config
+        yield Representation(name, MODEL, runner.embed(cells)), cells, runner.config
         shapes.setdefault(shape_of(runner.config), (name, runner.config, runner.tokenizer() if isinstance(cells, SourceCells) else None))
     for name, config, tokenizer in shapes.values() if untrained else ():
         runner = Embedder(untrained_encoder(config, seed), **(options | {"tokenizer": tokenizer, "quantization": None}))
         shown = "untrained" if len(shapes) == 1 else f"untrained, shape of {name}"
         cells = open_cells(runner)
-        yield Representation(shown, UNTRAINED, _embedded(runner, cells)), cells, config
-
-
-def _embedded(runner: Embedder, cells: Cells) -> np.ndarray:
-    out = np.full((cells.n_cells, runner.config.hidden_size), np.nan, dtype=np.float32)
-    for chunk, vectors in runner.iter_cells(cells):
-        out[chunk.start : chunk.start + len(vectors)] = vectors
-    return out
+        yield Representation(shown, UNTRAINED, runner.embed(cells)), cells, config
 
 
 class UnrankedCells(SourceCells):

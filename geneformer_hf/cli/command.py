@@ -63,8 +63,8 @@ def add_skipping(parser: ArgumentParser) -> None:
     parser.add_argument("--skip-bad-files", action="store_true", help="leave out files that cannot be used, and count them (default: stop at the first)")
 
 
-def add_computing(parser: ArgumentParser) -> None:
-    """Declare where and how a model computes."""
+def add_computing(parser: ArgumentParser, *, several: bool = False) -> None:
+    """Declare where and how a model computes, or several do, which cannot have one base."""
     parser.add_argument("--batch-size", type=positive, metavar="N", help="most cells in one pass (default: by tokens)")
     parser.add_argument("--device", help="where to compute (default: the accelerator if there is one)")
     parser.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], help="compute in this type (default: fp32)")
@@ -73,7 +73,8 @@ def add_computing(parser: ArgumentParser) -> None:
         choices=["int8", "nf4", "none"],
         help="load the weights in 8-bit or 4-bit; none: an adapter on plain weights (default: as it was saved)",
     )
-    parser.add_argument("--base", metavar="FOLDER|ID", help="for an adapter whose base has moved: where it is now")
+    if not several:
+        parser.add_argument("--base", metavar="FOLDER|ID", help="for an adapter whose base has moved: where it is now")
 
 
 def add_overwrite(parser: ArgumentParser) -> None:

@@ -6,7 +6,7 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import Any
 
-from .command import KINDS, Command, add_overwrite, add_reading, positive
+from .command import KINDS, Command, add_computing, add_overwrite, add_reading, positive
 
 
 class Evaluate(Command):
@@ -111,10 +111,7 @@ def add_embedding(parser: ArgumentParser) -> None:
     """Declare how models embed."""
     parser.add_argument("--pooling", choices=["cls", "mean"], help="default: cls where the vocabulary has it, else mean")
     parser.add_argument("--layer", type=int, default=-2, help="index into hidden_states; -1 the last layer (default: -2, the second to last)")
-    parser.add_argument("--batch-size", type=positive, metavar="N", help="most cells in one pass (default: by tokens)")
-    parser.add_argument("--device", help="where to compute (default: the accelerator if there is one)")
-    parser.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], help="compute in this type (default: fp32)")
-    parser.add_argument("--quantization", choices=["int8", "nf4", "none"], help="load the weights in 8-bit or 4-bit (default: as they were saved)")
+    add_computing(parser, several=True)
     parser.add_argument("--seed", type=int, default=0, help="of clusters, folds, pictures and the untrained model (default: 0)")
 
 

@@ -21,13 +21,11 @@ class Info(Command):
         parser.add_argument("--model", help="for a file: also say how many of its genes this model's tokenizer knows")
 
     def run(self, args: Namespace) -> int:
-        from ..data.files import KINDS
-        from ..data.stores import is_zarr
-        from ..data.tenx import is_tenx_folder
+        from ..data.files import KINDS, is_cells_folder
         from ..models.configuration_geneformer import PRESETS
 
         path = Path(args.what)
-        if path.is_file() or is_zarr(path) or is_tenx_folder(path):
+        if path.is_file() or is_cells_folder(path):
             self._file(path, args.model)
         elif path.suffix in KINDS and not path.exists():
             msg = f"{path} does not exist; expected a file of cells."
@@ -38,7 +36,7 @@ class Info(Command):
             self._tokenizer(args.what)
         elif path.is_dir() and not (path / "config.json").is_file():
             inside = ", ".join(sorted(p.parent.name for p in path.glob("*/config.json")))
-            cells = sorted(p.name for p in path.iterdir() if p.suffix in KINDS or is_tenx_folder(p) or is_zarr(p))
+            cells = sorted(p.name for p in path.iterdir() if p.suffix in KINDS or is_cells_folder(p))
             if cells:
                 msg = f"{path} is a folder of {len(cells):,} files of cells, which tokenize, qc and medians take as a whole. Name one of them: {', '.join(cells[:5])}{', …' if len(cells) > 5 else ''}."
                 raise CellFileError(msg)

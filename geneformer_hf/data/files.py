@@ -13,10 +13,12 @@ from typing import Any
 import xxhash
 
 from ..errors import CellFileError
+from .scdl import is_scdl_archive
+from .stores import is_zarr
 from .tenx import is_tenx_folder
 
 KINDS = (".h5ad", ".zarr", ".loom", ".h5")
-KINDS_DESCRIBED = ".h5ad, .zarr, .loom, 10x .h5 or 10x folder"
+KINDS_DESCRIBED = ".h5ad, .zarr, .loom, 10x .h5, 10x folder or scDL archive"
 
 
 def find_files(files: Any) -> list[Path]:
@@ -28,7 +30,7 @@ def find_files(files: Any) -> list[Path]:
     paths: list[Path] = []
     for item in [files] if isinstance(files, (str, Path)) else files:
         path = Path(item)
-        if path.is_dir() and not _is_cells(path):
+        if path.is_dir() and path.suffix != ".zarr" and not is_cells_folder(path):
             found = _in_folder(path)
         elif not path.exists() and any(c in str(item) for c in "*?["):
             found = [Path(p) for p in sorted(glob(str(item), recursive=True))]  # noqa: PTH207 - Path.glob takes no absolute patterns
@@ -52,13 +54,14 @@ def find_files(files: Any) -> list[Path]:
     return paths
 
 
-def _is_cells(folder: Path) -> bool:
-    return folder.suffix == ".zarr" or is_tenx_folder(folder)
+def is_cells_folder(path: Path) -> bool:
+    """Return True for a folder that is itself a file of cells: a zarr store, a 10x folder or an scDL archive."""
+    return path.is_dir() and (is_zarr(path) or is_tenx_folder(path) or is_scdl_archive(path))
 
 
 def _in_folder(folder: Path) -> list[Path]:
     """Return the files of cells in a folder, sorted by name."""
-    found = sorted(p for p in folder.iterdir() if p.suffix in KINDS or (p.is_dir() and is_tenx_folder(p)))
+    found = sorted(p for p in folder.iterdir() if p.suffix in KINDS or is_cells_folder(p))
     kinds = {kind: sum(_kind_of(p) == kind for p in found) for kind in sorted({_kind_of(p) for p in found})}
     if len(kinds) > 1:
         counted = ", ".join(f"{n} {kind}" for kind, n in kinds.items())
@@ -68,7 +71,7 @@ def _in_folder(folder: Path) -> list[Path]:
 
 
 def _kind_of(path: Path) -> str:
-    return path.suffix if path.suffix in KINDS else "10x folder"
+    return path.suffix if path.suffix in KINDS else "scDL archive" if is_scdl_archive(path) else "10x folder"
 
 
 def content_hash(path: str | Path) -> str:

@@ -14,9 +14,8 @@ from ..errors import CellFileError, ColumnNotFoundError, SettingError
 from ..models.heads import IGNORED
 from ..models.tokenization_geneformer import GeneformerTokenizer
 from .builder import load_cells
+from .files import is_cells_folder
 from .labels import class_counts, class_name, describe_counts, is_missing
-from .stores import is_zarr
-from .tenx import is_tenx_folder
 from .tokenized import open_tokenized, report_of, repository_of_cells, require_lists_of_ids, require_made_with
 
 TRAIN, VALIDATION, TEST = 0, 1, 2
@@ -196,7 +195,7 @@ def is_tokenized(path: Path) -> bool:
     """Return whether a path is a dataset of tokens rather than a file of cells."""
     if path.suffix == ".parquet":
         return True
-    if not path.is_dir() or is_zarr(path) or is_tenx_folder(path):
+    if not path.is_dir() or is_cells_folder(path):
         return False
     return (path / "state.json").is_file() or (path / "dataset_dict.json").is_file() or any(path.glob("*.parquet"))
 

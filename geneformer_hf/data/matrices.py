@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, Literal
 
-import h5py
 import numpy as np
 import scipy.sparse as sp
 
@@ -54,7 +53,7 @@ def require_sound_index(matrix: Any, shape: tuple[int, int], layout: Layout, whe
     if not sound:
         msg = f"{where}: its index does not fit its entries ({len(indptr):,} pointers for {n:,} {'cells' if layout == 'csr' else 'genes'}, {n_data:,} values, {n_indices:,} indices). The file is damaged; write it again."
         raise CellFileError(msg)
-    if not isinstance(matrix, h5py.Group):
+    if hasattr(matrix["data"], "nchunks_initialized"):
         _require_all_chunks(matrix, indptr, shape[1] if layout == "csr" else shape[0], where)
 
 

@@ -1,7 +1,8 @@
 """Readers: a file of cells, whatever its kind, or an AnnData in memory, as a stream of blocks of cells.
 
 `open_cells` looks at what a file holds, not at its name, and returns a `CellSource`. Every kind goes through the same
-blocks and the same checks: `.h5ad` and `.zarr` (anndata_files.py), `.loom` (loom.py), 10x `.h5` and folders (tenx.py).
+blocks and the same checks: `.h5ad` and `.zarr` (anndata_files.py), `.loom` (loom.py), 10x `.h5` and folders (tenx.py), scDL archives
+(scdl.py).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 from ..errors import CellFileError
 from .anndata_files import AnnDataFileSource
 from .loom import LoomSource
+from .scdl import ScdlSource, is_scdl_archive
 from .sources import AnnDataSource, CellBlock, CellSource, FileSource, SourceOptions
 from .stores import is_zarr, open_h5
 from .tenx import TenXFileSource, TenXFolderSource, is_tenx_folder, tenx_groups
@@ -25,7 +27,7 @@ def open_cells(cells: Any, *, gene_ids: str | None = None, counts_layer: str | N
     """Open a file of cells or an AnnData.
 
     Args:
-        cells (`str`, `Path` or `AnnData`): `.h5ad`, `.zarr`, `.loom`, 10x `.h5`, or a 10x folder (or its `matrix.mtx`).
+        cells (`str`, `Path` or `AnnData`): `.h5ad`, `.zarr`, `.loom`, 10x `.h5`, a 10x folder (or its `matrix.mtx`), or an scDL archive.
         gene_ids, counts_layer, total_counts (`str`, *optional*): see `SourceOptions`.
 
     Raises:
@@ -52,8 +54,10 @@ def kind_of(path: Path) -> Any:
             return TenXFolderSource
         if is_zarr(path):
             return AnnDataFileSource
+        if is_scdl_archive(path):
+            return ScdlSource
         inside = ", ".join(sorted(p.name for p in path.iterdir())[:5])
-        msg = f"{path} is a folder, but neither a zarr store nor a 10x folder with matrix.mtx (it holds: {inside or 'nothing'})."
+        msg = f"{path} is a folder, but neither a zarr store nor a 10x folder with matrix.mtx nor an scDL archive (it holds: {inside or 'nothing'})."
         raise CellFileError(msg)
     if path.name.startswith("matrix.mtx") and path.is_file():
         return TenXFolderSource

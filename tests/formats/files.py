@@ -164,3 +164,21 @@ def write_cellxgene(cells: anndata.AnnData, path: Path) -> Path:
     shown.var["feature_biotype"] = pd.Categorical(["gene"] * cells.n_vars)
     shown.write_h5ad(path)
     return path
+
+
+def write_scdl(cells: anndata.AnnData, path: Path) -> Path:
+    """An archive as bionemo-scdl itself makes it of an .h5ad; it keeps no names of cells where obs has columns, so one has them."""
+    import warnings
+
+    from bionemo.scdl.io.single_cell_memmap_dataset import SingleCellMemMapDataset
+
+    named = cells.copy()
+    named.obs.insert(0, "barcode", list(cells.obs_names))
+    named.var["feature_id"] = list(cells.var_names)
+    source = path.with_name(f"{path.name}-source.h5ad")
+    named.write_h5ad(source)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        SingleCellMemMapDataset(data_path=str(path), h5ad_path=str(source), use_X_not_raw=True)
+    source.unlink()
+    return path

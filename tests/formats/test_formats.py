@@ -14,6 +14,7 @@ from geneformer_hf.cli.main import main
 from geneformer_hf.data import matrices, tenx, transpose
 from geneformer_hf.data.files import content_hash, find_files
 from geneformer_hf.data.readers import open_cells
+from geneformer_hf.data.scdl import write_scdl
 from geneformer_hf.errors import CellFileError, ColumnNotFoundError, NotRawCountsError
 from tests.conftest import make_cells, write
 from tests.formats import files
@@ -35,6 +36,8 @@ KINDS = {
     "folder_v2": lambda c, p: files.write_tenx_folder(c, p / "a", zipped=False, version=2),
     "folder_shuffled": lambda c, p: files.write_tenx_folder(c, p / "a", shuffled=True),
     "folder_mmwrite": lambda c, p: files.write_mmwrite(c, p / "a"),
+    "scdl": lambda c, p: write_scdl(open_cells(c), p / "a"),
+    "scdl_converter": lambda c, p: files.write_scdl(c, p / "a"),
     "legacy_0.6": lambda c, p: files.write_legacy(c, p / "a.h5ad"),
     "legacy_0.6_csc": lambda c, p: files.write_legacy(c, p / "a.h5ad", layout="csc"),
     "legacy_0.6_dense": lambda c, p: files.write_legacy(c, p / "a.h5ad", layout="dense"),

@@ -185,7 +185,7 @@ REFUSED = [
 def test_what_cannot_be_judged_is_refused_before_anything_is_embedded(labelled, model, tokenizer, monkeypatch, options, error, message):
     adata = labelled.copy()
     adata.obs["same"], adata.obs["missing"] = "x", ""
-    monkeypatch.setattr("geneformer_hf.analysis.representations._embedded", lambda *args: pytest.fail("embedded in vain"))
+    monkeypatch.setattr("geneformer_hf.analysis.embeddings.Embedder.embed", lambda *args: pytest.fail("embedded in vain"))
     with pytest.raises(error, match=re.escape(message)):
         evaluate_cells(model, adata, tokenizer=tokenizer, **options, **QUIET)
 
