@@ -46,6 +46,8 @@ if TYPE_CHECKING:
     from .data.corpus import tokenize_corpus
     from .data.medians import fit_gene_table
     from .data.quality import QualityRules, assess_quality
+    from .data.scdl import write_scdl
+    from .data.soma import SomaSource, open_census
     from .data.streaming import stream_cells, stream_tokens
     from .hub.conversion import convert_checkpoint
     from .hub.export import export_checkpoint, merge_adapter
@@ -77,6 +79,7 @@ _LAZY = {
     "QualityRules": "data.quality",
     "SearchRun": "training.search",
     "SearchSettings": "training.search_settings",
+    "SomaSource": "data.soma",
     "StateShift": "analysis.states",
     "StateVectors": "analysis.states",
     "add_adapter": "models.adapters",
@@ -103,6 +106,7 @@ _LAZY = {
     "load_peft_model": "models.loading",
     "load_task": "transfer_tasks",
     "merge_adapter": "hub.export",
+    "open_census": "data.soma",
     "perturbation_effects": "analysis.effects",
     "perturbation_statistics": "analysis.statistics",
     "predict": "analysis.predictions",
@@ -121,6 +125,7 @@ _LAZY = {
     "stream_tokens": "data.streaming",
     "task_names": "transfer_tasks",
     "tokenize_corpus": "data.corpus",
+    "write_scdl": "data.scdl",
 }
 
 __all__ = [
@@ -148,6 +153,7 @@ __all__ = [
     "QualityRules",
     "SearchRun",
     "SearchSettings",
+    "SomaSource",
     "StateShift",
     "StateVectors",
     "__version__",
@@ -175,6 +181,7 @@ __all__ = [
     "load_peft_model",
     "load_task",
     "merge_adapter",
+    "open_census",
     "perturbation_effects",
     "perturbation_statistics",
     "predict",
@@ -194,6 +201,7 @@ __all__ = [
     "stream_tokens",
     "task_names",
     "tokenize_corpus",
+    "write_scdl",
 ]
 
 

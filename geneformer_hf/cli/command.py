@@ -9,7 +9,7 @@ from typing import Any
 
 from ..errors import CellFileError
 
-KINDS = "files of cells (.h5ad, .zarr, .loom, 10x .h5 or folder)"
+KINDS = "files of cells (.h5ad, .zarr, .loom, 10x .h5 or folder, scDL archive)"
 
 
 class Command(ABC):

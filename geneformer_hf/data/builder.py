@@ -34,8 +34,8 @@ class CellDatasetConfig(datasets.BuilderConfig):
     """Configuration of `CellDatasetBuilder`."""
 
     name: str = "cells"
-    files: tuple[str, ...] = ()
-    """Paths of files of cells, in the order of their rows."""
+    files: tuple[str | CellSource, ...] = ()
+    """Paths of files of cells, or open sources that have an identity, in the order of their rows."""
     tokenizer: GeneformerTokenizer | None = None
     source: SourceOptions = field(default_factory=SourceOptions)
     encoding: EncodingOptions = field(default_factory=EncodingOptions)
@@ -46,7 +46,12 @@ class CellDatasetConfig(datasets.BuilderConfig):
             msg = "CellDatasetBuilder needs `files=` and `tokenizer=`; `load_cells` passes both."
             raise ValueError(msg)
         digest = xxhash.xxh3_128()
-        for part in (self.tokenizer.encoding_fingerprint, self.source, self.encoding, *(content_hash(f) for f in self.files)):
+        for part in (
+            self.tokenizer.encoding_fingerprint,
+            self.source,
+            self.encoding,
+            *(f.identity if isinstance(f, CellSource) else content_hash(f) for f in self.files),
+        ):
             digest.update(repr(part).encode() + b"\0")
         return f"{self.name}-{digest.hexdigest()}"
 
@@ -138,8 +143,8 @@ def load_cells(
     logged: cells whose `obs["filter_pass"]` is 0 and cells without any gene of the vocabulary.
 
     Args:
-        files (`str`, `Path`, a sequence of them, or `AnnData`):
-            Files of cells (`.h5ad`, `.zarr`, `.loom`, 10x `.h5` or folder), a glob, a folder, or cells in memory.
+        files (`str`, `Path`, a sequence of them, `AnnData` or `SomaSource`):
+            Files of cells (`.h5ad`, `.zarr`, `.loom`, 10x `.h5` or folder, scDL archive), a glob, a folder, cells in memory, or a query of a SOMA experiment.
         tokenizer (`GeneformerTokenizer`): the one of the model the dataset is for.
         obs (`"all"`, `"none"` or a sequence of names, *optional*, defaults to `"all"`):
             Columns of obs to keep. Categories become `ClassLabel`s in their order (anndata turns repeated text into
@@ -173,13 +178,21 @@ def load_cells(
     encoding = EncodingOptions(wanted, keep_counts, keep_uncropped)
     if hasattr(files, "obs") and hasattr(files, "var"):
         return _load_memory(files, tokenizer, source_options, encoding)
+    if isinstance(files, CellSource):
+        return _build((files,), tokenizer, source_options, encoding, cache_dir)
     paths = find_files(files)
     if num_proc is not None and num_proc > 1:
         # datasets would fork, which hangs where zarr, torch or numpy have threads by then.
         config = CellDatasetConfig(files=tuple(map(str, paths)), tokenizer=tokenizer, source=source_options, encoding=encoding)
         options = vars(source_options) | vars(encoding)
         return cached_corpus(paths, cache_dir, config.create_config_id({}), tokenizer=tokenizer, num_proc=num_proc, **options)
-    builder = CellDatasetBuilder(cache_dir=cache_dir, files=tuple(map(str, paths)), tokenizer=tokenizer, source=source_options, encoding=encoding)
+    return _build(tuple(map(str, paths)), tokenizer, source_options, encoding, cache_dir)
+
+
+def _build(
+    files: tuple[str | CellSource, ...], tokenizer: GeneformerTokenizer, source_options: SourceOptions, encoding: EncodingOptions, cache_dir: str | Path | None
+) -> datasets.Dataset:
+    builder = CellDatasetBuilder(cache_dir=cache_dir, files=files, tokenizer=tokenizer, source=source_options, encoding=encoding)
     try:
         builder.download_and_prepare()
     except CellsRefusedError as refused:

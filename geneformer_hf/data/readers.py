@@ -27,13 +27,16 @@ def open_cells(cells: Any, *, gene_ids: str | None = None, counts_layer: str | N
     """Open a file of cells or an AnnData.
 
     Args:
-        cells (`str`, `Path` or `AnnData`): `.h5ad`, `.zarr`, `.loom`, 10x `.h5`, a 10x folder (or its `matrix.mtx`), or an scDL archive.
+        cells (`str`, `Path`, `AnnData` or `CellSource`): `.h5ad`, `.zarr`, `.loom`, 10x `.h5`, a 10x folder (or its `matrix.mtx`), or an scDL archive;
+            a source that is open already, such as a `SomaSource`, is returned as it is.
         gene_ids, counts_layer, total_counts (`str`, *optional*): see `SourceOptions`.
 
     Raises:
         CellFileError, NotRawCountsError, GeneIdError, ColumnNotFoundError
     """
     options = SourceOptions(gene_ids, counts_layer, total_counts)
+    if isinstance(cells, CellSource):
+        return cells
     if isinstance(cells, (str, Path)):
         path = Path(cells)
         return kind_of(path)(path.parent if path.name.startswith("matrix.mtx") else path, options)

@@ -6,6 +6,7 @@ import json
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import datasets
 import numpy as np
@@ -31,13 +32,15 @@ class FileReport:
     """Cells whose `obs["filter_pass"]` is 0."""
     counts: str
     genes: str
+    provenance: dict[str, Any] | None = None
+    """Where it is from, for cells of a database."""
 
     @classmethod
     def of(cls, source: CellSource, table: GeneTable, *, name: str | None = None) -> FileReport:
         """Return the report of a source matched against a vocabulary."""
         n_filtered = 0 if source.passing is None else int((~source.passing).sum())
         genes = source.match_genes(table).report.describe()
-        return cls(name or source.name, source.n_cells, n_filtered, source.counts_described, genes)
+        return cls(name or source.name, source.n_cells, n_filtered, source.counts_described, genes, source.provenance)
 
 
 @dataclass(frozen=True)

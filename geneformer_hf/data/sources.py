@@ -76,6 +76,13 @@ class CellSource(ABC):
     options: SourceOptions
     layout: Layout | Literal["memory"]
     """How the counts lie in the file."""
+    provenance: dict[str, Any] | None = None
+    """Where the cells are from, for those of a database."""
+
+    @property
+    def identity(self) -> str | None:
+        """All that the cells depend on, as text, for sources that are no file."""
+        return None
 
     @property
     @abstractmethod
