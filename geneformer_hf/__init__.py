@@ -53,6 +53,7 @@ if TYPE_CHECKING:
     from .hub.export import export_checkpoint, merge_adapter
     from .hub.onnx_export import export_onnx
     from .hub.sharing import pull_folder, push_folder
+    from .hub.upstream import convert_multi_task
     from .models.adapters import add_adapter
     from .models.loading import load_model, load_peft_model
     from .training.arguments import GeneformerFineTuningArguments, GeneformerPretrainingArguments
@@ -88,6 +89,7 @@ _LAZY = {
     "benchmark": "analysis.benchmarking",
     "context_specificity": "analysis.gene_context",
     "convert_checkpoint": "hub.conversion",
+    "convert_multi_task": "hub.upstream",
     "cooperativity": "analysis.effects",
     "embed_cells": "analysis.embeddings",
     "embed_genes": "analysis.embeddings",
@@ -163,6 +165,7 @@ __all__ = [
     "benchmark",
     "context_specificity",
     "convert_checkpoint",
+    "convert_multi_task",
     "cooperativity",
     "embed_cells",
     "embed_genes",

@@ -87,6 +87,50 @@ def read_dictionary(path: Path) -> dict[str, Any]:
     return {key: value.item() if isinstance(value, np.generic) else value for key, value in content.items()}
 
 
+def read_class_ids(path: Path) -> dict[int, str]:
+    """Read the classes of a fine-tuned model, `…_id_class_dict.pkl`, without executing anything in it.
+
+    Returns:
+        `dict`: class id to name.
+
+    Raises:
+        UnsafePickleError: if the pickle names any class or function but numpy's scalar and dtype.
+        CheckpointError: if the file is a git-lfs pointer, is damaged, or holds no dictionary of class ids and names.
+    """
+    content = _read(path, _RestrictedUnpickler)
+    if isinstance(content, dict):
+        content = {_plain(key): _plain(value) for key, value in content.items()}
+        if content and all(isinstance(value, int) and not isinstance(value, bool) for value in content.values()):
+            # The same the other way round.
+            content = {value: key for key, value in content.items()}
+        if content and all(isinstance(key, int) for key in content):
+            return {key: str(value) for key, value in content.items()}
+    msg = f"{path} does not hold class ids and names; expected {{0: name, 1: name, …}} as the published classifier writes it."
+    raise CheckpointError(msg)
+
+
+def read_label_mappings(path: Path) -> dict[str, dict[str, int]]:
+    """Read the classes of a multi-task model, `task_label_mappings.pkl`, without executing anything in it.
+
+    Returns:
+        `dict`: task to class name to number.
+
+    Raises:
+        UnsafePickleError, CheckpointError: as `read_class_ids`.
+    """
+    content = _read(path, _RestrictedUnpickler)
+    if isinstance(content, dict) and content and all(isinstance(one, dict) for one in content.values()):
+        found = {str(task): {str(_plain(name)): _plain(number) for name, number in one.items()} for task, one in content.items()}
+        if all(sorted(one.values()) == list(range(len(one))) for one in found.values()):
+            return found
+    msg = f"{path} does not hold classes of tasks; expected {{task: {{name: 0, name: 1, …}}, …}} as the published MTLClassifier writes it."
+    raise CheckpointError(msg)
+
+
+def _plain(value: Any) -> Any:
+    return value.item() if isinstance(value, np.generic) else value
+
+
 def read_raw_values(path: Path) -> dict[Any, Any]:
     """Read the raw values of a published perturbation without executing anything in the file.
 

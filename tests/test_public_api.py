@@ -13,7 +13,7 @@ PUBLIC = {
     "assess_quality",
     "convert_checkpoint", "embed_cells", "embed_genes", "export_checkpoint", "export_onnx", "fit_gene_table", "iter_gene_embeddings", "load_cells", "pretrain", "pull_folder", "push_folder", "rank_genes",
     "AttentionNetwork", "BenchmarkDataset", "CellEvaluation", "attention_network", "benchmark", "context_specificity", "evaluate_cells", "gene_modules", "gene_similarity",
-    "SomaSource", "open_census", "write_scdl", "hide_genes", "iter_attention", "load_task", "rank_contributions", "regulator_centrality", "run_task", "task_names",
+    "SomaSource", "convert_multi_task", "open_census", "write_scdl", "hide_genes", "iter_attention", "load_task", "rank_contributions", "regulator_centrality", "run_task", "task_names",
     "state_embeddings", "stream_cells", "stream_tokens", "tokenize_corpus",
 }  # fmt: skip
 

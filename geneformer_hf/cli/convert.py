@@ -28,6 +28,8 @@ class Convert(Command):
         parser.add_argument(
             "--allow-unknown-dictionaries", action="store_true", help="accept dictionaries whose SHA-256 is not a published one (default: refuse)"
         )
+        parser.add_argument("--id-classes", type=Path, metavar="FILE", help="of a fine-tuned classifier: its id_class_dict.pkl, which names its classes")
+        parser.add_argument("--label-column", metavar="COL", help="of a fine-tuned classifier: what it predicts, for the columns of predictions")
         add_overwrite(parser)
 
     def run(self, args: Namespace) -> int:
@@ -40,6 +42,8 @@ class Convert(Command):
             revision=args.revision,
             dictionaries=args.dictionaries,
             allow_unknown_dictionaries=args.allow_unknown_dictionaries,
+            id_classes=args.id_classes,
+            label_column=args.label_column,
             overwrite=args.overwrite,
         )
         version = f"{done.version} vocabulary" if done.version else "own vocabulary"

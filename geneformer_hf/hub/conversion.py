@@ -28,6 +28,7 @@ from ..outputs import new_folder, require_apart
 from ..pickles import read_dictionary, sha256
 from ..reports.cards import checkpoint_card
 from ..reports.published import FACTS, Facts
+from .upstream import classes_of
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +54,8 @@ def convert_checkpoint(
     revision: str | None = None,
     dictionaries: str | Path | None = None,
     allow_unknown_dictionaries: bool = False,
+    id_classes: str | Path | None = None,
+    label_column: str | None = None,
     overwrite: bool = False,
 ) -> Conversion:
     """Turn a published checkpoint into a folder that opens with the Auto classes.
@@ -69,6 +72,8 @@ def convert_checkpoint(
             `ensembl_mapping_dict*.pkl`; otherwise looked for in the source.
         allow_unknown_dictionaries (`bool`, *optional*, defaults to `False`):
             Accept dictionaries whose hash is not a published one, for models with a vocabulary of their own.
+        id_classes (`str` or `Path`, *optional*): of a fine-tuned classifier, its `…_id_class_dict.pkl`, which names its classes.
+        label_column (`str`, *optional*): and what it predicts, for the names of columns of predictions.
         overwrite (`bool`, *optional*, defaults to `False`): replace the output if it exists.
 
     Raises:
@@ -99,6 +104,11 @@ def convert_checkpoint(
         raise CheckpointError(msg)
     model.config.cls_token_id, model.config.eos_token_id = tokenizer.cls_token_id, tokenizer.eos_token_id
     model.config.vocabulary_fingerprint = tokenizer.gene_table.fingerprint
+    if id_classes is not None:
+        names = classes_of(id_classes, model.config.num_labels)
+        model.config.id2label, model.config.label2id = names, {name: number for number, name in names.items()}
+    if label_column is not None:
+        model.config.label_columns = [label_column]
     with new_folder(output, overwrite=overwrite) as partial:
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)

@@ -13,6 +13,8 @@ from .checkpoints import CHECKPOINTS
 CLS_EOS_OF_VOCABULARY = {20_275: (2, 3)}
 
 POOLINGS = ("first", "mean", "attention", "cls")
+UPSTREAM_POOLING = "attention_all"
+"""Attention over special tokens as well, as upstream's multi-task models have it; for converted ones alone."""
 
 
 def _shape(hidden: int, layers: int, heads: int, ffn: int, positions: int, vocabulary: int, dropout: float) -> dict[str, Any]:
@@ -49,6 +51,7 @@ class GeneformerConfig(BertConfig):
         cls_token_id (`int`, *optional*), eos_token_id (`int`, *optional*):
             Special tokens at either end of a cell. None where the vocabulary has none. If neither is given they follow
             from the size of the published vocabularies (20,275: 2 and 3; 25,426: none).
+        pooler (`bool`, *optional*, defaults to `True`): multi-task heads read through BERT's pooler; upstream's do not.
         pooling (`"first"`, `"mean"`, `"attention"` or `"cls"`, *optional*, defaults to `"first"`):
             What the heads of cells read: the first position (published classifiers, whatever stands there), the mean over
             genes, their sum by learnt weights, or `<cls>`.
@@ -79,6 +82,7 @@ class GeneformerConfig(BertConfig):
     max_position_embeddings: int = 4096
     cls_token_id: int | None = None
     pooling: str = "first"
+    pooler: bool = True
     vocabulary_fingerprint: str | None = None
     task_labels: dict[str, list[str]] | None = None
     task_weights: dict[str, float] | None = None
@@ -96,7 +100,7 @@ class GeneformerConfig(BertConfig):
             self.cls_token_id, self.eos_token_id = CLS_EOS_OF_VOCABULARY.get(self.vocab_size, (None, None))
         if self.task_labels is not None:
             self.task_labels = dict(sorted(self.task_labels.items()))
-        if self.pooling not in POOLINGS:
+        if self.pooling not in (*POOLINGS, UPSTREAM_POOLING):
             msg = f"pooling {self.pooling!r} is not one of {', '.join(map(repr, POOLINGS))}."
             raise ValueError(msg)
         if self.pooling == "cls" and self.cls_token_id is None:

@@ -237,7 +237,7 @@ class GeneformerForSequenceClassification(_Checkpoint, BertForSequenceClassifica
     def __init__(self, config: GeneformerConfig) -> None:
         super().__init__(config)
         self.bert = GeneformerModel(config)
-        self.attention_pool = GeneAttention(config.hidden_size) if config.pooling == "attention" else None
+        self.attention_pool = GeneAttention(config.hidden_size) if config.pooling in ("attention", "attention_all") else None
         self.post_init()
 
     @can_return_tuple
@@ -353,8 +353,8 @@ class GeneformerForMultiTaskClassification(_Checkpoint, BertPreTrainedModel):
         if not config.task_labels:
             msg = "GeneformerForMultiTaskClassification needs config.task_labels, for instance {'cell_type': ['B', 'T'], 'disease': ['no', 'yes']}."
             raise ValueError(msg)
-        self.bert = GeneformerModel(config)
-        self.attention_pool = GeneAttention(config.hidden_size) if config.pooling == "attention" else None
+        self.bert = GeneformerModel(config, add_pooling_layer=config.pooler)
+        self.attention_pool = GeneAttention(config.hidden_size) if config.pooling in ("attention", "attention_all") else None
         dropout = config.classifier_dropout if config.classifier_dropout is not None else config.hidden_dropout_prob
         self.dropout = nn.Dropout(dropout)
         self.classifiers = nn.ModuleList(nn.Linear(config.hidden_size, len(names)) for names in config.task_labels.values())
@@ -412,6 +412,8 @@ def _pool(
 
 
 def _read(model: Any, pooled_be: torch.Tensor) -> torch.Tensor:
-    """Return what the heads of cells read: embeddings through BERT's pooler."""
+    """Return what the heads of cells read: embeddings through BERT's pooler, where there is one."""
+    if model.bert.pooler is None:
+        return pooled_be
     # Called as a module, because adapters put a trainable copy in its place.
     return model.bert.pooler(pooled_be.unsqueeze(1))

@@ -8,12 +8,17 @@ from torch import nn
 from .configuration_geneformer import GeneformerConfig
 
 
+def token_positions(input_ids: torch.Tensor, attention_mask: torch.Tensor | None, config: GeneformerConfig) -> torch.Tensor:
+    """Return a bool tensor of the shape of `input_ids`: True everywhere but at pads."""
+    return attention_mask.bool() if attention_mask is not None else torch.ne(input_ids, config.pad_token_id or 0)
+
+
 def gene_positions(input_ids: torch.Tensor, attention_mask: torch.Tensor | None, config: GeneformerConfig) -> torch.Tensor:
     """Return a bool tensor of the shape of `input_ids`: True where a gene stands.
 
     Pads are left out always; the first and last token of a cell only where they are `<cls>` and `<eos>`.
     """
-    keep: torch.Tensor = attention_mask.bool() if attention_mask is not None else torch.ne(input_ids, config.pad_token_id or 0)
+    keep = token_positions(input_ids, attention_mask, config)
     for special in (config.cls_token_id, config.eos_token_id):
         if special is not None:
             keep = keep & (input_ids != special)
@@ -56,14 +61,18 @@ def pool_cells(
     Args:
         hidden_ble (`torch.Tensor` of shape `(b, l, e)`, or `(1, t, e)` for packed cells).
         borders (`torch.Tensor` of shape `(cells + 1,)`, *optional*): where packed cells begin and the last one ends.
-        attention (`GeneAttention`, *optional*): for pooling "attention".
+        attention (`GeneAttention`, *optional*): for pooling "attention" and "attention_all".
     """
     if config.pooling in ("first", "cls"):
         return hidden_ble[:, 0] if borders is None else hidden_ble[0, borders[:-1].long()]
     if input_ids_bl is None:
         msg = f"pooling {config.pooling!r} leaves out special tokens, so the model needs `input_ids`; it got only embeddings."
         raise ValueError(msg)
-    genes_bl = gene_positions(input_ids_bl, attention_mask_bl, config)
+    genes_bl = (
+        token_positions(input_ids_bl, attention_mask_bl, config)
+        if config.pooling == "attention_all"
+        else gene_positions(input_ids_bl, attention_mask_bl, config)
+    )
     pool = mean_over_genes if attention is None else attention
     if borders is None:
         return pool(hidden_ble, genes_bl)
