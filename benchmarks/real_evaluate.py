@@ -2,6 +2,7 @@
 
     python benchmarks/real_evaluate.py pretrain WORK       # one model for each size of corpus, the same steps for all; no evaluated cell is in a corpus
     python benchmarks/real_evaluate.py cells WORK          # labels, batches, label transfer: every model on every set of cells, and the curve over sizes
+    python benchmarks/real_evaluate.py why WORK            # where the spread of embeddings goes
     python benchmarks/real_evaluate.py genes WORK          # context specificity, modules, masked genes, ranks
     python benchmarks/real_evaluate.py attention WORK      # transcription factors in the attention networks
     python benchmarks/real_evaluate.py tasks WORK          # the published tasks whose labels are there, end to end
@@ -22,6 +23,7 @@ import anndata
 import datasets
 import numpy as np
 import pandas as pd
+from scipy.stats import spearmanr
 
 from geneformer_hf import (
     BenchmarkDataset,
@@ -30,6 +32,7 @@ from geneformer_hf import (
     GeneformerTokenizer,
     attention_network,
     benchmark,
+    embed_cells,
     load_cells,
     load_task,
     pretrain,
@@ -156,6 +159,23 @@ def cells(work: Path) -> None:
         plot_curves(points, lines, work / f"curve_{figure}.png", title=f"{what} against the cells of pretraining", xlabel="cells", ylabel=what)
 
 
+def why(work: Path) -> None:
+    """Where the spread of embeddings goes: the share of the first component, and what it follows."""
+    model = next(iter(sizes(work).values()))
+    untrained = untrained_encoder(GeneformerConfig.from_pretrained(model), 0)
+    for dataset in DATASETS[:4]:
+        adata = anndata.read_h5ad(dataset.path)
+        detected = np.asarray((adata.X > 0).sum(axis=1)).ravel()
+        for name, one in (("pretrained", model), ("untrained", untrained)):
+            vectors = embed_cells(one, adata, tokenizer=GeneformerTokenizer.from_pretrained(model), pooling="mean", progress=False)
+            centred = vectors - vectors.mean(axis=0)
+            left, singular, _ = np.linalg.svd(centred, full_matrices=False)
+            follows = abs(spearmanr(left[:, 0], detected).statistic)
+            print(
+                f"{dataset.shown:28} {name:11} first component {singular[0] ** 2 / (singular**2).sum():.2f} of the spread, rank correlation with genes detected {follows:.2f}"
+            )
+
+
 def genes(work: Path) -> None:
     model = next(iter(sizes(work).values()))
     pictures = work / "genes"
@@ -208,7 +228,7 @@ def tasks(work: Path) -> None:
                 print(f"  {head} | {what:60} accuracy {one['accuracy']:.3f} macro F1 {one['macro_f1']:.3f} AUC {one['roc_auc']:.3f}")
 
 
-PARTS = {"pretrain": pretrain_models, "cells": cells, "genes": genes, "attention": attention, "tasks": tasks}
+PARTS = {"pretrain": pretrain_models, "cells": cells, "why": why, "genes": genes, "attention": attention, "tasks": tasks}
 
 
 def main() -> None:

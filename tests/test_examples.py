@@ -283,6 +283,23 @@ def test_the_how_tos_of_evaluating(labelled, name):
         run(["-c", block], labelled)
 
 
+@pytest.mark.parametrize("name", ["from_helical", "from_bionemo", "from_upstream", "where_geneformer_stands", "census"])
+def test_the_snippets_for_those_who_come_from_elsewhere(labelled, tokenizer, name):
+    cells = anndata.read_h5ad(labelled / "cells.h5ad")
+    if name == "from_upstream":
+        load_cells(cells, tokenizer=tokenizer).remove_columns("cell_id").save_to_disk(labelled / "cells.dataset")
+    if name == "census":
+        import tiledbsoma.io
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            tiledbsoma.io.from_anndata(str(labelled / "experiment"), cells, measurement_name="RNA", X_layer_name="raw")
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / f"{name}.md").read_text(), re.S)
+    assert blocks
+    for block in blocks:
+        run(["-c", block], labelled)
+
+
 @pytest.mark.slow
 def test_the_how_to_of_perturbation(labelled, tokenizer):
     """The commands and the Python of docs/perturbation.md, with genes and states of the test's own cells."""

@@ -63,7 +63,9 @@ class SomaSource(CellSource):
         self, uri: str | Path, obs_filter: str | None = None, *, measurement: str = MEASUREMENT, layer: str = LAYER, options: SourceOptions | None = None,
         context: Any = None, provenance: Mapping[str, Any] | None = None,
     ) -> None:  # fmt: skip
-        self._soma, self._uri, self.obs_filter, self._context = tiledbsoma(), str(uri), obs_filter, context
+        self._soma, self.obs_filter, self._context = tiledbsoma(), obs_filter, context
+        # TileDB remembers the folder a process began in.
+        self._uri = str(Path(uri).absolute()) if "://" not in str(uri) else str(uri)
         self.options = options or SourceOptions(None, None, None)
         self._measurement, self._layer = measurement, self.options.counts_layer or layer
         self.name, self.counts = f"{uri}{f' where {obs_filter}' if obs_filter else ''}", self._layer

@@ -49,7 +49,7 @@ def plot_curves(
     plt = pyplot()
     n_columns = min(3, len(panels))
     n_rows = -(-len(panels) // n_columns)
-    figure, grid = plt.subplots(n_rows, n_columns, figsize=(3.6 * n_columns, 0.8 + 2.8 * n_rows), layout="constrained", squeeze=False, sharex=True)
+    figure, grid = plt.subplots(n_rows, n_columns, figsize=(1.2 + 3.4 * n_columns, 0.8 + 2.8 * n_rows), layout="constrained", squeeze=False, sharex=True)
     for axes, (name, points) in zip(grid.flat, panels.items(), strict=False):
         axes.plot(*zip(*sorted(points), strict=True), "o-", color="#4c78a8", label="pretrained")
         for style, colour, (what, value) in zip(
@@ -57,12 +57,14 @@ def plot_curves(
         ):
             axes.axhline(value, color=colour, linestyle=style, linewidth=1.2, label=what)
         axes.set(xscale="log", title=name, ylim=(0, 1.02))
+        axes.set_xticks([size for size, _ in points], [f"{size:,}" for size, _ in points])
+        axes.minorticks_off()
         axes.title.set_fontsize(9)
         axes.spines[["top", "right"]].set_visible(False)
     for axes in grid.flat[len(panels) :]:
         axes.set_visible(False)
     handles, labels = grid.flat[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=8)
+    figure.legend(handles, labels, loc="outside right upper", frameon=False, fontsize=8)
     figure.suptitle(title)
     figure.supxlabel(xlabel, fontsize=9)
     figure.supylabel(ylabel, fontsize=9)
