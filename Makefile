@@ -7,7 +7,7 @@ OFFLINE := HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 TOKENIZERS_PARALLELISM=fa
 export GENEFORMER_HF_SHARED ?= $(abspath ../shared)
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-slow quality bench clean
+.PHONY: help run test test-slow quality docs bench clean
 
 help:  ## show this
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /|/' | awk -F'|' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -39,6 +39,9 @@ quality: $(VENV)/.dev  ## ruff and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+docs: $(VENV)/.dev  ## the documentation as a site, in site/; warnings are errors
+	$(OFFLINE) $(BIN)/python -m sphinx -W --keep-going -q -b html docs site
+
 bench: $(VENV)/.dev  ## the benchmarks; each ends with JSON lines of its claims
 	$(OFFLINE) $(BIN)/python benchmarks/bench_tokenize.py --memory
 	$(OFFLINE) $(BIN)/python benchmarks/bench_stream.py
@@ -50,4 +53,4 @@ bench: $(VENV)/.dev  ## the benchmarks; each ends with JSON lines of its claims
 	$(OFFLINE) $(BIN)/python benchmarks/bench_onnx.py
 
 clean:  ## remove the virtual environment and caches
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache demo_output *.egg-info
+	rm -rf $(VENV) site docs/_beside .pytest_cache .mypy_cache .ruff_cache demo_output *.egg-info

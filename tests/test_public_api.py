@@ -1,5 +1,7 @@
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import geneformer_hf
 
@@ -37,3 +39,8 @@ def test_the_import_twice_is_harmless():
     code = "import geneformer_hf, importlib; importlib.reload(geneformer_hf.models); from transformers import AutoConfig; print(AutoConfig.for_model('geneformer').model_type)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "geneformer"
+
+
+def test_every_public_name_is_in_the_reference():
+    page = (Path(__file__).parents[1] / "docs" / "api.md").read_text()
+    assert set(re.findall(r"auto(?:class|function):: geneformer_hf\.(\w+)", page)) == PUBLIC - {"CHECKPOINTS", "__version__"}
