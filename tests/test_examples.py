@@ -253,7 +253,12 @@ def test_affected_genes(in_two_states, tokenizer):
 @pytest.mark.parametrize(
     ("name", "expected", "made"),
     [
-        ("evaluate_checkpoints.py", r"geneformer-v2 +0\.\d+ +0\.\d+ +0\.\d+ +0\.\d+\n(?:.*\n)*.*Overall: geneformer-v2", "report/report.html"),
+        pytest.param(
+            "evaluate_checkpoints.py",
+            r"geneformer-v2 +0\.\d+ +0\.\d+ +0\.\d+ +0\.\d+\n(?:.*\n)*.*Overall: geneformer-v2",
+            "report/report.html",
+            marks=pytest.mark.slow,
+        ),
         ("genes_in_context.py", r"(?: *SYM\d+ +\d+ +0\.\d+(?:.*)\n){5}module\n(?:.*\n)+ *all genes", "modules.h5ad"),
         ("attention_regulators.py", r"cell0: \d+ tokens; most attention goes to \S+\n.*auc_matched", "network.graphml"),
         ("benchmark_checkpoints.py", r"cells +geneformer-v2 +0\.\d+", "table/report.html"),
@@ -267,7 +272,8 @@ def test_evaluating(labelled, name, expected, made):
     assert (labelled / made).stat().st_size > 1000
 
 
-@pytest.mark.parametrize("name", ["evaluation", "genes_in_context", pytest.param("transfer_tasks", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["evaluation", "genes_in_context", "transfer_tasks"])
 def test_the_how_tos_of_evaluating(labelled, name):
     """Commands, YAML and Python of three how-tos, in their order."""
     (labelled / "factors.txt").write_text("\n".join(f"SYM{i}" for i in range(20)))
@@ -283,7 +289,16 @@ def test_the_how_tos_of_evaluating(labelled, name):
         run(["-c", block], labelled)
 
 
-@pytest.mark.parametrize("name", ["from_helical", "from_bionemo", "from_upstream", "where_geneformer_stands", "census"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("from_helical", marks=pytest.mark.slow),
+        "from_bionemo",
+        "from_upstream",
+        pytest.param("where_geneformer_stands", marks=pytest.mark.slow),
+        "census",
+    ],
+)
 def test_the_snippets_for_those_who_come_from_elsewhere(labelled, tokenizer, name):
     cells = anndata.read_h5ad(labelled / "cells.h5ad")
     if name == "from_upstream":

@@ -90,7 +90,7 @@ def test_tasks_whose_labels_are_there_run_end_to_end(name, shared, random_model,
 
 def test_a_benchmark_that_is_killed_goes_on_with_its_table(genes, model_folder, tmp_path):
     cells = make_labelled(genes)
-    names = [str(write(cells[i:].copy(), tmp_path / f"{i}.h5ad")) for i in range(3)]
+    names = [str(write(cells[i:].copy(), tmp_path / f"{i}.h5ad")) for i in range(2)]
     config = {"models": {"mine": str(model_folder)}, "datasets": [{"path": name, "labels": "cell_type", "batch": "batch"} for name in names], "pooling": "mean"}
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
 

@@ -67,6 +67,7 @@ def test_figures_are_those_of_evaluate_cells(place, labelled):
     assert len(json.loads((place / "table" / "benchmark.json").read_text())["rows"]) == 4
 
 
+@pytest.mark.slow
 def test_what_is_finished_is_not_computed_again_and_new_models_are_added(place, counted):
     first = benchmark({"mine": place / "model"}, datasets_in(place, "first"), place / "table", **OPTIONS)
     assert counted == [("first.h5ad", "model"), ("first.h5ad", "untrained"), ("first.h5ad", "expression")]
@@ -100,6 +101,7 @@ def test_a_run_that_was_cut_off_goes_on(place, counted, monkeypatch):
     assert table["dataset"].unique().tolist() == ["first", "second"]
 
 
+@pytest.mark.slow
 def test_other_cells_weights_or_options_are_computed_anew(place, labelled, counted):
     benchmark(place / "model", datasets_in(place, "first"), place / "table", **OPTIONS)
     del counted[:]
