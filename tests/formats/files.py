@@ -182,3 +182,15 @@ def write_scdl(cells: anndata.AnnData, path: Path) -> Path:
         SingleCellMemMapDataset(data_path=str(path), h5ad_path=str(source), use_X_not_raw=True)
     source.unlink()
     return path
+
+
+def write_soma(cells: anndata.AnnData, path: Path) -> Path:
+    """An experiment laid out as the Census is."""
+    import warnings
+
+    import tiledbsoma.io
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        tiledbsoma.io.from_anndata(str(path), cells, measurement_name="RNA", X_layer_name="raw")
+    return path

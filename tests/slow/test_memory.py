@@ -12,6 +12,8 @@ import h5py
 import numpy as np
 import pytest
 
+from geneformer_hf.data.readers import open_cells
+from geneformer_hf.data.scdl import write_scdl
 from geneformer_hf.data.writing import add_obs
 from tests.conftest import write
 from tests.formats import files as formats
@@ -39,6 +41,15 @@ def write_many(path: Path, n_cells: int, genes: list[str]) -> None:
             data[start:stop] = rng.integers(1, 9, stop - start)
             indices[start:stop] = np.sort(rng.permuted(np.tile(np.arange(len(genes)), ((stop - start) // 8, 1)), axis=1)[:, :8], axis=1).ravel()
         x["indptr"] = np.arange(n_cells + 1, dtype=np.int64) * 8
+
+
+LOAD_SOMA = """
+import sys
+from geneformer_hf import GeneformerTokenizer, SomaSource, load_cells
+experiment, model, output, cache = sys.argv[1:]
+dataset = load_cells(SomaSource(experiment), tokenizer=GeneformerTokenizer.from_pretrained(model), cache_dir=cache)
+assert len(dataset) == int(output.rsplit("out", 1)[1])
+"""
 
 
 def peak_of(command: list[str]) -> float:
@@ -79,11 +90,12 @@ def test_a_million_cells_take_the_memory_of_a_hundred_thousand(tmp_path, genes, 
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
-@pytest.mark.parametrize("kind", ["csc", "dense", "zarr", "loom", "tenx", "folder"])
+@pytest.mark.parametrize("kind", ["csc", "dense", "zarr", "loom", "tenx", "folder", "scdl", "soma"])
 def test_every_kind_of_file_is_read_in_flat_memory(kind, tmp_path, genes, model_folder):
     """The counts of 180,000 more cells would take 43 MB dense and 17 MB sparse, and several times that on the way."""
     peaks = []
-    for n_cells in (20_000, 200_000):
+    # Writing an experiment takes longer than everything else.
+    for n_cells in (10_000, 100_000) if kind == "soma" else (20_000, 200_000):
         write_many(tmp_path / "source.h5ad", n_cells, genes)
         cells = anndata.read_h5ad(tmp_path / "source.h5ad")
         make = {
@@ -93,10 +105,17 @@ def test_every_kind_of_file_is_read_in_flat_memory(kind, tmp_path, genes, model_
             "loom": lambda c, p: formats.write_loom(c, p.with_suffix(".loom")),
             "tenx": lambda c, p: formats.write_tenx_h5(c, p.with_suffix(".h5")),
             "folder": formats.write_tenx_folder,
+            "scdl": lambda c, p: write_scdl(open_cells(c), p),
+            "soma": formats.write_soma,
         }
         path = make[kind](cells, tmp_path / f"n{n_cells}")
         del cells
         command = ["tokenize", str(path), "--model", str(model_folder), "--output", str(tmp_path / f"out{n_cells}")]
+        if kind == "soma":
+            peaks.append(
+                peak_of([sys.executable, "-c", LOAD_SOMA, str(path), str(model_folder), str(tmp_path / f"out{n_cells}"), str(tmp_path / f"cache{n_cells}")])
+            )
+            continue
         # Buffers that fill with the smaller file already: what grows after that, grows with the file.
         code = "import sys; from geneformer_hf.data import tenx, transpose; transpose.CHUNK_VALUES = tenx.CHUNK_VALUES = 1 << 17; from geneformer_hf.cli.main import main; sys.exit(main(sys.argv[1:]))"
         peaks.append(peak_of([sys.executable, "-c", code, *command]))
