@@ -56,6 +56,7 @@ class ScdlSource(FileSource):
 
     layout = "csr"
     counts = "X"
+    _store: Any = None
 
     def __init__(self, path: Path, options: SourceOptions) -> None:
         self.path, self.name, self.options = path, str(path), options
@@ -80,7 +81,10 @@ class ScdlSource(FileSource):
     @contextmanager
     def _open(self) -> Iterator[Any]:
         try:
-            yield scdl_dataset(data_path=str(self.path))
+            if self._store is None:
+                # Opening reads all of obs; once is enough.
+                self._store = scdl_dataset(data_path=str(self.path))
+            yield self._store
         except PermissionError as error:
             msg = f"{self.path}: bionemo-scdl opens archives for writing, and this one cannot be written ({error.strerror}). Copy it to a place of your own."
             raise CellFileError(msg) from error
@@ -89,6 +93,10 @@ class ScdlSource(FileSource):
                 raise
             msg = f"{self.path} cannot be read as an scDL archive: {type(error).__name__}: {' '.join(str(error).split())}. It may be damaged, or joined from archives that were opened from disk; write it anew from its .h5ad."
             raise CellFileError(msg) from error
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave open files to this process."""
+        return {name: value for name, value in vars(self).items() if name != "_store"}
 
     def _matrix(self, store: Any) -> Any:
         return {"data": store.data, "indices": store.col_index, "indptr": store.row_index}
