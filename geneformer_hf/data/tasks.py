@@ -216,7 +216,13 @@ def _open_dask(num_proc: int | None, dask: str) -> Iterator[Workers]:
     try:
         with (
             distributed.LocalCluster(
-                n_workers=n_workers, threads_per_worker=1, processes=True, dashboard_address=None, silence_logs=logging.CRITICAL
+                n_workers=n_workers,
+                threads_per_worker=1,
+                processes=True,
+                # Without an address the scheduler's HTTP server asks for port 8787, where the user's own cluster may listen.
+                dashboard_address="127.0.0.1:0",
+                scheduler_kwargs={"dashboard": False},
+                silence_logs=logging.CRITICAL,
             ) as cluster,
             distributed.Client(cluster) as client,
         ):

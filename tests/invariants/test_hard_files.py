@@ -42,7 +42,7 @@ def test_a_cluster_that_outlives_a_run_remembers_nothing_of_it(tmp_path, genes, 
     import distributed
 
     first, second = write(make_cells(genes, 20, seed=1), tmp_path / "1.h5ad"), write(make_cells(genes, 20, seed=2), tmp_path / "2.h5ad")
-    with distributed.LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address=None) as cluster:
+    with distributed.LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address="127.0.0.1:0") as cluster:
         for path in (first, second):
             written = tokenize_corpus(path, tmp_path / "out", tokenizer=tokenizer, dask=cluster.scheduler_address, overwrite=True)["input_ids"][:]
             assert written == load_cells(path, tokenizer=tokenizer, cache_dir=tmp_path / "cache")["input_ids"][:]

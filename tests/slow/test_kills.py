@@ -1,8 +1,10 @@
 """Killed at any moment, the same command goes on and writes the same bytes: one process, several, a Dask cluster."""
 
+import contextlib
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -12,6 +14,7 @@ import anndata
 import pandas as pd
 import psutil
 import pytest
+from datasets import load_from_disk
 
 from geneformer_hf import QualityRules, assess_quality, fit_gene_table, tokenize_corpus
 from geneformer_hf.data import corpus
@@ -167,3 +170,15 @@ def test_medians_and_quality_go_on_after_sigkill(command, tmp_path, files):
     else:
         assert output.read_bytes() == whole.read_bytes()
     assert not list(tmp_path.glob(".out*"))
+
+
+def test_a_dask_cluster_beside_the_users_own_says_nothing_of_its_port(tmp_path, tokenizer, genes):
+    """Dask's HTTP server asks for port 8787 and warns where another cluster has it."""
+    path = write(make_cells(genes, 20, seed=1), tmp_path / "cells.h5ad")
+    with socket.socket() as taken:
+        # Where another program has the port, it is taken all the same.
+        with contextlib.suppress(OSError):
+            taken.bind(("127.0.0.1", 8787))
+            taken.listen()
+        tokenize_corpus(path, tmp_path / "out", tokenizer=tokenizer, dask="local", num_proc=1)
+    assert len(load_from_disk(tmp_path / "out")) == 20
