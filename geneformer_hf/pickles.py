@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import pickle
+import re
 from collections import defaultdict
 from pathlib import Path
 from typing import Any, ClassVar
@@ -19,11 +20,51 @@ from .errors import CheckpointError, UnsafePickleError
 UnpicklingError = pickle.UnpicklingError
 """What torch raises where a pickle of weights asks for more than tensors."""
 
+_NUMBER = re.compile("b1|[iu][1248]|f[248]")
+_TEXT = re.compile("U[0-9]{1,6}")
+
+
+class _NumpyType:
+    """Stands for `numpy.dtype`, which reads its argument as a language of its own and trusts the state it is given: a bent file can crash it."""
+
+    def __init__(self, code: str, *_: Any) -> None:
+        if not isinstance(code, str) or not (_NUMBER.fullmatch(code) or _TEXT.fullmatch(code)):
+            msg = f"a numpy value of type {code!r}; expected numbers or texts"
+            raise ValueError(msg)
+        self.code, self.order = code, "="
+
+    def __setstate__(self, state: Any) -> None:
+        if not isinstance(state, tuple) or len(state) < 2 or state[1] not in ("<", ">", "|", "="):
+            msg = f"a numpy type of state {state!r}"
+            raise ValueError(msg)
+        self.order = state[1]
+
+
+class _NumpyScalar:
+    """Stands for numpy's `scalar`: the value of a type that some bytes hold."""
+
+    def __new__(cls, of_type: Any, content: Any) -> Any:
+        if not isinstance(of_type, _NumpyType) or not isinstance(content, bytes):
+            msg = "a numpy value that is not a type and its bytes"
+            raise TypeError(msg)
+        kind = np.dtype(of_type.order + of_type.code)
+        if len(content) != kind.itemsize:
+            msg = f"a numpy value of type {of_type.code} in {len(content)} bytes; expected {kind.itemsize}"
+            raise ValueError(msg)
+        if kind.kind == "U":
+            return content.decode("utf-32-be" if kind.str.startswith(">") else "utf-32-le").rstrip("\0")
+        return np.frombuffer(content, dtype=kind)[0]
+
+    def __setstate__(self, state: Any) -> None:
+        # Without it, a pickle could set attributes of this class.
+        raise NotImplementedError
+
+
 # The two spellings of numpy's module before and after numpy 2.
-_ALLOWED = {
-    ("numpy", "dtype"): np.dtype,
-    ("numpy.core.multiarray", "scalar"): np._core.multiarray.scalar,  # type: ignore[attr-defined]
-    ("numpy._core.multiarray", "scalar"): np._core.multiarray.scalar,  # type: ignore[attr-defined]
+_ALLOWED: dict[tuple[str, str], Any] = {
+    ("numpy", "dtype"): _NumpyType,
+    ("numpy.core.multiarray", "scalar"): _NumpyScalar,
+    ("numpy._core.multiarray", "scalar"): _NumpyScalar,
 }
 
 _ALLOWED_IN_RAW_VALUES = {("collections", "defaultdict"): defaultdict, ("builtins", "list"): list}
@@ -121,7 +162,7 @@ def read_label_mappings(path: Path) -> dict[str, dict[str, int]]:
     content = _read(path, _RestrictedUnpickler)
     if isinstance(content, dict) and content and all(isinstance(one, dict) for one in content.values()):
         found = {str(task): {str(_plain(name)): _plain(number) for name, number in one.items()} for task, one in content.items()}
-        if all(sorted(one.values()) == list(range(len(one))) for one in found.values()):
+        if all(all(isinstance(n, int) for n in one.values()) and sorted(one.values()) == list(range(len(one))) for one in found.values()):
             return found
     msg = f"{path} does not hold classes of tasks; expected {{task: {{name: 0, name: 1, …}}, …}} as the published MTLClassifier writes it."
     raise CheckpointError(msg)

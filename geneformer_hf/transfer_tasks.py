@@ -127,24 +127,39 @@ def run_task(
     task = load_task(task) if isinstance(task, str) else task
     task.require(cells=cells, genes=genes)
     need, settings = task.needs["cells"], dict(settings or {})
-    label, group, batch = label or need.label, group or need.group, batch or need.batch
     if task.kind == EMBEDDING:
-        return _judge(task, model, cells, Path(output), {"labels": label, "batch": batch, "held_out": group} | settings, overwrite=overwrite)
+        columns = {"labels": label or need.label, "batch": batch or need.batch, "held_out": group or need.group}
+        return _judge(task, model, cells, Path(output), columns | settings, overwrite=overwrite)
     from .training.arguments import GeneformerFineTuningArguments
     from .training.finetuning import finetune
 
-    chosen: dict[str, Any] = dict(task.settings)
+    chosen = fine_tuning_settings(task, model, output=output, cells=cells, genes=genes, label=label, group=group, overwrite=overwrite)
+    return finetune(GeneformerFineTuningArguments(**(chosen | settings)), None if "train_data" in chosen else cells)
+
+
+def fine_tuning_settings(
+    task: TransferTask,
+    model: Any,
+    *,
+    output: str | Path,
+    cells: Any,
+    genes: str | Path | None = None,
+    label: str | None = None,
+    group: str | None = None,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Return the arguments of fine-tuning of a task of genes or cells, by name; as in `run_task`."""
+    need, chosen = task.needs["cells"], dict(task.settings)
+    label, group = label or need.label, group or need.group
     if task.kind == GENES:
         chosen["gene_classes"] = str(genes)
     else:
         chosen |= {"label": [label]} | ({"group_column": group} if group else {})
     if task.frozen_share:
         chosen["freeze_layers"] = round(task.frozen_share * _layers_of(model))
-    paths = {"train_data": [str(cells)]} if isinstance(cells, (str, Path)) else {}
-    arguments = GeneformerFineTuningArguments(
-        **(chosen | paths | {"from_checkpoint": str(model), "output_dir": str(output), "overwrite": overwrite} | settings)
-    )
-    return finetune(arguments, None if paths else cells)
+    if isinstance(cells, (str, Path)):
+        chosen["train_data"] = [str(cells)]
+    return chosen | {"from_checkpoint": str(model), "output_dir": str(output), "overwrite": overwrite}
 
 
 def _judge(task: TransferTask, model: Any, cells: Any, output: Path, settings: dict[str, Any], *, overwrite: bool) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,8 +21,6 @@ from ..reports.label_transfer import KNN, MAJORITY, PROBE, Fold, means, transfer
 from .cells import Cells
 from .embeddings import Embedder
 from .representations import BASELINE, MODEL, STORED, UNTRAINED, Representation, UnrankedCells, expression, iter_models, named_models, stored
-
-logger = logging.getLogger(__name__)
 
 LEAST_CELLS = 16
 """Fewer cells have no fifteen neighbours."""

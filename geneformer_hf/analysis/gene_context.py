@@ -91,8 +91,9 @@ def context_specificity(
 
 
 def _permuted(ids_n: np.ndarray, permutations: int, seed: int) -> np.ndarray:
-    """Return the types of the cells, then permutations of them among the labelled cells: int64 of shape `(1 + permutations, n)`."""
+    """Return the types of the cells, then permutations of them among the labelled cells: small ints of shape `(1 + permutations, n)`."""
     rng, labelled = np.random.default_rng(seed), np.flatnonzero(ids_n != IGNORED)
+    ids_n = ids_n.astype(np.min_scalar_type(-1 - int(ids_n.max())))
     out = np.tile(ids_n, (permutations + 1, 1))
     for row in out[1:]:
         row[labelled] = ids_n[rng.permutation(labelled)]
@@ -124,7 +125,7 @@ def _specificity(runner: Embedder, tokens: Cells, chosen: np.ndarray, types_pn: 
         gene_t, hidden_te = place[part.input_ids[kept]], part.hidden[kept.to(part.hidden.device)].double().cpu()
         squares.index_add_(0, gene_t, hidden_te.square().sum(1))
         for number, types_n in enumerate(types_pn):
-            at = gene_t * n_types + torch.from_numpy(types_n[cell_t])
+            at = gene_t * n_types + torch.from_numpy(types_n[cell_t].astype(np.int64))
             sums[number].index_add_(0, at, hidden_te)
             counts[number] += torch.bincount(at, minlength=counts.shape[1])
     sums, counts = sums.view(n_sets, len(chosen), n_types, size), counts.view(n_sets, len(chosen), n_types)

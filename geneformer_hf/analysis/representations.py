@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +19,6 @@ from ..reports.cell_baselines import expression_matrix
 from ..reports.expression import principal_components, variable_expression
 from .cells import Cells, SourceCells, TokenChunk
 from .embeddings import Embedder
-
-logger = logging.getLogger(__name__)
 
 MODEL, UNTRAINED, STORED, BASELINE = KINDS = ("model", "untrained", "obsm", "baseline")
 SHAPE = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "max_position_embeddings", "vocab_size", "vocabulary_fingerprint")

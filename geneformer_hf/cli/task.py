@@ -34,7 +34,7 @@ class Task(Command):
 
     def run(self, args: Namespace) -> int:
         from ..errors import SettingError
-        from ..transfer_tasks import EMBEDDING, load_task, run_task, task_names
+        from ..transfer_tasks import EMBEDDING, fine_tuning_settings, load_task, run_task, task_names
 
         if args.task is None:
             for name in task_names():
@@ -52,40 +52,43 @@ class Task(Command):
             msg = f"the task {task.name!r} needs {' and '.join(missing)} as well."
             raise SettingError(msg)
         task.require(cells=args.cells, genes=args.genes)
-        settings = _rest(args.rest, task.kind == EMBEDDING)
-        found = run_task(task, args.model, output=args.output, cells=args.cells, genes=args.genes, label=args.label, group=args.group, batch=args.batch, settings=settings, overwrite=args.overwrite)  # fmt: skip
+        given = {"output": args.output, "cells": args.cells, "genes": args.genes, "label": args.label, "group": args.group, "overwrite": args.overwrite}
         if task.kind == EMBEDDING:
             from .evaluate import print_table
 
-            print_table(found.table)
-            print(f"{found.verdict()}\nPublished: {task.published}.\nLook at {args.output / 'report.html'}")
+            judged = run_task(task, args.model, **given, batch=args.batch, settings=_of_evaluation(args.rest))
+            print_table(judged.table)
+            print(f"{judged.verdict()}\nPublished: {task.published}.\nLook at {args.output / 'report.html'}")
             return 0
+        from ..training.arguments import GeneformerFineTuningArguments
+        from ..training.configs import parse_arguments
+        from ..training.finetuning import finetune
         from .finetune import print_outcome
 
-        print_outcome(found.figures, found.folder)
-        print(f"Published: {task.published}.")
+        recipe = fine_tuning_settings(task, args.model, **given)
+        arguments = parse_arguments(GeneformerFineTuningArguments, recipe, args.rest)
+        run = finetune(arguments)
+        if arguments.process_index == 0:
+            print_outcome(run.figures, run.folder)
+            print(f"Published: {task.published}.")
         return 0
 
 
-def _rest(words: list[str], is_embedding: bool) -> dict[str, object]:
-    """Read further arguments, `--name value`, as those of fine-tuning or of an evaluation."""
+def _of_evaluation(words: list[str]) -> dict[str, object]:
+    """Read further arguments, `--name value`, as those of an evaluation."""
     import yaml
 
     from ..errors import SettingError
 
+    known = ("layer", "pooling", "batch_size", "device", "dtype", "n_folds", "seed")
+    takes = f"it takes {', '.join(f'--{name} VALUE' for name in known)}."
     if len(words) % 2 or any(not name.startswith("--") for name in words[::2]):
-        msg = f"further arguments are pairs of --name and value; found {' '.join(words)}."
+        msg = f"cannot make sense of {' '.join(words)}: {takes}"
         raise SettingError(msg)
+    # Whole numbers and words, no 1e-3: what YAML makes of them is what is meant.
     named = {name.removeprefix("--").replace("-", "_"): yaml.safe_load(value) for name, value in zip(words[::2], words[1::2], strict=True)}
-    if is_embedding:
-        known = ("layer", "pooling", "batch_size", "device", "dtype", "n_folds", "seed")
-        unknown = [name for name in named if name not in known]
-        if unknown:
-            msg = f"--{', --'.join(unknown)} is no argument of this task; it takes {', '.join(f'--{name}' for name in known)}."
-            raise SettingError(msg)
-        return named
-    from ..training.arguments import GeneformerFineTuningArguments
-    from ..training.configs import require_known
-
-    require_known(named, GeneformerFineTuningArguments, where="geneformer-hf task")
+    unknown = [name for name in named if name not in known]
+    if unknown:
+        msg = f"--{', --'.join(unknown)} is no argument of this task; {takes}"
+        raise SettingError(msg)
     return named

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from transformers import AutoTokenizer
 from transformers.utils import SAFE_WEIGHTS_NAME
 
@@ -29,6 +28,7 @@ from ..pickles import read_dictionary, sha256
 from ..reports.cards import checkpoint_card
 from ..reports.published import FACTS, Facts
 from .upstream import classes_of
+from .weights import source_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -92,11 +92,7 @@ def convert_checkpoint(
     if len(tokenizer) != config.vocab_size:
         msg = f"{folder} has a vocabulary of {config.vocab_size:,} and the dictionaries in {found['tokens'].parent} one of {len(tokenizer):,}. Give the dictionaries of this checkpoint with `dictionaries=` (`--dictionaries`)."
         raise VocabularyMismatchError(msg)
-    try:
-        tensors = source_tensors(folder)
-    except Exception as error:
-        msg = f"{folder}: the weights cannot be read ({type(error).__name__}: {error}). Download them again."
-        raise CheckpointError(msg) from error
+    tensors = source_tensors(folder)
     model, loading = model_class.from_pretrained(folder, output_loading_info=True)
     problems = {name: sorted(map(str, keys)) for name, keys in loading.items() if name in ("missing_keys", "unexpected_keys", "mismatched_keys") and keys}
     if problems:
@@ -179,18 +175,6 @@ def _source_folder(source: str | Path, subfolder: str | None, revision: str | No
         msg = f"{place} holds {GENE_TABLE_FILE}: it is converted already and opens with the Auto classes."
         raise CheckpointError(msg)
     return folder, place
-
-
-def source_tensors(folder: Path) -> dict[str, torch.Tensor]:
-    """Read the weights of a checkpoint as they are on disk."""
-    tensors: dict[str, torch.Tensor] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            tensors |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-    if not tensors:
-        for path in sorted(folder.glob("pytorch_model*.bin")):
-            tensors |= torch.load(path, map_location="cpu", weights_only=True)
-    return tensors
 
 
 def _require_equal(converted: Path, source: dict[str, torch.Tensor], model_class: Any, token_dictionary: Path) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +16,12 @@ from ..models.configuration_geneformer import GeneformerConfig
 from ..models.modeling_geneformer import GeneformerForMultiTaskClassification
 from ..models.tokenization_geneformer import GeneformerTokenizer
 from ..outputs import new_folder
-from ..pickles import read_class_ids, read_label_mappings, require_content
+from ..pickles import read_class_ids, read_label_mappings
+from .weights import source_tensors
 
 MULTI_TASK_FILES = ("pytorch_model.bin", "config.json", "hyperparameters.json")
 LABEL_MAPPINGS = "task_label_mappings.pkl"
+HEAD = re.compile(r"classification_heads\.(\d+)\.(weight|bias)")
 
 
 def classes_of(path: str | Path, n_classes: int) -> dict[int, str]:
@@ -70,12 +73,12 @@ def convert_multi_task(
     if missing:
         msg = f"{folder} lacks {', '.join(missing)}, so it is no multi-task model of upstream's MTLClassifier."
         raise CheckpointError(msg)
-    require_content(folder / MULTI_TASK_FILES[0])
-    weights = torch.load(folder / MULTI_TASK_FILES[0], map_location="cpu", weights_only=True)
+    weights = source_tensors(folder)
     labels = _labels_of(folder, label_mappings)
-    hyperparameters = json.loads((folder / "hyperparameters.json").read_text(encoding="utf-8"))
-    heads = {name.split(".")[-2]: weights[name] for name in weights if name.startswith("classification_heads.") and name.endswith(".weight")}
-    sizes = [len(heads[number]) for number in sorted(heads, key=int)]
+    hyperparameters = _read_json(folder / "hyperparameters.json")
+    _read_json(folder / "config.json")
+    heads = {int(head.group(1)): len(tensor) for name, tensor in weights.items() if (head := HEAD.fullmatch(name)) and head.group(2) == "weight"}
+    sizes = [heads[number] for number in sorted(heads)]
     if sizes != [len(names) for names in labels.values()]:
         msg = f"{folder} has heads of {sizes} classes, and the labels are {', '.join(f'{task} ({len(names)})' for task, names in labels.items())}. They belong to another model."
         raise CheckpointError(msg)
@@ -91,11 +94,16 @@ def convert_multi_task(
         raise SettingError(msg)
     ours = _renamed(weights, list(labels), sorted(labels))
     model = GeneformerForMultiTaskClassification(config)
-    problem = model.load_state_dict(ours, strict=False)
-    unfit = [*problem.missing_keys, *problem.unexpected_keys]
+    expected = model.state_dict()
+    unfit = [
+        *(f"{name} is missing" for name in expected if name not in ours),
+        *(f"{name} is unknown" for name in ours if name not in expected),
+        *(f"{name} has shape {tuple(ours[name].shape)} for {tuple(tensor.shape)}" for name, tensor in expected.items() if name in ours and ours[name].shape != tensor.shape),
+    ]  # fmt: skip
     if unfit:
-        msg = f"{folder}: the weights do not fit a multi-task model: {', '.join(unfit[:5])}."
+        msg = f"{folder}: the weights do not fit a multi-task model of its config.json: {', '.join(unfit[:5])}{f' and {len(unfit) - 5} more' if unfit[5:] else ''}."
         raise CheckpointError(msg)
+    model.load_state_dict(ours)
     with new_folder(output, overwrite=overwrite) as partial:
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
@@ -118,6 +126,18 @@ def _labels_of(folder: Path, given: str | Path | None) -> dict[str, list[str]]:
     return {task: [name for name, _ in sorted(of_task.items(), key=lambda item: item[1])] for task, of_task in mappings.items()}
 
 
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        msg = f"{path} is no JSON ({error}). Download it again."
+        raise CheckpointError(msg) from error
+    if not isinstance(content, dict):
+        msg = f"{path} holds a {type(content).__name__}; expected settings by name."
+        raise CheckpointError(msg)
+    return content
+
+
 def _renamed(weights: Mapping[str, torch.Tensor], given: list[str], stored: list[str]) -> dict[str, torch.Tensor]:
     """Return upstream's tensors under our names; heads are in sorted order here."""
     out: dict[str, Any] = {}
@@ -125,10 +145,10 @@ def _renamed(weights: Mapping[str, torch.Tensor], given: list[str], stored: list
         if name.startswith("bert.pooler.") or name.endswith("position_ids"):
             # Neither is read by upstream's heads.
             continue
-        if name.startswith("classification_heads."):
-            _, number, kind = name.split(".")
-            out[f"classifiers.{stored.index(given[int(number)])}.{kind}"] = tensor
-        elif name.startswith("attention_pool."):
+        head = HEAD.fullmatch(name)
+        if head and int(head.group(1)) < len(given):
+            out[f"classifiers.{stored.index(given[int(head.group(1))])}.{head.group(2)}"] = tensor
+        elif name == "attention_pool.attention_weights":
             out["attention_pool.weigh.weight"] = tensor.reshape(1, -1)
         else:
             out[name] = tensor

@@ -36,7 +36,7 @@ def scib_metrics() -> Any:
 def integration_figures(
     vectors_ne: np.ndarray, labels_n: np.ndarray, batches_n: np.ndarray | None = None, *, expression_ng: np.ndarray | None = None, seed: int = 0
 ) -> dict[str, float]:
-    """Measure an embedding; every figure lies between 0 and 1, and more is better.
+    """Measure an embedding; more is better, and figures lie between 0 and 1, but for `ari`, which is a little below 0 where clusters agree less than by chance.
 
     Args:
         vectors_ne (`np.ndarray` of shape `(n, e)`): without NaN.

@@ -156,6 +156,52 @@ def test_multi_task_folders_that_do_not_fit_are_refused(multi_task, tokenizer, v
     assert not (tmp_path / "out").exists()
 
 
+def damaged(weights, how, folder):
+    if how == "a_pickle_that_runs":
+        torch.save(weights | {"more": Hostile(folder / "ran")}, folder / "pytorch_model.bin")
+    elif how == "cut_off":
+        (folder / "pytorch_model.bin").write_bytes((folder / "pytorch_model.bin").read_bytes()[:900])
+    elif how == "nothing":
+        (folder / "pytorch_model.bin").write_bytes(b"")
+    elif how == "numbers":
+        torch.save({"a": 1}, folder / "pytorch_model.bin")
+    elif how == "no_json":
+        (folder / "hyperparameters.json").write_text("{")
+    elif how == "a_list":
+        (folder / "config.json").write_text("[]")
+    else:
+        name = "bert.encoder.layer.0.attention.self.query.bias"
+        change = {
+            "another_shape": {name: weights[name][:3]},
+            "a_key_more": {"classification_heads.first.weight": weights[name]},
+            "a_head_more": {"classification_heads.7.bias": weights[name]},
+        }
+        torch.save(weights | change[how], folder / "pytorch_model.bin")
+
+
+@pytest.mark.parametrize(
+    ("how", "error", "message"),
+    [
+        ("a_pickle_that_runs", UnsafePickleError, "nothing of it was executed"),
+        ("cut_off", CheckpointError, "the weights cannot be read"),
+        ("nothing", CheckpointError, r"the weights cannot be read \(EOFError\)"),
+        ("numbers", CheckpointError, "other things than tensors by name"),
+        ("no_json", CheckpointError, r"hyperparameters.json is no JSON"),
+        ("a_list", CheckpointError, r"config.json holds a list"),
+        ("another_shape", CheckpointError, r"query.bias has shape \(3,\) for \(16,\)"),
+        ("a_key_more", CheckpointError, r"classification_heads.first.weight is unknown"),
+        ("a_head_more", CheckpointError, r"classification_heads.7.bias is unknown"),
+    ],
+)
+def test_damaged_multi_task_folders_are_refused(multi_task, tokenizer, tmp_path, how, error, message):
+    folder, plain = multi_task
+    damaged(plain.state_dict(), how, folder)
+    with pytest.raises(error, match=message):
+        convert_multi_task(folder, tmp_path / "out", tokenizer=tokenizer)
+    assert not (folder / "ran").exists()
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_tokenized_folder_of_upstream_is_a_dataset_like_any(model_folder, cells, tokenizer, tmp_path):
     """Its columns are input_ids, length and attributes; there are no cell ids and no record."""
     made = load_cells(cells, tokenizer=tokenizer)

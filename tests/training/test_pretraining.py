@@ -46,10 +46,10 @@ def test_the_same_trajectory_however_cells_are_batched(run, settings_of_batches)
 @pytest.mark.parametrize(
     "budget", [pytest.param({"max_tokens_per_batch": 200}, id="packed"), pytest.param({"max_tokens_per_batch": 200, "batch_layout": "padded"}, id="padded")]
 )
-def test_batches_of_tokens_have_the_loss_of_one_cell_at_a_time(run, tokens, tokenizer, budget):
+def test_batches_of_tokens_have_the_loss_of_one_cell_at_a_time(run, tokens, tokenizer, budget, tmp_path):
     """The plan differs from that of cells, so the first step is compared with its cells run alone."""
     found = run("found", **budget, max_steps=1, num_train_epochs=1)
-    arguments = gf.GeneformerPretrainingArguments(output_dir="unused", use_cpu=True, **budget)
+    arguments = gf.GeneformerPretrainingArguments(output_dir=str(tmp_path / "unused"), use_cpu=True, **budget)
     corpus = Corpus("cells", tokens, 10)
     torch.manual_seed(arguments.seed)
     trainer = GeneformerPretrainer(found.model, arguments, mixture=Mixture([corpus], seed=arguments.order_seed), tokenizer=tokenizer)

@@ -29,6 +29,31 @@ def test_numpy_1_spelling_is_read_too(tmp_path):
     assert read_dictionary(tmp_path / "x.pkl") == {"a": 2.5}
 
 
+NUMBERS = [np.dtype(code).type(3) for code in ("i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8", "b1")]
+
+
+@pytest.mark.parametrize("value", [*NUMBERS, np.array([1.5], dtype=">f8")[0], np.str_("T cell"), np.str_("ß")], ids=repr)
+@pytest.mark.parametrize("protocol", [3, 4, 5])
+def test_numpy_values_are_what_numpy_reads(value, protocol, tmp_path):
+    (tmp_path / "x.pkl").write_bytes(pickle.dumps({"a": value}, protocol=protocol))
+    assert read_dictionary(tmp_path / "x.pkl") == {"a": value.item()}
+
+
+@pytest.mark.parametrize(
+    ("code", "content"),
+    [("O", b"12345678"), ("V8", b"12345678"), ("04", b"1234"), ("f8,f8", b"1" * 16), ("f8", b"1234"), ("U1", b"\xff\xff\xff\xff")],
+    ids=["object", "void", "text_that_is_compiled", "record", "bytes_too_few", "no_character"],
+)
+def test_other_numpy_types_are_refused(code, content, tmp_path):
+    """numpy reads the type as a language of its own, and takes the bytes as they are."""
+    data = pickle.dumps({"a": np.float64(2.5)}, protocol=3)
+    data = data.replace(b"X\x02\x00\x00\x00f8", b"X" + len(code).to_bytes(4, "little") + code.encode())
+    data = data.replace(b"C\x08" + np.float64(2.5).tobytes(), b"C" + bytes([len(content)]) + content)
+    (tmp_path / "x.pkl").write_bytes(data)
+    with pytest.raises(CheckpointError, match="cannot be read as a pickled dictionary"):
+        read_dictionary(tmp_path / "x.pkl")
+
+
 class Hostile:
     def __init__(self, target):
         self.target = target

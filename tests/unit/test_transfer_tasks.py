@@ -5,6 +5,7 @@ import pickle
 
 import numpy as np
 import pytest
+import yaml
 
 from geneformer_hf import GeneformerFineTuningArguments, load_task, run_task, task_names
 from geneformer_hf.cli.main import main
@@ -86,9 +87,20 @@ def test_a_task_of_genes_is_learnt_with_two_thirds_of_the_layers_frozen(labelled
 def test_a_task_of_cells_takes_its_columns_from_the_recipe_or_the_user(labelled, model_folder, tmp_path, capsys):
     cells = write(labelled, tmp_path / "cells.h5ad")
     quick = [
-        word
-        for name, value in QUICK.items()
-        for word in (f"--{name}", str(value).lower() if isinstance(value, bool) else f"'{value}'" if value == "no" else str(value))
+        "--num_train_epochs",
+        "1",
+        "--disable_tqdm",
+        "true",
+        "--use_cpu",
+        "--pooling",
+        "mean",
+        "--baselines",
+        "false",
+        "--save_strategy=no",
+        "--eval_strategy",
+        "no",
+        "--learning_rate",
+        "1e-3",
     ]
     arguments = [
         "task",
@@ -110,6 +122,7 @@ def test_a_task_of_cells_takes_its_columns_from_the_recipe_or_the_user(labelled,
     settings = (tmp_path / "out" / "model" / "settings.yaml").read_text()
     assert "group_column: donor" in settings
     assert "test_share: 0.3" in settings
+    assert yaml.safe_load(settings)["learning_rate"] == 0.001
 
 
 def test_batch_integration_is_judged_without_training(labelled, model_folder, tmp_path, capsys):
@@ -142,7 +155,8 @@ def test_the_command_lists_tasks_and_tells_what_one_needs(capsys):
             "--epochs is no argument of this task",
             id="an_unknown_option",
         ),
-        pytest.param(["cell-annotation", "--model", "m", "--output", "o", "--cells", "x", "--seed"], "pairs of --name and value", id="half_a_pair"),
+        pytest.param(["batch-integration", "--model", "m", "--output", "o", "--cells", "x", "--seed"], "it takes --layer VALUE", id="half_an_option"),
+        pytest.param(["cell-annotation", "--model", "m", "--output", "o", "--cells", "x", "--seed"], "seed: expected one argument", id="half_a_setting"),
     ],
 )
 def test_the_command_refuses_with_a_message(words, message, capsys, tmp_path, monkeypatch):
