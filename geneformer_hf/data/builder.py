@@ -156,7 +156,7 @@ def load_cells(
         keep_counts (`bool`, *optional*, defaults to `False`): adds `counts`, counts per 10,000 beside each token.
         keep_uncropped (`bool`, *optional*, defaults to `False`):
             Adds `input_ids_uncropped` and `length_uncropped`: all ranked genes, without special tokens.
-        num_proc (`int`, *optional*): processes; the rows do not depend on it.
+        num_proc (`int`, *optional*): processes for files on disk; the rows do not depend on it.
         cache_dir (`str`, *optional*): where datasets keeps the result; its default cache otherwise.
 
     Returns:

@@ -6,9 +6,10 @@ TileDB-SOMA reads experiments on disk and in the cloud alike; the Census is one 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,8 @@ CELL_IDS = ("obs_id", "observation_joinid", "barcode", "cell_id")
 GENE_INDEX = ("feature_id", "ensembl_id", "var_id")
 BLOCK = min(1024, BLOCK_CELLS)
 """Cells read at once: rows of the Census hold some thousand genes each."""
+BUFFER_BYTES = 64 << 20
+"""For each column of a read, unless the context says otherwise; tiledbsoma takes 1 GiB."""
 
 
 def tiledbsoma() -> Any:
@@ -50,7 +53,7 @@ class SomaSource(CellSource):
         obs_filter (`str`, *optional*): which cells, in the language of SOMA: `"tissue == 'blood' and is_primary_data == True"`; all otherwise.
         measurement, layer (`str`, *optional*, default to `"RNA"` and `"raw"`): where the raw counts are.
         options: `gene_ids` and `total_counts`, as for files.
-        context (*optional*): a `SOMATileDBContext`, such as that of the Census.
+        context (*optional*): a `SOMATileDBContext`, such as that of the Census, whose settings and timestamp are used.
         provenance: what to record of where this is.
 
     Raises:
@@ -63,7 +66,9 @@ class SomaSource(CellSource):
         self, uri: str | Path, obs_filter: str | None = None, *, measurement: str = MEASUREMENT, layer: str = LAYER, options: SourceOptions | None = None,
         context: Any = None, provenance: Mapping[str, Any] | None = None,
     ) -> None:  # fmt: skip
-        self._soma, self.obs_filter, self._context = tiledbsoma(), obs_filter, context
+        context = context or tiledbsoma().SOMATileDBContext()
+        self.obs_filter, self._timestamp = obs_filter, context.timestamp_ms
+        self._settings = tuple(sorted(({"soma.init_buffer_bytes": str(BUFFER_BYTES)} | context.tiledb_config).items()))
         # TileDB remembers the folder a process began in.
         self._uri = str(Path(uri).absolute()) if "://" not in str(uri) else str(uri)
         self.options = options or SourceOptions(None, None, None)
@@ -101,15 +106,15 @@ class SomaSource(CellSource):
             "obs_filter": obs_filter,
             "measurement": measurement,
             "layer": self._layer,
-            "tiledbsoma": self._soma.__version__,
+            "tiledbsoma": tiledbsoma().__version__,
         } | dict(provenance or {})
 
     @contextmanager
     def _open(self) -> Iterator[Any]:
-        options = {} if self._context is None else {"context": self._context}
+        soma = tiledbsoma()
         try:
-            experiment = self._soma.Experiment.open(self._uri, **options)
-        except (self._soma.SOMAError, ValueError, RuntimeError) as error:
+            experiment = soma.Experiment.open(self._uri, context=_context(self._settings, self._timestamp, os.getpid()))
+        except (soma.SOMAError, ValueError, RuntimeError) as error:
             msg = f"{self._uri} cannot be opened as a SOMA experiment: {_short(error)}"
             raise CellFileError(msg) from error
         with experiment:
@@ -119,7 +124,7 @@ class SomaSource(CellSource):
         wanted = {} if self.obs_filter is None else {"value_filter": self.obs_filter}
         try:
             table = experiment.obs.read(column_names=[JOIN_ID], **wanted).concat()
-        except (self._soma.SOMAError, ValueError, RuntimeError, SyntaxError) as error:
+        except (tiledbsoma().SOMAError, ValueError, RuntimeError, SyntaxError) as error:
             msg = f"{self._uri}: the query {self.obs_filter!r} cannot be asked: {_short(error)} Columns of obs: {', '.join(self._obs_columns)}."
             raise SettingError(msg) from error
         return np.sort(table.column(JOIN_ID).to_numpy())
@@ -166,7 +171,7 @@ class SomaSource(CellSource):
     def identity(self) -> str:
         """All that its cells depend on, as text: where, which, and every write to an experiment on disk."""
         writes = sorted(str(path.relative_to(self._uri)) for path in Path(self._uri).rglob("__fragments/*")) if Path(self._uri).is_dir() else []
-        return json.dumps([self._uri, self.obs_filter, self._measurement, self._layer, len(self._ids), int(self._ids.sum()), writes])
+        return json.dumps([self._uri, self._timestamp, self.obs_filter, self._measurement, self._layer, len(self._ids), int(self._ids.sum()), writes])
 
 
 def open_census(obs_filter: str, *, organism: str = "homo_sapiens", version: str = "stable", options: SourceOptions | None = None) -> SomaSource:
@@ -193,6 +198,12 @@ def open_census(obs_filter: str, *, organism: str = "homo_sapiens", version: str
     return SomaSource(
         uri, obs_filter, options=options, context=context, provenance={"census_version": described.get("release_build", version), "organism": organism}
     )
+
+
+@cache
+def _context(settings: tuple[tuple[str, Any], ...], timestamp: int | None, process: int) -> Any:
+    """Return a context of this process: the threads of TileDB do not survive a fork, and a read in its child waits for them for ever."""
+    return tiledbsoma().SOMATileDBContext(tiledb_config=dict(settings), timestamp=timestamp)
 
 
 def _short(error: Exception) -> str:

@@ -2,7 +2,9 @@
 
 import builtins
 import json
+import pickle
 import sys
+import time
 import types
 import warnings
 
@@ -12,6 +14,7 @@ import pytest
 import scipy.sparse as sp
 import tiledbsoma
 import tiledbsoma.io
+import torch
 
 from geneformer_hf import CellDatasetBuilder, SomaSource, embed_cells, load_cells, open_census
 from geneformer_hf.data import soma
@@ -85,6 +88,45 @@ def test_tokens_are_streamed_and_cells_embedded(experiment, chosen, model, token
     assert [row["cell_id"] for row in streamed] == chosen.obs_names.tolist()
     expected = embed_cells(model, chosen.copy(), tokenizer=tokenizer, gene_ids="feature_id", progress=False)
     np.testing.assert_allclose(embed_cells(model, source, tokenizer=tokenizer, progress=False), expected, atol=SAME_MODEL)
+
+
+@pytest.mark.parametrize("buffer", [512, 4096])
+def test_a_read_in_several_pieces_changes_nothing(experiment, chosen, monkeypatch, buffer):
+    monkeypatch.setattr(soma, "BUFFER_BYTES", buffer)
+    assert np.array_equal(counts_of(SomaSource(experiment, QUERY)), chosen.X.toarray())
+    monkeypatch.undo()
+    context = tiledbsoma.SOMATileDBContext(tiledb_config={"soma.init_buffer_bytes": buffer})
+    assert np.array_equal(counts_of(SomaSource(experiment, QUERY, context=context)), chosen.X.toarray())
+
+
+def test_forked_workers_of_a_loader_read_too(experiment, chosen, tokenizer):
+    """TileDB's threads are those of the process that opened the source; a worker that waits for them never answers."""
+    source = SomaSource(experiment, QUERY)
+    assert len(counts_of(source)) == len(chosen)
+    rows = CellDatasetBuilder(files=(source,), tokenizer=tokenizer).as_streaming_dataset("train")
+    loader = torch.utils.data.DataLoader(rows, batch_size=None, num_workers=1, multiprocessing_context="fork", timeout=60)
+    assert [row["cell_id"] for row in loader] == chosen.obs_names.tolist()
+
+
+def test_a_source_can_be_sent_to_another_process(experiment, chosen):
+    context = tiledbsoma.SOMATileDBContext(tiledb_config={"soma.init_buffer_bytes": 4096})
+    sent = pickle.loads(pickle.dumps(SomaSource(experiment, QUERY, context=context)))
+    assert np.array_equal(counts_of(sent), chosen.X.toarray())
+
+
+def test_a_context_of_the_past_shows_the_cells_of_then(adata, tmp_path):
+    place = str(tmp_path / "experiment")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        tiledbsoma.io.from_anndata(place, adata[:20].copy(), measurement_name="RNA", X_layer_name="raw")
+        then = int(time.time() * 1000)
+        time.sleep(0.01)
+        with tiledbsoma.Experiment.open(place, "w") as opened:
+            tiledbsoma.io.update_obs(opened, adata[:20].obs.assign(tissue="liver"))
+    past = SomaSource(place, "tissue == 'blood'", context=tiledbsoma.SOMATileDBContext(timestamp=then))
+    assert past.n_cells == 10
+    assert SomaSource(place, "tissue == 'liver'").n_cells == 20
+    assert SomaSource(place, context=tiledbsoma.SOMATileDBContext(timestamp=then)).identity != SomaSource(place).identity
 
 
 def test_another_query_or_another_write_is_another_dataset(adata, tokenizer, tmp_path):
