@@ -169,8 +169,9 @@ def _judge(task: TransferTask, model: Any, cells: Any, output: Path, settings: d
 
     require_free(output, overwrite=overwrite)
     found = evaluate_cells(model, cells, **settings)
+    given = {name: value for name, value in settings.items() if value is not None}
     with new_folder(output, overwrite=overwrite) as partial:
-        write_evaluation(found, partial, title=task.title, settings={"task": task.name, "published": task.published} | settings)
+        write_evaluation(found, partial, title=task.title, settings={"task": task.name, "published": task.published} | given)
     return found
 
 

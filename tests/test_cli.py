@@ -27,6 +27,26 @@ def test_every_command_has_help(command, capsys):
     assert "usage: geneformer-hf" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("seed", ["-5", "4294967296", "one", "1.5"])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["demo"],
+        ["qc", "cells.h5ad", "--output", "out"],
+        ["embed", "cells.h5ad", "--model", "m", "--output", "out.h5ad"],
+        ["evaluate", "cells.h5ad", "--model", "m", "--labels", "cell_type", "--output", "out"],
+        ["stats", "table.parquet", "--mode", "effects", "--output", "out.csv"],
+    ],
+    ids=lambda words: words[0],
+)
+def test_seeds_that_no_generator_takes_are_refused(words, seed, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match="2"):
+        main([*words, "--seed", seed])
+    assert f"argument --seed: '{seed}' is not a whole number from 0 to 4294967295" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_the_installed_command_runs():
     done = subprocess.run([sys.executable, "-m", "geneformer_hf.cli.main", "--version"], capture_output=True, text=True, check=True)
     assert done.stdout.startswith("geneformer-hf 0.")

@@ -25,7 +25,7 @@ from ..ranking import ENCODING_VERSION
 from ..reports.evaluation_plots import plot_table
 from ..reports.figures import without_nan
 from ..reports.html import Page, Section, Table, write_page
-from .evaluation import evaluate_cells
+from .evaluation import evaluate_cells, require_numbers
 from .evaluation_report import MEANING, SUMMING_UP
 from .representations import BASELINE, MODEL, UNTRAINED, named_models, shape_of
 
@@ -86,6 +86,10 @@ def read_benchmark(path: str | Path) -> dict[str, Any]:
         what = f"unknown {', '.join(unknown)}" if unknown else f"a dataset without path or labels ({incomplete[0]})"
         msg = f"{path}: {what}. Expected {', '.join(known)}; of a dataset {', '.join(keys)}."
         raise SettingError(msg)
+    for key, value in [item for entry in content["datasets"] for item in entry.items()]:
+        if not isinstance(value, str) and (value is not None or key in ("path", "labels")):
+            msg = f"{path}: datasets.{key} is {value!r}; expected text."
+            raise SettingError(msg)
     return content | {"datasets": [BenchmarkDataset(**entry) for entry in content["datasets"]]}
 
 
@@ -116,6 +120,7 @@ def benchmark(
     if unknown:
         msg = f"benchmark has no option {', '.join(unknown)}; it takes {', '.join((*SETTINGS, 'batch_size', 'device'))}."
         raise SettingError(msg)
+    require_numbers(options)
     named, chosen = named_models(models), [one if isinstance(one, BenchmarkDataset) else BenchmarkDataset(**one) for one in datasets]
     names = [one.shown for one in chosen]
     if len(set(names)) < len(names) or not names:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +23,8 @@ from .cells import Cells
 from .embeddings import Embedder
 from .representations import BASELINE, MODEL, STORED, UNTRAINED, Representation, UnrankedCells, expression, iter_models, named_models, stored
 
+NUMBERS = {"layer": (-math.inf, math.inf), "n_folds": (2, math.inf), "seed": (0, 2**32 - 1), "batch_size": (1, math.inf)}
+"""Options that are whole numbers, and between which they lie; a seed as numpy and scikit-learn take it."""
 LEAST_CELLS = 16
 """Fewer cells have no fifteen neighbours."""
 
@@ -147,9 +150,7 @@ def evaluate_cells(
         ColumnNotFoundError, CellFileError, LayerError, VocabularyMismatchError, CheckpointError: as `embed_cells`.
     """
     scib_metrics()
-    if n_folds < 2:
-        msg = f"n_folds is {n_folds}; expected 2 or more."
-        raise SettingError(msg)
+    require_numbers({"layer": layer, "n_folds": n_folds, "seed": seed, "batch_size": batch_size})
     if not models and not obsm and not baselines:
         msg = "there is nothing to judge: no model, no obsm, no baselines. Name one or more checkpoints."
         raise SettingError(msg)
@@ -184,6 +185,21 @@ def evaluate_cells(
     made += values if baselines else []
     judged = [judge(one) for one in tqdm(made, desc="Judging", unit=" embeddings", disable=not progress)]
     return CellEvaluation(judged, known.labels, known.batches, known.held_out, known.used, known.notes + _doubts(judged))
+
+
+def require_numbers(options: Mapping[str, Any]) -> None:
+    """Refuse options that are no whole numbers, or out of their range, before anything is computed.
+
+    Raises:
+        SettingError
+    """
+    for name, (least, most) in NUMBERS.items():
+        value = options.get(name)
+        if value is None or (isinstance(value, (int, np.integer)) and not isinstance(value, bool) and least <= value <= most):
+            continue
+        bounds = "" if math.isinf(least) else f", {least} or more" if math.isinf(most) else f" from {least} to {most}"
+        msg = f"{name} is {value!r}; expected a whole number{bounds}."
+        raise SettingError(msg)
 
 
 def _doubts(judged: Sequence[Judged]) -> list[str]:

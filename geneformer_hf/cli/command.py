@@ -42,6 +42,19 @@ def positive(text: str) -> int:
     return number
 
 
+def add_seed(parser: ArgumentParser, of: str) -> None:
+    """Declare --seed, of what it is of."""
+    parser.add_argument("--seed", type=_seed, default=0, metavar="N", help=f"of {of} (default: 0)")
+
+
+def _seed(text: str) -> int:
+    # What numpy and scikit-learn take.
+    if not text.isdecimal() or int(text) >= 2**32:
+        msg = f"{text!r} is not a whole number from 0 to {2**32 - 1}"
+        raise ArgumentTypeError(msg)
+    return int(text)
+
+
 def add_reading(parser: ArgumentParser) -> None:
     """Declare how a file of cells is read."""
     parser.add_argument(

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import MissingExtraError, NotRawCountsError
-from .command import Command, add_overwrite, positive
+from .command import Command, add_overwrite, add_seed, positive
 
 N_HELD_OUT = 140
 LABEL = "cell_type"
@@ -32,7 +32,7 @@ class Demo(Command):
     def add_arguments(self, parser: ArgumentParser) -> None:
         parser.add_argument("--output", type=Path, default=Path("demo_output"), help="new folder (default: demo_output)")
         parser.add_argument("--epochs", type=positive, default=20, help="passes over the training cells (default: 20, a little over a minute on two cores)")
-        parser.add_argument("--seed", type=int, default=0, help="default: 0")
+        add_seed(parser, "the model, its training and the pictures")
         add_overwrite(parser)
 
     def run(self, args: Namespace) -> int:

@@ -10,7 +10,7 @@ from typing import Any
 
 from .._version import __version__
 from ..errors import CellFileError, ColumnNotFoundError
-from .command import KINDS, Command, add_computing, add_overwrite, add_reading, describe_size
+from .command import KINDS, Command, add_computing, add_overwrite, add_reading, add_seed, describe_size
 
 
 class Embed(Command):
@@ -41,7 +41,7 @@ class Embed(Command):
         )
         add_reading(parser)
         add_computing(parser)
-        parser.add_argument("--seed", type=int, default=0, help="of the UMAP (default: 0)")
+        add_seed(parser, "the UMAP")
         add_overwrite(parser)
 
     def run(self, args: Namespace) -> int:

@@ -6,7 +6,7 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import Any
 
-from .command import KINDS, Command, add_computing, add_overwrite, add_reading, positive
+from .command import KINDS, Command, add_computing, add_overwrite, add_reading, add_seed, positive
 
 
 class Evaluate(Command):
@@ -39,10 +39,7 @@ class Evaluate(Command):
         )
         parser.add_argument("--no-baselines", action="store_true", help="leave out the untrained model and expression")
         parser.add_argument("--no-umap", action="store_true", help="draw no UMAPs")
-        parser.add_argument(
-            "--folds", type=positive, default=5, metavar="N", help="of label transfer (default: 5; each donor or batch where there are no more)"
-        )
-        add_embedding(parser)
+        add_judging(parser)
         add_reading(parser)
         add_overwrite(parser)
 
@@ -107,16 +104,17 @@ class Evaluate(Command):
         return sections
 
 
-def add_embedding(parser: ArgumentParser) -> None:
-    """Declare how models embed."""
+def add_judging(parser: ArgumentParser) -> None:
+    """Declare how models embed and are judged."""
+    parser.add_argument("--folds", type=positive, default=5, metavar="N", help="of label transfer (default: 5; each donor or batch where there are no more)")
     parser.add_argument("--pooling", choices=["cls", "mean"], help="default: cls where the vocabulary has it, else mean")
     parser.add_argument("--layer", type=int, default=-2, help="index into hidden_states; -1 the last layer (default: -2, the second to last)")
     add_computing(parser, several=True)
-    parser.add_argument("--seed", type=int, default=0, help="of clusters, folds, pictures and the untrained model (default: 0)")
+    add_seed(parser, "clusters, folds, pictures and the untrained model")
 
 
 def embedding_options(args: Namespace) -> dict[str, Any]:
-    """Return what `add_embedding` declared, less the seed."""
+    """Return how models embed, of what `add_judging` declared."""
     return {name: getattr(args, name) for name in ("layer", "pooling", "batch_size", "device", "dtype", "quantization")}
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import SettingError
-from .command import KINDS, Command, add_overwrite, add_reading, add_skipping, add_workers, options_of
+from .command import KINDS, Command, add_overwrite, add_reading, add_seed, add_skipping, add_workers, options_of
 from .medians import read_biotypes
 
 
@@ -44,7 +44,7 @@ class Qc(Command):
         parser.add_argument(
             "--gene-biotypes", type=Path, metavar="FILE", help="CSV with the columns ensembl_id and biotype (default: GENCODE's, for human genes)"
         )
-        parser.add_argument("--seed", type=int, default=0, help="of the doublet scores (default: 0)")
+        add_seed(parser, "the doublet scores")
         add_reading(parser)
         add_workers(parser)
         add_skipping(parser)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CellFileError, SettingError
-from .command import Command, add_overwrite
+from .command import Command, add_overwrite, add_seed
 
 MODES = ("goal_state_shift", "vs_null", "mixture_model", "aggregate_data", "aggregate_gene_shifts", "effects", "cooperativity")
 
@@ -57,7 +57,7 @@ class Stats(Command):
             "--order-components", action="store_true", help="mixture_model: the lower component has the impact (recommended; default: as published)"
         )
         parser.add_argument("--permutations", type=int, default=1000, metavar="N", help="effects: of the permuted null; 0 leaves it out (default: 1000)")
-        parser.add_argument("--seed", type=int, default=0, help="of the permutations (default: 0)")
+        add_seed(parser, "the permutations")
         parser.add_argument("--model", help="checkpoint whose gene table names the genes")
         parser.add_argument("--plot", type=Path, metavar="FILE", help="new .png: volcano, ranking or heat map, as the mode has it")
         add_overwrite(parser)

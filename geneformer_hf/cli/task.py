@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
+from typing import Any
 
 from .command import KINDS, Command, add_overwrite
 
@@ -12,7 +13,7 @@ class Task(Command):
     """Run a published transfer task on a checkpoint: dosage sensitivity, promoters, networks, cell types, disease, differentiation, integration.
 
     Without a name, the tasks are listed; with a name alone, what it needs is told. Further arguments are those of `finetune` and win over the
-    recipe's: --num_train_epochs 3.
+    recipe's: --num_train_epochs 3. For batch-integration they are those of `evaluate` on how models are judged: --pooling mean.
     """
 
     name = "task"
@@ -56,7 +57,7 @@ class Task(Command):
         if task.kind == EMBEDDING:
             from .evaluate import print_table
 
-            judged = run_task(task, args.model, **given, batch=args.batch, settings=_of_evaluation(args.rest))
+            judged = run_task(task, args.model, **given, batch=args.batch, settings=_of_evaluation(args.rest, f"geneformer-hf task {task.name}"))
             print_table(judged.table)
             print(f"{judged.verdict()}\nPublished: {task.published}.\nLook at {args.output / 'report.html'}")
             return 0
@@ -74,21 +75,11 @@ class Task(Command):
         return 0
 
 
-def _of_evaluation(words: list[str]) -> dict[str, object]:
-    """Read further arguments, `--name value`, as those of an evaluation."""
-    import yaml
+def _of_evaluation(words: list[str], prog: str) -> dict[str, Any]:
+    """Read further arguments as those of `evaluate`."""
+    from .evaluate import add_judging, embedding_options
 
-    from ..errors import SettingError
-
-    known = ("layer", "pooling", "batch_size", "device", "dtype", "n_folds", "seed")
-    takes = f"it takes {', '.join(f'--{name} VALUE' for name in known)}."
-    if len(words) % 2 or any(not name.startswith("--") for name in words[::2]):
-        msg = f"cannot make sense of {' '.join(words)}: {takes}"
-        raise SettingError(msg)
-    # Whole numbers and words, no 1e-3: what YAML makes of them is what is meant.
-    named = {name.removeprefix("--").replace("-", "_"): yaml.safe_load(value) for name, value in zip(words[::2], words[1::2], strict=True)}
-    unknown = [name for name in named if name not in known]
-    if unknown:
-        msg = f"--{', --'.join(unknown)} is no argument of this task; {takes}"
-        raise SettingError(msg)
-    return named
+    parser = ArgumentParser(prog=prog, add_help=False, allow_abbrev=False)
+    add_judging(parser)
+    args = parser.parse_args(words)
+    return embedding_options(args) | {"n_folds": args.folds, "seed": args.seed}

@@ -93,7 +93,10 @@ def test_tokens_are_streamed_and_cells_embedded(experiment, chosen, model, token
 @pytest.mark.parametrize("buffer", [512, 4096])
 def test_a_read_in_several_pieces_changes_nothing(experiment, chosen, monkeypatch, buffer):
     monkeypatch.setattr(soma, "BUFFER_BYTES", buffer)
-    assert np.array_equal(counts_of(SomaSource(experiment, QUERY)), chosen.X.toarray())
+    source = SomaSource(experiment, QUERY)
+    assert np.array_equal(counts_of(source), chosen.X.toarray())
+    with source._open() as opened:
+        assert len(list(opened.ms["RNA"].X["raw"].read().tables())) > 1
     monkeypatch.undo()
     context = tiledbsoma.SOMATileDBContext(tiledb_config={"soma.init_buffer_bytes": buffer})
     assert np.array_equal(counts_of(SomaSource(experiment, QUERY, context=context)), chosen.X.toarray())

@@ -177,6 +177,13 @@ def test_the_command_reads_yaml_and_prints_each_dataset(place, capsys):
         pytest.param("models: [a]\ndatasets: [{path: x, labels: y, colour: z}]", "unknown datasets.colour", id="an_unknown_key"),
         pytest.param("models: [a]\ndatasets: []\nepochs: 3", "unknown epochs", id="an_unknown_setting"),
         pytest.param("models: [", "not valid YAML", id="no_yaml"),
+        pytest.param("models: [a]\ndatasets: [{path: 3, labels: y}]", "datasets.path is 3; expected text", id="a_number_for_a_path"),
+        pytest.param("models: [a]\ndatasets: [{path: x, labels: [y]}]", "datasets.labels is ['y']; expected text", id="a_list_for_a_column"),
+        pytest.param("models: [a]\ndatasets: [{path: x, labels: y}]\nseed: -5", "seed is -5; expected a whole number from 0 to", id="a_negative_seed"),
+        pytest.param("models: [a]\ndatasets: [{path: x, labels: y}]\nseed: 1.5", "seed is 1.5; expected a whole number from 0 to", id="half_a_seed"),
+        pytest.param("models: [a]\ndatasets: [{path: x, labels: y}]\nlayer: last", "layer is 'last'; expected a whole number.", id="a_word_for_a_layer"),
+        pytest.param("models: [a]\ndatasets: [{path: x, labels: y}]\nn_folds: 1", "n_folds is 1; expected a whole number, 2 or more.", id="one_fold"),
+        pytest.param("models: [a]\ndatasets: [{path: x, labels: y}]\nbatch_size: many", "batch_size is 'many'; expected", id="a_word_for_a_size"),
     ],
 )
 def test_a_config_that_says_something_else_is_refused(tmp_path, capsys, text, message):

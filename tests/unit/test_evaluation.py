@@ -177,6 +177,8 @@ REFUSED = [
     pytest.param({"labels": "missing"}, SettingError, "0 of 60 cells can be judged; expected 16", id="no_label_at_all"),
     pytest.param({"labels": "cell_type", "obsm": ["X_none"]}, ColumnNotFoundError, "obsm has no 'X_none'. Found: X_other", id="an_embedding_that_is_not_there"),
     pytest.param({"labels": "cell_type", "n_folds": 1}, SettingError, "n_folds is 1", id="one_fold"),
+    pytest.param({"labels": "cell_type", "seed": -5}, SettingError, "seed is -5; expected a whole number from 0 to 4294967295.", id="a_negative_seed"),
+    pytest.param({"labels": "cell_type", "seed": True}, SettingError, "seed is True", id="no_number"),
     pytest.param({"labels": "cell_type", "layer": 9}, LayerError, "layer 9 does not exist", id="a_layer_that_is_not_there"),
 ]
 

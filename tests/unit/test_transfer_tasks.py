@@ -150,12 +150,6 @@ def test_the_command_lists_tasks_and_tells_what_one_needs(capsys):
         pytest.param(["tf-range", "--cells", "x.h5ad"], "needs --model and --output as well", id="no_model"),
         pytest.param(["tf-range", "--model", "m", "--output", "o", "--cells", "x.h5ad"], "tf_regulatory_range.pickle", id="no_genes"),
         pytest.param(["cell-annotation", "--model", "m", "--output", "o", "--cells", "x", "--epochs", "3"], "unknown setting epochs", id="an_unknown_setting"),
-        pytest.param(
-            ["batch-integration", "--model", "m", "--output", "o", "--cells", "x", "--epochs", "3"],
-            "--epochs is no argument of this task",
-            id="an_unknown_option",
-        ),
-        pytest.param(["batch-integration", "--model", "m", "--output", "o", "--cells", "x", "--seed"], "it takes --layer VALUE", id="half_an_option"),
         pytest.param(["cell-annotation", "--model", "m", "--output", "o", "--cells", "x", "--seed"], "seed: expected one argument", id="half_a_setting"),
     ],
 )
@@ -163,6 +157,27 @@ def test_the_command_refuses_with_a_message(words, message, capsys, tmp_path, mo
     monkeypatch.chdir(tmp_path)
     assert main(["task", *words]) == 1
     assert message in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--epochs", "3"], "unrecognized arguments: --epochs 3"),
+        (["--seed"], "--seed: expected one argument"),
+        (["--seed", "-5"], "'-5' is not a whole number from 0"),
+        (["--layer", "["], "invalid int value: '['"),
+        (["--folds", "0"], "'0' is not a whole number above 0"),
+        (["--pooling", "max"], "invalid choice: 'max'"),
+    ],
+)
+def test_integration_takes_the_arguments_of_evaluate_and_no_others(words, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match="2"):
+        main(["task", "batch-integration", "--model", "m", "--output", "o", "--cells", "x", *words])
+    printed = capsys.readouterr().err
+    assert message in printed
+    assert "geneformer-hf task batch-integration" in printed
     assert list(tmp_path.iterdir()) == []
 
 
