@@ -7,6 +7,8 @@ perturbations are dictionaries that make a list for a new key. Anything else in 
 from __future__ import annotations
 
 import hashlib
+import io
+import math
 import pickle
 import re
 from collections import defaultdict
@@ -15,7 +17,9 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from .errors import CheckpointError, UnsafePickleError
+from .errors import CellFileError, CheckpointError, UnsafePickleError
+from .input_files import require_regular
+from .pickle_bounds import MOST_BYTES, require_bounded
 
 UnpicklingError = pickle.UnpicklingError
 """What torch raises where a pickle of weights asks for more than tensors."""
@@ -87,6 +91,49 @@ class _RestrictedUnpickler(pickle.Unpickler):
 
 class _RawValuesUnpickler(_RestrictedUnpickler):
     allowed: ClassVar[dict[tuple[str, str], Any]] = _ALLOWED | _ALLOWED_IN_RAW_VALUES
+
+
+class _ObjectType(_NumpyType):
+    """Stands for `numpy.dtype` in an array of Python objects."""
+
+    def __init__(self, code: str, *_: Any) -> None:
+        if code not in ("O", "O8"):
+            msg = f"an array of type {code!r}; expected Python objects"
+            raise ValueError(msg)
+        self.code, self.order = code, "|"
+
+
+class _Array:
+    """Stands for `numpy.ndarray` where it is named."""
+
+
+class _ObjectArray:
+    """Stands for numpy's empty array, which is given its shape and values afterwards."""
+
+    def __init__(self, kind: Any, shape: Any, code: Any) -> None:
+        if kind is not _Array or shape != (0,) or code not in (b"b", "b"):
+            msg = "an array that does not begin empty"
+            raise ValueError(msg)
+        self.content: list[Any] = []
+
+    def __setstate__(self, state: Any) -> None:
+        if not isinstance(state, tuple) or len(state) != 5 or not isinstance(state[2], _ObjectType) or not isinstance(state[4], list):
+            msg = "an array whose values are not a list of objects"
+            raise ValueError(msg)
+        _, shape, _, _, content = state
+        if not isinstance(shape, tuple) or not all(isinstance(n, int) and n >= 0 for n in shape) or math.prod(shape) != len(content):
+            msg = f"an array of shape {shape!r} with {len(content):,} values"
+            raise ValueError(msg)
+        self.content = content
+
+
+class _ObjectArrayUnpickler(_RestrictedUnpickler):
+    allowed: ClassVar[dict[tuple[str, str], Any]] = {
+        ("numpy", "dtype"): _ObjectType,
+        ("numpy", "ndarray"): _Array,
+        ("numpy.core.multiarray", "_reconstruct"): _ObjectArray,
+        ("numpy._core.multiarray", "_reconstruct"): _ObjectArray,
+    }
 
 
 def is_lfs_pointer(path: Path) -> bool:
@@ -189,11 +236,47 @@ def read_raw_values(path: Path) -> dict[Any, Any]:
     return content
 
 
+def require_plain_objects(path: Path) -> None:
+    """Raise unless a `.npy` file holds numbers or texts, or Python objects that are texts or None.
+
+    numpy unpickles arrays of objects, so a library that lets it runs what the file says. Here the same bytes go through the
+    restricted reader first.
+
+    Raises:
+        UnsafePickleError: if the pickle inside names anything but numpy's array and dtype.
+        CellFileError: if the file is special, damaged, or holds other objects.
+    """
+    require_regular(path)
+    try:
+        with path.open("rb") as file:
+            version = np.lib.format.read_magic(file)
+            read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            kind = read_header(file)[2]
+            if not kind.hasobject:
+                return
+            content = file.read(MOST_BYTES + 1)
+        require_bounded(content)
+        found = _ObjectArrayUnpickler(io.BytesIO(content)).load()
+        strange = next((type(value).__name__ for value in found.content if not isinstance(value, (str, type(None)))), None)
+        if strange is not None or kind != np.dtype(object):
+            msg = f"it holds a value of type {strange or kind}; expected texts"
+            raise ValueError(msg)
+    except UnsafePickleError as error:
+        error.args = (f"{path}: {error.args[0]}",)
+        raise
+    except Exception as error:
+        msg = f"{path} cannot be read as an array of texts ({type(error).__name__}: {error}). Write the archive again from its source."
+        raise CellFileError(msg) from error
+
+
 def _read(path: Path, reader: type[_RestrictedUnpickler]) -> Any:
+    require_regular(path, error=CheckpointError)
     require_content(path)
     try:
         with path.open("rb") as file:
-            return reader(file).load()
+            content = file.read(MOST_BYTES + 1)
+        require_bounded(content)
+        return reader(io.BytesIO(content)).load()
     except UnsafePickleError as error:
         error.args = (f"{path}: {error.args[0]}",)
         raise

@@ -166,12 +166,10 @@ def open_tokens(cells: Any, tokenizer: Callable[[], GeneformerTokenizer], *, gen
         tokenizer: called only where counts have to be ranked.
     """
     if isinstance(cells, (str, Path)) and Path(cells).is_dir() and not is_cells_folder(Path(cells)):
-        import datasets
-
         if not (Path(cells) / "dataset_info.json").is_file():
             msg = f"{cells} is not the folder of a tokenized dataset (it holds no dataset_info.json), nor a zarr store, 10x folder or scDL archive. Make one with `geneformer-hf tokenize`."
             raise CellFileError(msg)
-        cells = datasets.load_from_disk(str(cells))
+        cells = open_tokenized(cells)
     if isinstance(cells, (str, Path)) and Path(cells).suffix == ".parquet" and Path(cells).is_file():
         cells = open_tokenized(cells)
     if hasattr(cells, "column_names"):

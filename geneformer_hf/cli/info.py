@@ -90,14 +90,15 @@ class Info(Command):
             print(f"With {model}: {source.match_genes(tokenizer.gene_table).report.describe()}")
 
     def _dataset(self, path: Path) -> None:
-        import datasets
-
+        from ..data.dataset_folders import SPLITS, splits_of
+        from ..data.tokenized import open_tokenized
         from .tokenize import print_files, print_left_out
 
-        dataset = datasets.load_from_disk(str(path))
-        if isinstance(dataset, datasets.DatasetDict):
-            print("Dataset with the splits " + ", ".join(f"{name} ({len(split):,} cells)" for name, split in dataset.items()))
+        if (path / SPLITS).is_file():
+            sizes = [f"{name} ({len(open_tokenized(path / name)):,} cells)" for name in splits_of(path)]
+            print("Dataset with the splits " + ", ".join(sizes))
             return
+        dataset = open_tokenized(path)
         print(f"Tokenized dataset: {len(dataset):,} cells; columns {', '.join(dataset.column_names)}")
         if "length" in dataset.column_names and len(dataset):
             lengths = dataset.with_format("numpy")["length"][:]

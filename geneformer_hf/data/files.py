@@ -13,6 +13,7 @@ from typing import Any
 import xxhash
 
 from ..errors import CellFileError
+from ..input_files import require_regular
 from .scdl import is_scdl_archive
 from .stores import is_zarr
 from .tenx import is_tenx_folder
@@ -30,6 +31,7 @@ def find_files(files: Any) -> list[Path]:
     paths: list[Path] = []
     for item in [files] if isinstance(files, (str, Path)) else files:
         path = Path(item)
+        require_regular(path)
         if path.is_dir() and path.suffix != ".zarr" and not is_cells_folder(path):
             found = _in_folder(path)
         elif not path.exists() and any(c in str(item) for c in "*?["):
@@ -46,6 +48,8 @@ def find_files(files: Any) -> list[Path]:
     if not paths:
         msg = "No file was given."
         raise CellFileError(msg)
+    for path in paths:
+        require_regular(path)
     real = [p.resolve() for p in paths]
     twice = sorted({str(p) for p, target in zip(paths, real, strict=True) if real.count(target) > 1}) if len(set(real)) < len(real) else []
     if twice:

@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 
 from ..errors import CellFileError, ColumnNotFoundError
+from .store_checks import require_h5_dataset
 from .stores import attribute, decoded, is_group, is_text, name_of, read_values
 
 
@@ -74,7 +75,7 @@ class GroupFrame(Frame):
     """A group with one array or group a column: anndata 0.7 and later."""
 
     def __init__(self, group: Any, where: str = "") -> None:
-        self._group, self.name = group, name_of(group)
+        self._group, self._where, self.name = group, where, name_of(group)
         self.index_name = attribute(group, "_index")
         self.columns = decoded(group.attrs.get("column-order", ())).tolist()
         missing = [name for name in self.columns if name not in group]
@@ -114,7 +115,9 @@ class GroupFrame(Frame):
         """Return the categories that anndata 0.7 kept in an array beside the columns, None for other columns."""
         reference = item.attrs.get("categories")
         if isinstance(reference, h5py.Reference):
-            return self._group.file[reference]
+            categories = self._group.file[reference]
+            require_h5_dataset(categories, self._where)
+            return categories
         # zarr has no references; anndata 0.7 wrote the path within the frame.
         if isinstance(reference, str):
             return self._group[reference.removeprefix(f"{self.name}/")]

@@ -9,7 +9,7 @@ import numpy as np
 import scipy.sparse as sp
 
 from ..errors import CellFileError
-from .stores import is_group, name_of
+from .stores import is_group, name_of, read_values
 from .transpose import CsrOnDisk
 
 BLOCK_VALUES = 1 << 19
@@ -47,11 +47,13 @@ def require_sound_index(matrix: Any, shape: tuple[int, int], layout: Layout, whe
     Raises:
         CellFileError
     """
-    indptr, n = np.asarray(matrix["indptr"][:]).astype(np.int64), shape[0] if layout == "csr" else shape[1]
-    n_data, n_indices = matrix["data"].shape[0], matrix["indices"].shape[0]
+    n = shape[0] if layout == "csr" else shape[1]
+    n_data, n_indices, n_pointers = (int(matrix[part].shape[0]) for part in ("data", "indices", "indptr"))
+    # Read only where its length is the expected one, however large the file says it is.
+    indptr = read_values(matrix["indptr"]).astype(np.int64) if n_pointers == n + 1 else np.zeros(0, dtype=np.int64)
     sound = len(indptr) == n + 1 and indptr[0] == 0 and indptr[-1] == n_data == n_indices and bool((np.diff(indptr) >= 0).all())
     if not sound:
-        msg = f"{where}: its index does not fit its entries ({len(indptr):,} pointers for {n:,} {'cells' if layout == 'csr' else 'genes'}, {n_data:,} values, {n_indices:,} indices). The file is damaged; write it again."
+        msg = f"{where}: its index does not fit its entries ({n_pointers:,} pointers for {n:,} {'cells' if layout == 'csr' else 'genes'}, {n_data:,} values, {n_indices:,} indices). The file is damaged; write it again."
         raise CellFileError(msg)
     if hasattr(matrix["data"], "nchunks_initialized"):
         _require_all_chunks(matrix, indptr, shape[1] if layout == "csr" else shape[0], where)

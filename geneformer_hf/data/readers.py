@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CellFileError
+from ..input_files import require_regular
 from .anndata_files import AnnDataFileSource
 from .loom import LoomSource
 from .scdl import ScdlSource, is_scdl_archive
@@ -52,6 +53,7 @@ def kind_of(path: Path) -> Any:
     Raises:
         CellFileError: if the file is none of them, saying what it holds.
     """
+    require_regular(path)
     if path.is_dir():
         if is_tenx_folder(path):
             return TenXFolderSource

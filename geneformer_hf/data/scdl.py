@@ -15,12 +15,14 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
-from ..errors import CellFileError, ColumnNotFoundError, MissingExtraError, NotRawCountsError
+from ..errors import CellFileError, ColumnNotFoundError, GeneformerError, MissingExtraError, NotRawCountsError
 from ..outputs import new_folder
+from ..pickles import require_plain_objects
 from ..ranking import check_counts
 from .frames import ArraysFrame, Frame
 from .matrices import require_sound_index, sample_of
 from .sources import CellSource, FileSource, SourceOptions
+from .store_checks import files_of
 
 PARTS = ("metadata.json", "data.npy", "col_ptr.npy", "row_ptr.npy")
 CELL_IDS = ("obs_feature_id", "_index", "index", "cell_id", "barcode")
@@ -82,6 +84,10 @@ class ScdlSource(FileSource):
     def _open(self) -> Iterator[Any]:
         try:
             if self._store is None:
+                for file in files_of(self.path):
+                    if file.name == "labels.npy":
+                        # bionemo-scdl lets numpy unpickle it.
+                        require_plain_objects(file)
                 # Opening reads all of obs; once is enough.
                 self._store = scdl_dataset(data_path=str(self.path))
             yield self._store
@@ -89,7 +95,7 @@ class ScdlSource(FileSource):
             msg = f"{self.path}: bionemo-scdl opens archives for writing, and this one cannot be written ({error.strerror}). Copy it to a place of your own."
             raise CellFileError(msg) from error
         except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
-            if isinstance(error, (CellFileError, NotRawCountsError)):
+            if isinstance(error, GeneformerError):
                 raise
             msg = f"{self.path} cannot be read as an scDL archive: {type(error).__name__}: {' '.join(str(error).split())}. It may be damaged, or joined from archives that were opened from disk; write it anew from its .h5ad."
             raise CellFileError(msg) from error

@@ -24,11 +24,14 @@ from ..ranking import check_counts, choose_counts, stored_values
 from . import matrices
 from .frames import Frame
 from .matrices import Layout
+from .store_checks import require_memory
 from .transpose import CsrOnDisk, transpose_to_disk
 
 logger = logging.getLogger(__name__)
 
 TOTAL_COLUMNS = ("n_counts", "total_counts")
+CELL_BYTES = 16
+"""Memory of a cell in what is held of all cells: where its counts begin, and whether it passes."""
 FEATURE_TYPES = ("feature_types", "feature_type")
 """Columns of var that say what was counted; 10x files hold antibodies and guides beside genes."""
 GENE_EXPRESSION = "Gene Expression"
@@ -232,6 +235,7 @@ class CellSource(ABC):
 
     def _name_genes(self, columns: Mapping[str, Sequence[str]], index: Sequence[str], index_name: str | None) -> None:
         """Decide on the names of the genes and which columns of the matrix they are."""
+        require_memory(self.n_cells * CELL_BYTES, f"{self.name}: its index of {self.n_cells:,} cells")
         self.n_columns, self.gene_columns = len(index), None
         names, self.gene_names_from = choose_gene_ids(columns, index, self.options.gene_ids, index_name=index_name, where=self.name)
         kinds = next((columns[c] for c in FEATURE_TYPES if c in columns), None)

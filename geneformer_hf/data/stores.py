@@ -11,11 +11,15 @@ import h5py
 import numpy as np
 
 from ..errors import CellFileError, GeneformerError
+from ..input_files import require_regular
 from ..pickles import is_lfs_pointer
+from .store_checks import check_h5, check_zarr, require_memory
 
 DAMAGE = (OSError, ValueError, KeyError, IndexError, RuntimeError, TypeError, OverflowError)
 """What reading a damaged store may raise: a missing part, cut-off bytes, numbers that do not fit together."""
 ZARR_MARKS = ("zarr.json", ".zgroup")
+TEXT_BYTES = 64
+"""Memory of a short text in Python, for the bound on what is read at once."""
 
 
 def is_zarr(path: Path) -> bool:
@@ -41,11 +45,12 @@ def open_zarr(path: Path) -> Iterator[Any]:
     Raises:
         CellFileError
     """
-    import zarr
-
     if not is_zarr(path):
         msg = f"{path} is a folder without {' or '.join(ZARR_MARKS)}, so it is not a zarr store."
         raise CellFileError(msg)
+    check_zarr(path)
+    import zarr
+
     try:
         # Consolidated metadata may be older than the store.
         yield zarr.open_group(str(path), mode="r", use_consolidated=False)
@@ -63,6 +68,7 @@ def open_h5(path: Path) -> Iterator[h5py.File]:
     Raises:
         CellFileError
     """
+    require_regular(path)
     if not path.is_file():
         msg = f"{path} {'is a folder' if path.is_dir() else 'does not exist'}; expected a file of cells."
         raise CellFileError(msg)
@@ -84,6 +90,7 @@ def open_h5(path: Path) -> Iterator[h5py.File]:
         raise CellFileError(msg) from error
     with file:
         try:
+            check_h5(path, file)
             yield file
         except DAMAGE as error:
             if isinstance(error, GeneformerError):
@@ -105,7 +112,13 @@ def is_text(array: Any) -> bool:
 
 
 def read_values(array: Any, start: int = 0, stop: int | None = None) -> np.ndarray:
-    """Return some entries of a one-dimensional array; strings as Python strings."""
+    """Return some entries of a one-dimensional array; strings as Python strings.
+
+    Raises:
+        CellFileError: if they would not fit into memory.
+    """
+    n = len(range(*slice(start, stop).indices(int(array.shape[0]))))
+    require_memory(n * (TEXT_BYTES if is_text(array) else array.dtype.itemsize), f"{name_of(array)}, which has {n:,} entries,")
     if not is_text(array):
         return np.asarray(array[start:stop])
     return decoded(array[start:stop])
@@ -123,5 +136,5 @@ def attribute(item: Any, name: str) -> str:
 
 
 def name_of(item: Any) -> str:
-    """Return the path of an item inside its store, without the leading slash."""
-    return str(item.name).lstrip("/")
+    """Return the path of an item inside its store, without the leading slash; arrays in memory have none."""
+    return str(getattr(item, "name", "an array")).lstrip("/")

@@ -9,7 +9,6 @@ shards are shuffled, a few of them are read at a time, and their rows are permut
 
 from __future__ import annotations
 
-import json
 import threading
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
@@ -26,9 +25,11 @@ import xxhash
 from datasets.iterable_dataset import _BaseExamplesIterable
 
 from ..errors import CellFileError, SettingError
+from ..input_files import require_regular
 from ..models.tokenization_geneformer import GeneformerTokenizer
 from .collators import KEY
 from .columns import ObsColumns, ObsHead
+from .dataset_folders import require_plain_types, shards_of
 from .encoder import CellEncoder, EncodingOptions, features_of
 from .files import find_files
 from .readers import FileSource, open_cells
@@ -332,6 +333,7 @@ def stream_tokens(
             msg = f"{path} holds other columns than {paths[0]}: {', '.join(differing)} differ in type, in classes or in being there. Tokenize the files together, so that a class has one number."
             raise CellFileError(msg)
         features = found
+        require_plain_types(found.to_dict(), path)
     if features is None or not pieces:
         msg = f"{files}: no tokenized cells there; expected a dataset folder or .parquet files."
         raise CellFileError(msg)
@@ -355,11 +357,11 @@ def _token_files(item: str) -> list[str]:
             return [item]
         return [system.unstrip_protocol(p) for p in sorted(system.glob(f"{path}/**/*.parquet"))]
     folder = Path(item)
+    require_regular(folder)
     if folder.is_file():
         return [item]
     if (folder / "state.json").is_file():
-        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-        return [str(folder / entry["filename"]) for entry in state["_data_files"]]
+        return [str(shard) for shard in shards_of(folder)]
     if not folder.is_dir():
         msg = f"{item} does not exist; expected a dataset folder or .parquet files."
         raise CellFileError(msg)

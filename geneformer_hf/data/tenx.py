@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import gzip
+import io
+import itertools
 import shutil
 import zlib
 from collections.abc import Iterator
@@ -20,10 +22,16 @@ from ..ranking import check_counts
 from .frames import ArraysFrame, Frame
 from .matrices import require_sound_index, sample_of
 from .sources import FEATURE_TYPES, FileSource, SourceOptions
-from .stores import is_group, open_h5, read_values
+from .store_checks import require_memory
+from .stores import TEXT_BYTES, is_group, open_h5, read_values
 from .transpose import CHUNK_VALUES, CsrOnDisk, new_rows_folder, put, rows_on_disk, running_sum
 
 GENE_ARRAYS = {"id": "gene_ids", "genes": "gene_ids", "name": "gene_symbol", "gene_names": "gene_symbol", "feature_type": FEATURE_TYPES[0], "genome": "genome"}
+LINE_BYTES = 1 << 16
+HEADER_BYTES = 1 << 20
+"""Most text of comments before the size of a Matrix Market file, and slack for every other text."""
+ENTRY_BYTES, NAME_BYTES = 128, 4096
+"""Most text of one entry of a matrix, and of the names of one gene or cell."""
 
 
 class TenXFileSource(FileSource):
@@ -45,6 +53,9 @@ class TenXFileSource(FileSource):
             missing = [k for k in ("data", "indices", "indptr", "barcodes", "shape") if k not in matrix]
             if missing:
                 msg = f"{path}: {self._key} lacks {', '.join(missing)}, so it is not a 10x matrix. Write or download the file again."
+                raise CellFileError(msg)
+            if matrix["shape"].shape != (2,):
+                msg = f"{path}: {self._key}/shape has the shape {matrix['shape'].shape}; expected two numbers, genes and cells. The file is damaged; write it again."
                 raise CellFileError(msg)
             self.n_columns, self.n_cells = map(int, matrix["shape"][:])
             require_sound_index(matrix, (self.n_cells, self.n_columns), "csr", f"{path}: {self._key}")
@@ -86,13 +97,15 @@ class TenXFolderSource(FileSource):
         _require_no_layer(options, self.name)
         self._text = require_part(path, "matrix.mtx")
         features, barcodes = require_part(path, "features.tsv", "genes.tsv"), require_part(path, "barcodes.tsv")
-        rows = _read_table(features)
-        self._barcodes = [row[0] for row in _read_table(barcodes)]
+        with _open_text(self._text) as text:
+            (self.n_columns, self.n_cells, self._n_entries), self._n_header = _read_header(text, self._text)
+        # One line more for a header; either way round, so that a transposed matrix is named as such.
+        most = max(self.n_columns, self.n_cells) + 1
+        rows = _read_table(features, most)
+        self._barcodes = [row[0] for row in _read_table(barcodes, most)]
         if self._barcodes[:1] == ["barcode"]:
             # A header line, which Cell Ranger does not write and others do.
             del self._barcodes[0]
-        with _open_text(self._text) as text:
-            (self.n_columns, self.n_cells, self._n_entries), self._n_header = _read_header(text, self._text)
         if len(rows) == self.n_columns + 1:
             del rows[0]
         if (len(rows), len(self._barcodes)) != (self.n_columns, self.n_cells):
@@ -144,10 +157,13 @@ class TenXFolderSource(FileSource):
     def _entries(self) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
         """Yield gene, cell and value of some entries at a time, checked, counted from 0."""
         try:
-            with pd.read_csv(
-                self._text, sep=r"\s+", header=None, skiprows=self._n_header, names=["gene", "cell", "value", "more"], comment="%",
-                dtype={"gene": np.int64, "cell": np.int64, "value": np.float64, "more": object}, chunksize=max(1, CHUNK_VALUES // 4), engine="c", skip_blank_lines=True,
-            ) as parts:  # fmt: skip
+            with (
+                _open_bytes(self._text) as raw,
+                pd.read_csv(
+                    BoundedReader(raw, self._text, HEADER_BYTES + self._n_entries * ENTRY_BYTES), sep=r"\s+", header=None, skiprows=self._n_header, names=["gene", "cell", "value", "more"], comment="%",
+                    dtype={"gene": np.int64, "cell": np.int64, "value": np.float64, "more": object}, chunksize=max(1, CHUNK_VALUES // 4), engine="c", skip_blank_lines=True,
+                ) as parts,
+            ):  # fmt: skip
                 for part in parts:
                     if part["more"].notna().any():
                         msg = f"{self._text}: lines have more than three fields (for instance {' '.join(map(str, part[part['more'].notna()].iloc[0]))}); expected gene, cell and count."
@@ -202,23 +218,60 @@ def _require_no_layer(options: SourceOptions, name: str) -> None:
         raise ColumnNotFoundError(msg)
 
 
+class BoundedReader(io.RawIOBase):
+    """Bytes of a text, refused where there are more than its header announces, or a line without end.
+
+    A small gzip file can stand for more text than memory holds.
+    """
+
+    def __init__(self, raw: Any, path: Path, most_bytes: int) -> None:
+        self._raw, self._path, self._left, self._most, self._line = raw, path, most_bytes, most_bytes, 0
+
+    def readable(self) -> bool:
+        """Return True."""
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """Read some bytes.
+
+        Raises:
+            CellFileError
+        """
+        content = self._raw.read(min(len(buffer), LINE_BYTES))
+        self._left -= len(content)
+        end = content.rfind(b"\n")
+        self._line = self._line + len(content) if end < 0 else len(content) - end
+        if self._left < 0 or self._line > LINE_BYTES:
+            found = f"a line of more than {LINE_BYTES:,} bytes" if self._left >= 0 else f"more than {self._most:,} bytes of text"
+            msg = f"{self._path} unpacks to {found}, which does not fit the size in its header. It is damaged, or was made to fill memory; write or download it again."
+            raise CellFileError(msg)
+        buffer[: len(content)] = content
+        return len(content)
+
+
 @contextmanager
-def _open_text(path: Path) -> Iterator[TextIO]:
+def _open_bytes(path: Path) -> Iterator[Any]:
+    with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as raw:
+        yield raw
+
+
+@contextmanager
+def _open_text(path: Path, most_bytes: int | None = None) -> Iterator[TextIO]:
     try:
-        with (
-            gzip.open(path, "rt", encoding="utf-8", errors="backslashreplace", newline="")
-            if path.suffix == ".gz"
-            else path.open(encoding="utf-8", errors="backslashreplace", newline="") as text
-        ):
-            yield text
+        with _open_bytes(path) as raw:
+            bounded = BoundedReader(raw, path, HEADER_BYTES if most_bytes is None else most_bytes)
+            yield io.TextIOWrapper(io.BufferedReader(bounded), encoding="utf-8", errors="backslashreplace", newline="")
     except (OSError, EOFError, zlib.error) as error:
         msg = f"{path} cannot be read: {error}. It may be damaged or cut off; write or download it again."
         raise CellFileError(msg) from error
 
 
-def _read_table(path: Path) -> list[list[str]]:
-    with _open_text(path) as text:
-        return [row for row in csv.reader(text, delimiter="\t", quoting=csv.QUOTE_NONE) if row]
+def _read_table(path: Path, most_lines: int) -> list[list[str]]:
+    require_memory(most_lines * TEXT_BYTES, f"{path.name}, by the size in matrix.mtx,")
+    with _open_text(path, HEADER_BYTES + most_lines * NAME_BYTES) as text:
+        rows = (row for row in csv.reader(text, delimiter="\t", quoting=csv.QUOTE_NONE) if row)
+        # One line more than fits, so that the caller sees that there are more.
+        return list(itertools.islice(rows, most_lines + 1))
 
 
 def _read_header(text: TextIO, path: Path) -> tuple[tuple[int, int, int], int]:
@@ -234,6 +287,9 @@ def _read_header(text: TextIO, path: Path) -> tuple[tuple[int, int, int], int]:
             n_genes, n_cells, n_entries = map(int, line.split())
         except ValueError:
             break
+        if min(n_genes, n_cells, n_entries) < 0 or n_entries > n_genes * n_cells:
+            msg = f"{path} declares {n_genes:,} genes, {n_cells:,} cells and {n_entries:,} entries, more than they hold or fewer than none. It is damaged; write or download it again."
+            raise CellFileError(msg)
         return (n_genes, n_cells, n_entries), number
     msg = f"{path} has no line of genes, cells and entries after its comments. It may be cut off; write or download it again."
     raise CellFileError(msg)

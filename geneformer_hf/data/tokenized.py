@@ -11,7 +11,9 @@ import numpy as np
 import pyarrow as pa
 
 from ..errors import CellFileError, VocabularyMismatchError
+from ..input_files import require_regular
 from ..models.tokenization_geneformer import GeneformerTokenizer
+from .dataset_folders import open_dataset_folder, require_plain_features, splits_of
 
 REPOSITORY = "repository"
 """Key of the report."""
@@ -26,20 +28,22 @@ def open_tokenized(path: str | Path) -> datasets.Dataset:
         CellFileError: if there is none, or it is damaged.
     """
     folder = Path(path)
+    require_regular(folder)
     if not folder.exists():
         msg = f"{path} does not exist; expected the folder of a tokenized dataset, or Parquet files."
         raise CellFileError(msg)
     if (folder / "dataset_dict.json").is_file():
-        splits = json.loads((folder / "dataset_dict.json").read_text(encoding="utf-8")).get("splits", [])
+        splits = splits_of(folder)
         msg = f"{path} holds several datasets ({', '.join(splits)}). Name one: {folder / (splits[0] if splits else 'train')}."
         raise CellFileError(msg)
     try:
         if (folder / "state.json").is_file():
-            _require_whole(folder)
-            return datasets.load_from_disk(str(folder))
+            return open_dataset_folder(folder)
         files = [folder] if folder.is_file() else sorted(folder.rglob("*.parquet"))
         if files and all(file.suffix == ".parquet" for file in files):
-            return datasets.Dataset.from_parquet([str(file) for file in files])
+            for file in files:
+                require_regular(file)
+            return require_plain_features(datasets.Dataset.from_parquet([str(file) for file in files]), str(path))
     except (OSError, ValueError, KeyError, pa.ArrowInvalid, datasets.exceptions.DatasetGenerationError) as error:
         if isinstance(error, CellFileError):
             raise
@@ -47,16 +51,6 @@ def open_tokenized(path: str | Path) -> datasets.Dataset:
         raise CellFileError(msg) from error
     msg = f"{path} is not the folder of a tokenized dataset (no state.json) and holds no Parquet files. Make one with `geneformer-hf tokenize`."
     raise CellFileError(msg)
-
-
-def _require_whole(folder: Path) -> None:
-    """Raise if a shard that the dataset names is missing or empty."""
-    state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-    for entry in state["_data_files"]:
-        shard = folder / entry["filename"]
-        if not shard.is_file() or not shard.stat().st_size:
-            msg = f"{folder}: the shard {entry['filename']} is {'empty' if shard.is_file() else 'missing'}. The dataset is incomplete: copy it again, or tokenize the cells again."
-            raise CellFileError(msg)
 
 
 def report_of(dataset: Any) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from pathlib import Path
 import datasets
 
 from ..data.dataset_cards import dataset_card, report_in_card, without_folders
+from ..data.dataset_folders import require_plain_features, splits_of
 from ..data.tokenized import REPOSITORY, open_tokenized, report_of
 from ..errors import CellFileError
 from .folders import REPORT
@@ -50,8 +51,7 @@ def write_tables(folder: Path, output: Path, repository: str) -> dict[str, Path]
 
 def _splits(folder: Path) -> dict[str, datasets.Dataset]:
     if (folder / "dataset_dict.json").is_file():
-        names = json.loads((folder / "dataset_dict.json").read_text(encoding="utf-8"))["splits"]
-        return {name: open_tokenized(folder / name) for name in names}
+        return {name: open_tokenized(folder / name) for name in splits_of(folder)}
     return {"train": open_tokenized(folder)}
 
 
@@ -83,6 +83,7 @@ def read_tables(folder: Path, output: Path, repository: str) -> None:
             msg = f"the Parquet files cannot be read: {str(error).splitlines()[0]}"
             raise CellFileError(msg) from error
         for dataset in splits.values():
+            require_plain_features(dataset, repository)
             dataset.info.description = json.dumps(report | {REPOSITORY: repository}, indent=1)
         made = next(iter(splits.values())) if list(splits) == ["train"] else splits
         made.save_to_disk(str(output))

@@ -7,6 +7,7 @@ from typing import Any
 
 from transformers import BertConfig
 
+from .checkpoint_settings import check_config
 from .checkpoints import CHECKPOINTS
 
 # Special tokens of the published vocabularies by their size, which is how a published config.json tells them apart.
@@ -127,6 +128,17 @@ class GeneformerConfig(BertConfig):
             pretrained_model_name_or_path = known.repository
             kwargs |= {"subfolder": kwargs.get("subfolder") or known.subfolder, "revision": kwargs.get("revision") or known.revision}
         config, rest = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        check_config(config, f"config.json of {pretrained_model_name_or_path}")
         if config.get("model_type") == "bert":
             config = {**config, "model_type": cls.model_type}
         return config, rest
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Make a configuration of the content of a config.json; the Auto classes come through here.
+
+        Raises:
+            CheckpointError: if it names code, an attention function to download, another quantisation than bitsandbytes, or an unknown number type.
+        """
+        check_config(config_dict, "config.json")
+        return super().from_dict(config_dict, **kwargs)

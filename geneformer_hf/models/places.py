@@ -30,6 +30,7 @@ from huggingface_hub.errors import (
 
 from ..errors import CheckpointError, HubError
 from ..pickles import sha256
+from .checkpoint_settings import check_folder
 from .checkpoints import CHECKPOINTS
 
 TOKENIZER_FILES = ("config.json", "gene_table.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
@@ -49,6 +50,10 @@ _WHAT_GOES_WRONG: tuple[type[Exception], ...] = (
     OSError,
     ValueError,
     RuntimeError,
+    # A listing that lacks a field, or has one of another type.
+    KeyError,
+    TypeError,
+    AttributeError,
 )
 DOWNLOADING = "cannot be downloaded"
 _checked: set[tuple[str, int, int]] = set()
@@ -110,14 +115,18 @@ def fetched(place: Place, files: Sequence[str], **options: Any) -> tuple[Path, P
 
     Raises:
         HubError: if the repository cannot be read, or what came is not what the Hub has.
+        CheckpointError: if its settings name code, files or repositories (`checkpoint_settings`).
     """
     if place.is_local:
-        return Path(place.name) / (place.subfolder or ""), place
+        folder = Path(place.name) / (place.subfolder or "")
+        check_folder(folder)
+        return folder, place
     prefix = f"{glob.escape(place.subfolder)}/" if place.subfolder else ""
     patterns = [prefix + name for name in files]
     with hub_errors(place):
         root = Path(snapshot_download(place.name, revision=place.revision, allow_patterns=patterns, **options))
     require_intact(root, place, patterns)
+    check_folder(root / (place.subfolder or ""))
     return root / (place.subfolder or ""), replace(place, revision=root.name)
 
 
@@ -256,6 +265,8 @@ def _explained(error: BaseException, place: Place, doing: str) -> str:
         advice = {401: f"The token is not accepted. {login}", 403: f"This token may not do that. {login}", 429: "The Hub asks for patience: try again later."}
         words = advice.get(status, "Try again later; whole files that came are kept." if status >= 500 else _first_line(error))
         return f"{place.name} {doing}: the Hub answered {status}. {words}"
+    if isinstance(error, (KeyError, TypeError, AttributeError)):
+        return f"{place} {doing}: the answer of the Hub lacks what the client expects ({type(error).__name__}: {error}). Check the address (HF_ENDPOINT); a mirror may not speak the whole protocol."
     if isinstance(error, HFValidationError):
         return f"{place.name} is no name of a repository: {_first_line(error)}"
     return f"{place} {doing}: {_first_line(error)} Run this again: whole files that came are kept."
