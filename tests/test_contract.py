@@ -193,6 +193,10 @@ def typed(*words):
     assert main([str(word) for word in words]) == 0
 
 
+def words_for(options):
+    return [word for name, value in options.items() for word in (f"--{name}", str(value))]
+
+
 # Names
 
 
@@ -553,9 +557,15 @@ def require_same_perturbations(table, other):
     np.testing.assert_allclose(table["value"], other["value"], atol=SAME_MODEL)
 
 
-@pytest.mark.parametrize(("pooling", "layer"), [("cls", -2), ("mean", -1)])
-def test_deleting_every_gene_gives_one_cosine_per_cell_and_gene(pooling, layer, model, tokenizer, cells):
-    perturber = gf.InSilicoPerturber(model, tokenizer=tokenizer, pooling=pooling, layer=layer)
+READINGS = [
+    pytest.param({}, "cls", -2, id="by_default"),
+    pytest.param({"pooling": "mean", "layer": -1}, "mean", -1, id="as_asked"),
+]
+
+
+@pytest.mark.parametrize(("options", "pooling", "layer"), READINGS)
+def test_deleting_every_gene_gives_one_cosine_per_cell_and_gene(options, pooling, layer, model, tokenizer, cells):
+    perturber = gf.InSilicoPerturber(model, tokenizer=tokenizer, **options)
     dataset = gf.load_cells(cells[:4], tokenizer=tokenizer)
     table = perturber.run(dataset, gf.Perturbation.every("delete"))
     require_perturbation_table(table.schema)
@@ -639,6 +649,28 @@ def test_what_was_fine_tuned_from_a_local_folder_predicts(adapter, usual, labell
     assert gf.embed_cells(run.folder, labelled).shape == (60, 16)
 
 
+def test_a_model_that_peft_wraps_predicts_and_embeds(folder, labelled, tokenizer, tmp_path):
+    peft = pytest.importorskip("peft")
+    base = gf.GeneformerForSequenceClassification.from_pretrained(folder / "model", num_labels=2)
+    settings = peft.LoraConfig(
+        task_type="SEQ_CLS",
+        target_modules=["query", "value"],
+        # New with the classifier: a masked-gene checkpoint has no pooler.
+        modules_to_save=["pooler", "classifier"],
+        init_lora_weights=False,
+    )
+    made = peft.get_peft_model(base, settings)
+    made.save_pretrained(tmp_path)
+    again = gf.GeneformerForSequenceClassification.from_pretrained(folder / "model", num_labels=2)
+    opened = peft.PeftModel.from_pretrained(again, tmp_path)
+    before, after = (gf.predict(one, labelled, tokenizer=tokenizer).to_frame() for one in (made, opened))
+    pd.testing.assert_frame_equal(before, after, atol=SAME_MODEL)
+    wrapped = gf.embed_cells(opened, labelled, tokenizer=tokenizer)
+    plain = gf.embed_cells(folder / "model", labelled)
+    assert wrapped.shape == plain.shape == (60, 16)
+    assert np.abs(wrapped - plain).max() > 0.01
+
+
 # The command line
 
 
@@ -666,16 +698,10 @@ def test_tokenize_joins_its_inputs_in_their_order(folder, cells, tokenizer, tmp_
     assert dataset.to_dict() == gf.load_cells(cells, tokenizer=tokenizer).to_dict()
 
 
-@pytest.mark.parametrize(
-    ("words", "options"),
-    [
-        pytest.param((), {}, id="by_default"),
-        pytest.param(("--pooling", "mean", "--layer", "-1"), {"pooling": "mean", "layer": -1}, id="as_asked"),
-    ],
-)
-def test_embed_writes_what_embed_cells_returns(words, options, folder, cells, tmp_path):
-    expected = gf.embed_cells(folder / "model", cells, **options)
-    command = ("embed", folder / "cells.h5ad", "--model", folder / "model", *words, "--output")
+@pytest.mark.parametrize(("options", "pooling", "layer"), READINGS)
+def test_embed_writes_what_embed_cells_returns(options, pooling, layer, folder, cells, tmp_path):
+    expected = gf.embed_cells(folder / "model", cells, pooling=pooling, layer=layer)
+    command = ("embed", folder / "cells.h5ad", "--model", folder / "model", *words_for(options), "--output")
     typed(*command, tmp_path / "out.h5ad")
     written = anndata.read_h5ad(tmp_path / "out.h5ad")
     assert written.obs_names.equals(cells.obs_names)
@@ -725,9 +751,10 @@ def test_perturb_takes_genes_by_id_or_symbol_and_names_them_by_id(perturb, cells
     assert Counter(map(tuple, table["genes"])) == {(genes[i],): expressed[:, i].sum() for i in (3, 7)}
 
 
-def test_perturb_reads_the_pooling_and_layer_asked_for(perturb, folder, cells):
-    table = pq.read_table(perturb("mean", "delete", "all", "--pooling", "mean", "--layer", "-1"))
-    perturber = gf.InSilicoPerturber(folder / "model", pooling="mean", layer=-1)
+@pytest.mark.parametrize(("options", "pooling", "layer"), READINGS)
+def test_perturb_writes_what_the_perturber_returns(options, pooling, layer, perturb, folder, cells):
+    table = pq.read_table(perturb(f"reading_{pooling}", "delete", "all", *words_for(options)))
+    perturber = gf.InSilicoPerturber(folder / "model", pooling=pooling, layer=layer)
     expected = perturber.run(cells, gf.Perturbation.every("delete"))
     require_same_perturbations(table, expected)
 

@@ -23,6 +23,7 @@ from transformers.utils import logging as transformers_logging
 from ..device import resolve_device, resolve_dtype
 from ..errors import CheckpointError, MissingExtraError, SettingError
 from .places import Place
+from .weight_checks import hash_of_weights, needed_weights, require_weights
 
 ADAPTER_FILE = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -38,6 +39,7 @@ TASK_TYPES = {
 }
 BASE_FINGERPRINT = "geneformer_base"
 BASE_SUBFOLDER = "geneformer_base_subfolder"
+BASE_SHA256 = "geneformer_base_sha256"
 """What peft has no name for, in our config.json."""
 
 
@@ -286,11 +288,14 @@ def complete_adapter(model: Any, folder: Path) -> None:
     # peft's own is a template of things to fill in.
     (folder / "README.md").unlink(missing_ok=True)
     inner = unwrapped(model)
+    base = getattr(inner, "base_place", None) or inner.place
     config = inner.config.to_dict() | {"_name_or_path": "", BASE_FINGERPRINT: base_fingerprint(model), "architectures": [type(inner).__name__]}
+    if base is not None and base.is_local:
+        config[BASE_SHA256] = hash_of_weights(Path(base.name) / (base.subfolder or ""))
     (folder / "config.json").write_text(json.dumps(config, indent=2, default=str) + "\n", encoding="utf-8")
-    if inner.place is not None and not inner.place.is_local:
+    if base is not None:
         # The commit it was trained on, whatever the repository holds by then.
-        for name, text in with_base(folder, inner.place).items():
+        for name, text in with_base(folder, base).items():
             (folder / name).write_text(text, encoding="utf-8")
 
 
@@ -321,6 +326,8 @@ class AdapterInfo:
     n_bytes: int
     quantization: str | None
     """What it was trained on: "int8", "nf4", or None."""
+    base_sha256: str | None = None
+    """Of the weights of a base that was a folder of the disk it was trained on, as `hash_of_weights` gives it."""
 
     @property
     def base_place(self) -> Place:
@@ -359,6 +366,7 @@ def describe_adapter(folder: str | Path) -> AdapterInfo:
         heads=_saved_whole(folder / ADAPTER_WEIGHTS),
         n_bytes=n_bytes,
         quantization="nf4" if trained_on.get("load_in_4bit") else "int8" if trained_on.get("load_in_8bit") else None,
+        base_sha256=config.get(BASE_SHA256),
     )
 
 
@@ -394,6 +402,7 @@ def load_adapter(
     quantization: str | None = None,
     is_trainable: bool = False,
     device: str | torch.device | None = None,
+    allow_missing_weights: bool = False,
     **kwargs: Any,
 ) -> Any:
     """Return a `PeftModel`: the base, loaded as the adapter was trained unless `quantization` says otherwise, with the adapter on it.
@@ -403,13 +412,13 @@ def load_adapter(
         base (`Place`): where the model is that the adapter was trained on.
 
     Raises:
-        CheckpointError: if the base is missing, or not the one the adapter was trained on.
+        CheckpointError: if the base is missing, or not the one the adapter was trained on, or weights of either are missing.
     """
     peft, info = _peft(), describe_adapter(folder)
     kind = info.quantization if quantization is None else quantization
     saved = config.to_dict().get("quantization_config") or {}
     expected = getattr(config, BASE_FINGERPRINT, None)
-    for leftover in ("quantization_config", BASE_FINGERPRINT, BASE_SUBFOLDER):
+    for leftover in ("quantization_config", BASE_FINGERPRINT, BASE_SUBFOLDER, BASE_SHA256):
         # The configuration is of the base from here on, which is not quantised where it lies.
         config.__dict__.pop(leftover, None)
     wanted = None
@@ -417,7 +426,8 @@ def load_adapter(
         options = {"double": saved["bnb_4bit_use_double_quant"], "compute_dtype": str(saved["bnb_4bit_compute_dtype"])} if saved.get("load_in_4bit") else {}
         wanted = quantization_config(kind, **options)
     try:
-        model = open_weights(model_class, base, config, quantization=wanted, device=device, quiet=True, **kwargs)
+        kwargs |= {"allow_missing_weights": allow_missing_weights, "output_loading_info": True}
+        model, info = open_weights(model_class, base, config, quantization=wanted, device=device, quiet=True, **kwargs)
     except RuntimeError as error:
         # Weights of another shape, which transformers has told of.
         if isinstance(error, torch.OutOfMemoryError):
@@ -436,5 +446,29 @@ def load_adapter(
     except (RuntimeError, ValueError, OSError, SafetensorError) as error:
         msg = f"the adapter in {folder} does not fit {base}: {str(error).splitlines()[0]} Use the base it was trained on."
         raise CheckpointError(msg) from error
+    if not allow_missing_weights:
+        _require_complete(peft, adapted, model, info["missing_keys"], Path(folder), base)
     adapted = _completing(adapted)
     return adapted if is_trainable else adapted.eval()
+
+
+def _require_complete(peft: Any, adapted: Any, model: Any, missing_in_base: Any, folder: Path, base: Place) -> None:
+    """Raise unless the adapter fills each of its places in the model, holds nothing else, and base and adapter hold all weights together.
+
+    Raises:
+        CheckpointError
+    """
+    with safe_open(folder / ADAPTER_WEIGHTS, framework="pt") as file:
+        held = {*file.keys()}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=UserWarning)
+        expected = {*peft.get_peft_model_state_dict(adapted, save_embedding_layers=False)}
+    require_weights(expected - held, f"the adapter in {folder}")
+    inside = {f"base_model.model.{name}" for name in model.state_dict()}
+    astray = sorted(held - expected - inside)
+    if astray:
+        msg = f"the adapter in {folder} holds {len(astray):,} weights that have no place in {base}, for instance {astray[0]}. It belongs to another model, or its weights were renamed; save it again."
+        raise CheckpointError(msg)
+    given = {name.removeprefix("base_model.model.") for name in held}
+    missing = [name for name in needed_weights(model, missing_in_base) if name not in given]
+    require_weights(missing, f"{folder} on {base}", of=", which neither the base nor the adapter holds")

@@ -28,6 +28,7 @@ from .modeling_geneformer import (
 )
 from .places import HUB_OPTIONS, Place, fetched_checkpoint, is_hub_id, place_of
 from .tokenization_geneformer import GeneformerTokenizer
+from .weight_checks import hash_of_weights, needed_weights, require_no_more, require_weights
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +58,9 @@ def model_class_of(config: GeneformerConfig, where: str = "the checkpoint") -> t
     return cls
 
 
-def load_model(model: Any, *, quantization: str | None = None, base: str | Path | None = None, device: Any = None, **kwargs: Any) -> Any:
+def load_model(
+    model: Any, *, quantization: str | None = None, base: str | Path | None = None, device: Any = None, allow_missing_weights: bool = False, **kwargs: Any
+) -> Any:
     """Return a model as it is, or open a checkpoint: in a folder, on the Hub, or by the name of a published one; plain, adapter, 8-bit or 4-bit.
 
     Args:
@@ -67,13 +70,16 @@ def load_model(model: Any, *, quantization: str | None = None, base: str | Path 
             was trained; "none" opens it on plain weights.
         base (*optional*): for adapters whose base has moved.
         device (*optional*): for quantised weights, which stay where they were loaded; the best there is otherwise.
+        allow_missing_weights (`bool`, *optional*, defaults to `False`):
+            draw weights that the checkpoint lacks at random, such as a new head. By default they are named and the checkpoint is refused;
+            a pooler that no head reads does not count.
         kwargs: passed on to `from_pretrained`: `subfolder`, `revision`, `token`, `dtype`.
 
     Returns:
         a Geneformer in evaluation mode. That of an adapter has it at work inside; `load_peft_model` gives the `PeftModel` around it.
 
     Raises:
-        CheckpointError: if the folder holds no such checkpoint, or git-lfs pointers in place of weights.
+        CheckpointError: if the folder holds no such checkpoint, git-lfs pointers in place of weights, or not all weights.
     """
     if not isinstance(model, (str, Path)):
         inner = unwrapped(model)
@@ -90,7 +96,8 @@ def load_model(model: Any, *, quantization: str | None = None, base: str | Path 
     # Once is enough.
     hub.pop("force_download", None)
     if is_adapter(folder):
-        return unwrapped(_open_adapter(folder, place, base=base, quantization=quantization, is_trainable=False, device=device, **hub, **kwargs))
+        options = {"quantization": quantization, "is_trainable": False, "device": device, "allow_missing_weights": allow_missing_weights}
+        return unwrapped(_open_adapter(folder, place, base=base, **options, **hub, **kwargs))
     require_checkpoint(folder)
     wanted = None if quantization in (None, "none") else quantization_config(str(quantization))
     with refusals(place):
@@ -98,7 +105,12 @@ def load_model(model: Any, *, quantization: str | None = None, base: str | Path 
         if wanted is not None and getattr(config, "quantization_config", None):
             msg = f"{place} was saved quantised, so quantization={quantization!r} cannot be asked for. Leave it out."
             raise SettingError(msg)
-        return open_weights(model_class_of(config, str(place)), place, config, quantization=wanted, device=device, **hub, **kwargs).eval()
+        kwargs |= {"allow_missing_weights": allow_missing_weights, "output_loading_info": True}
+        opened, info = open_weights(model_class_of(config, str(place)), place, config, quantization=wanted, device=device, **hub, **kwargs)
+        if not allow_missing_weights:
+            require_weights(needed_weights(opened, info["missing_keys"]), str(place))
+            require_no_more(info["unexpected_keys"], config.num_hidden_layers, str(place))
+        return opened.eval()
 
 
 def load_peft_model(
@@ -118,13 +130,8 @@ def load_peft_model(
 
 def _open_adapter(folder: Path, place: Place, *, base: str | Path | None, **options: Any) -> Any:
     require_content(folder / ADAPTER_WEIGHTS)
-    about = describe_adapter(folder)
-    where = Place(str(base)) if base is not None else about.base_place
-    if not Path(where.name).exists() and where.name not in CHECKPOINTS and not is_hub_id(where.name):
-        msg = f"{place} is an adapter of the model {where.name}, which is not there. Pass `base=` (--base; folder or Hub id) to say where it is now."
-        raise CheckpointError(msg)
-    where = place_of(where.name, subfolder=where.subfolder, revision=where.revision)
-    logger.info("%s is an adapter of the model %s.", place, where)
+    where = place_of(base) if base is not None else _named_base(folder, place)
+    logger.warning("%s is an adapter of the model %s, which is opened with it.", place, where)
     with refusals(place):
         if (folder / "config.json").is_file():
             config = GeneformerConfig.from_pretrained(str(folder))
@@ -135,9 +142,42 @@ def _open_adapter(folder: Path, place: Place, *, base: str | Path | None, **opti
         opened = load_adapter(folder, model_class=model_class_of(config, str(place)), config=config, base=where, **options)
     inner = unwrapped(opened)
     inner.place = replace(place, name=str(Path(place.name).resolve())) if place.is_local else place
+    inner.base_place = where
     inner.hub_options = {name: options[name] for name in HUB_OPTIONS if name in options}
     inner.config.name_or_path = place.name if not place.is_local else str(folder)
     return opened
+
+
+def _named_base(folder: Path, place: Place) -> Place:
+    """Return the model that an adapter names as its base, if it may be opened without being asked for.
+
+    An adapter from elsewhere may name any folder of this disk. A local base is opened if its weights are those that our run
+    recorded; an adapter from the Hub names a repository on the Hub.
+
+    Raises:
+        CheckpointError: naming the base, why it is not opened, and `--base`.
+    """
+    about = describe_adapter(folder)
+    named, remedy = about.base_place, "Pass `base=` (--base; folder or Hub id) to say which model it belongs to."
+    is_here = Path(named.name).exists()
+    if not is_here and (named.name in CHECKPOINTS or is_hub_id(named.name)):
+        return place_of(named.name, subfolder=named.subfolder, revision=named.revision)
+    if not is_here:
+        msg = f"{place} is an adapter of the model {named.name}, which is not there. {remedy}"
+        raise CheckpointError(msg)
+    if not place.is_local:
+        msg = f"{place} is an adapter from the Hub and names the base {named.name}, which is a folder of this disk. {remedy}"
+        raise CheckpointError(msg)
+    found = hash_of_weights(Path(named.name) / (named.subfolder or ""))
+    if about.base_sha256 is None or about.base_sha256 != found:
+        recorded = (
+            "records no hash of its weights"
+            if about.base_sha256 is None
+            else f"records the hash {about.base_sha256[:12]}… of its weights, and those there have {found[:12]}…"
+        )
+        msg = f"{place} names the base {named.name}, a folder of this disk, and {recorded}, so it may be another model. {remedy}"
+        raise CheckpointError(msg)
+    return place_of(named.name, subfolder=named.subfolder)
 
 
 @contextmanager

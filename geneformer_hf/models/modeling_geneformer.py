@@ -8,6 +8,7 @@ heads ignore that number, which multiplies losses and gradients by the number of
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,8 +31,9 @@ from .contrast import contrast_across
 from .heads import IGNORED
 from .places import HUB_OPTIONS, Place, fetched_checkpoint, place_of
 from .pooling import GeneAttention, pool_cells
+from .weight_checks import encoder_weights, is_wrapped, read_weights, require_no_more, require_weights, without_wrappers, wrapper_names
 
-"""Label of a position or task that does not count, as everywhere in transformers."""
+logger = logging.getLogger(__name__)
 
 
 def has_fused_loss() -> bool:
@@ -83,8 +85,11 @@ class _Checkpoint:
 
         What comes from the Hub is fetched whole and its hashes are compared before any of it is read.
 
+        Args (beyond those of transformers):
+            allow_missing_weights (`bool`, *optional*, defaults to `False`): draw weights of the encoder at random where the checkpoint lacks them.
+
         Raises:
-            CheckpointError: if there is no such place, or the repository cannot be read (`HubError`).
+            CheckpointError: if there is no such place, the repository cannot be read (`HubError`), or weights of the encoder are missing.
         """
         if pretrained_model_name_or_path is None:
             return super().from_pretrained(None, *args, **kwargs)  # type: ignore[misc]
@@ -95,14 +100,22 @@ class _Checkpoint:
             # The Auto classes have found an adapter, and put its base in its place.
             place = place_of(named, subfolder=place.subfolder, revision=(kwargs["adapter_kwargs"]).get("revision"))
         options = {name: kwargs.pop(name) for name in HUB_OPTIONS if name in kwargs}
+        allow_missing_weights = kwargs.pop("allow_missing_weights", False)
         folder, place = fetched_checkpoint(place, variant=kwargs.get("variant"), **options)
         if is_adapter(folder) and not any(folder.glob("model*.safetensors")):
             passed = {name: kwargs[name] for name in ("dtype", "torch_dtype", "attn_implementation") if name in kwargs}
+            passed["allow_missing_weights"] = allow_missing_weights
             model = cls._from_adapter(place, device=kwargs.get("device_map"), **passed, **options)
             return (model, {key: [] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")}) if kwargs.get("output_loading_info") else model
-        found = super().from_pretrained(str(folder), *args, **kwargs)  # type: ignore[misc]
-        # With `output_loading_info` there are two.
-        model = found[0] if isinstance(found, tuple) else found
+        wants_info = kwargs.pop("output_loading_info", False)
+        model, info = super().from_pretrained(str(folder), *args, **kwargs, output_loading_info=True)  # type: ignore[misc]
+        if is_wrapped(info["missing_keys"], info["unexpected_keys"]):
+            model, info = cls._without_wrappers(folder, place, model.config, info, *args, **kwargs)
+        if not allow_missing_weights:
+            require_weights(encoder_weights(info["missing_keys"]), str(place), of=" of its encoder")
+            if "config" not in kwargs and "num_hidden_layers" not in kwargs:
+                require_no_more(info["unexpected_keys"], model.config.num_hidden_layers, str(place))
+        found = (model, info) if wants_info else model
         model.place = replace(place, name=str(Path(place.name).resolve())) if place.is_local else place
         model.hub_options = {name: value for name, value in options.items() if name != "force_download"}
         # Not the folder in the cache of this machine: what is made from this model will say that it is from there.
@@ -110,6 +123,15 @@ class _Checkpoint:
         if place.name == REPOSITORY and model.config.vocabulary_fingerprint is None:
             model.config.vocabulary_fingerprint = PUBLISHED_TABLES.get(model.config.vocab_size)
         return found
+
+    @classmethod
+    def _without_wrappers(cls, folder: Path, place: Place, config: Any, info: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Open a checkpoint whose weights carry the prefixes of wrapped or compiled models, which are taken off."""
+        state = {without_wrappers(name): tensor for name, tensor in read_weights(folder).items()}
+        logger.warning(
+            "%s: the names of its weights carry %s, of a wrapped or compiled model, which was taken off.", place, wrapper_names(info["unexpected_keys"])
+        )
+        return super().from_pretrained(None, *args, **(kwargs | {"config": config, "state_dict": state}), output_loading_info=True)  # type: ignore[misc]
 
     @classmethod
     def _from_adapter(cls, place: Place, *, device: Any, **options: Any) -> Any:

@@ -189,7 +189,7 @@ def test_an_adapter_finds_the_commit_it_was_trained_on(hub, base, tokenizer, tmp
     assert push_folder(tmp_path / "adapter", "lab/adapter").base.revision == commit
     with caplog.at_level("INFO", logger="geneformer_hf"):
         opened = load_peft_model("lab/adapter")
-    assert f"is an adapter of the model lab/base (revision {commit})." in caplog.text
+    assert f"is an adapter of the model lab/base (revision {commit}), which is opened with it." in caplog.text
     weight = opened.get_base_model().bert.embeddings.word_embeddings.weight
     assert torch.equal(weight, load_model(base).bert.embeddings.word_embeddings.weight)
     with pytest.raises(CheckpointError, match="was trained on another base"):
