@@ -2,126 +2,31 @@
 
 `GeneTable` holds what a tokenizer knows of each gene: Ensembl id, token id, non-zero median, symbol, and the retired ids
 and symbols that lead to it. `GeneTable.resolve` matches the gene names of a file against it and reports what happened to
-every one of them. `choose_gene_ids` decides which column of a file names its genes.
+every one of them. Which column of a file names its genes is decided in `gene_ids`.
 """
 
 from __future__ import annotations
 
-import csv
-import gzip
 import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
-from importlib import resources
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from .errors import CheckpointError, ColumnNotFoundError, GeneIdError, UnknownGeneError
+from .errors import CheckpointError, GeneIdError, UnknownGeneError
+from .gene_ids import ENSEMBL, GeneFeatures, NamedGenes, canonical, human_genes, looks_like_a_date, species_of
 
 FORMAT = "geneformer_hf.gene_table"
 FORMAT_VERSION = 1
 
-# The last of each is what loom files use.
-ENSEMBL_COLUMNS = ("ensembl_id", "gene_ids", "feature_id", "Accession")
-SYMBOL_COLUMNS = ("gene_symbol", "feature_name", "Gene")
 MIN_OVERLAP = 0.05
-"""Least share of a file's genes that must be in the vocabulary, unless the file covers that of the vocabulary below."""
+"""Least fraction of a file's genes that must be in the vocabulary, unless the file covers that of the vocabulary below."""
 MIN_COVERAGE = 0.25
-
-# ENSG00000141510, ENSG00000141510.18, ENSGR0000265658 (Y copy, Ensembl 75), ENSG00000182378.15_PAR_Y (GENCODE), ENSMUSG00000059552
-_ENSEMBL = re.compile(r"(?P<id>ENS(?P<species>[A-Z]{3,4})?G(?:R\d{10}|\d{11}))(?P<version>\.\d+)?(?P<par>_PAR_Y)?", re.IGNORECASE)
-
-SPECIES_OF_PREFIX = {
-    "ENSG": "human",
-    "ENSMUSG": "mouse",
-    "ENSRNOG": "rat",
-    "ENSDARG": "zebrafish",
-    "ENSSSCG": "pig",
-    "ENSMMUG": "rhesus macaque",
-    "ENSMFAG": "crab-eating macaque",
-    "ENSPTRG": "chimpanzee",
-    "ENSGGOG": "gorilla",
-    "ENSCJAG": "marmoset",
-    "ENSMICG": "mouse lemur",
-    "ENSOCUG": "rabbit",
-    "ENSBTAG": "cow",
-    "ENSGALG": "chicken",
-}
-
-
-def _canonical(match: re.Match[str]) -> str:
-    """Return an Ensembl id without its version, in capitals."""
-    stripped = match["id"].upper()
-    # The pseudo-autosomal copy on Y: GENCODE's suffix is the R of older Ensembl releases.
-    return stripped.replace("ENSG0", "ENSGR", 1) if match["par"] else stripped
-
-
-def canonical_id(name: str) -> str | None:
-    """Return an Ensembl id without its version; None for anything else.
-
-    Example:
-        >>> canonical_id("ENSG00000141510.18"), canonical_id("ENSG00000182378.15_PAR_Y"), canonical_id("TP53")
-        ('ENSG00000141510', 'ENSGR0000182378', None)
-    """
-    match = _ENSEMBL.fullmatch(name)
-    return _canonical(match) if match else None
-
-
-def is_ensembl_id(name: str) -> bool:
-    """Return True for an Ensembl gene id of any species, with or without a version.
-
-    Example:
-        >>> is_ensembl_id("ENSG00000141510.18"), is_ensembl_id("ENSA")
-        (True, False)
-    """
-    return _ENSEMBL.fullmatch(name) is not None
-
-
-def species_of(ensembl_ids: Iterable[str]) -> str | None:
-    """Return the species that most of these Ensembl ids belong to, by their prefix; None if there is none among them."""
-    seen: dict[str, int] = {}
-    for name in ensembl_ids:
-        if match := _ENSEMBL.fullmatch(name):
-            prefix = f"ENS{(match['species'] or '').upper()}G"
-            seen[prefix] = seen.get(prefix, 0) + 1
-    if not seen:
-        return None
-    prefix = max(seen, key=lambda p: seen[p])
-    return SPECIES_OF_PREFIX.get(prefix, f"another species ({prefix})")
-
-
-@dataclass(frozen=True)
-class HumanGenes:
-    """The packaged table of human genes (GENCODE 48; `resources/PROVENANCE.md` says how it was made)."""
-
-    symbol_of: dict[str, str]
-    """Ensembl id to current symbol; genes without a name are left out."""
-    biotype_of: dict[str, str]
-    """Ensembl id to GENCODE biotype, for instance `protein_coding`."""
-    ids_of_symbol: dict[str, tuple[str, ...]]
-    """Current or earlier symbol to the Ensembl ids that carry it: more than one where the symbol is ambiguous."""
-
-
-@lru_cache(maxsize=1)
-def human_genes() -> HumanGenes:
-    """Return the packaged table of human genes, read once."""
-    symbol_of: dict[str, str] = {}
-    biotype_of: dict[str, str] = {}
-    ids_of_symbol: dict[str, tuple[str, ...]] = {}
-    with resources.files("geneformer_hf.resources").joinpath("human_genes.csv.gz").open("rb") as packed, gzip.open(packed, "rt", encoding="utf-8") as text:
-        for row in csv.DictReader(text):
-            ensembl_id, symbol = row["ensembl_id"], row["symbol"]
-            biotype_of[ensembl_id] = row["biotype"]
-            if symbol != ensembl_id:
-                symbol_of[ensembl_id] = symbol
-            for name in (symbol, *row["earlier_symbols"].split()):
-                ids_of_symbol[name] = (*ids_of_symbol.get(name, ()), ensembl_id)
-    return HumanGenes(symbol_of, biotype_of, ids_of_symbol)
 
 
 @dataclass(frozen=True)
@@ -146,6 +51,14 @@ class GeneReport:
     """Symbols that several genes of the vocabulary carry; left out."""
     unknown: tuple[str, ...] = ()
     """Names that led to no gene of the vocabulary; left out."""
+    n_filled: int = 0
+    """Columns without an Ensembl id in the column of ids, named by their symbol."""
+    n_inside: int = 0
+    """Ensembl ids that were found inside longer names."""
+    n_dotted: int = 0
+    """Symbols whose dashes R had turned into dots."""
+    notes: tuple[str, ...] = ()
+    """What else was done with the features of the file: other types and other genomes left out."""
     species_code: str = ""
     """Species of the vocabulary as in its Ensembl ids: empty for human, `MUS` for mouse."""
 
@@ -157,8 +70,14 @@ class GeneReport:
     def describe(self) -> str:
         """Return one line for people."""
         parts = [f"{self.n_mapped:,} of {self.n_genes:,} genes in the vocabulary, by {self.source}"]
+        if self.n_inside:
+            parts.append(f"{self.n_inside:,} Ensembl ids found inside longer names")
+        if self.n_filled:
+            parts.append(f"{self.n_filled:,} genes without an Ensembl id there looked up by symbol")
         if self.n_symbols:
             parts.append(f"{self.n_symbols:,} by symbol")
+        if self.n_dotted:
+            parts.append(f"{self.n_dotted:,} symbols with dots for dashes, as R writes them")
         if self.n_versioned:
             parts.append(f"{self.n_versioned:,} version suffixes taken off")
         if self.n_retired:
@@ -172,9 +91,13 @@ class GeneReport:
             parts.append(f"{len(self.unknown) - len(unknown):,} columns without a gene name left out")
         if unknown:
             parts.append(f"{len(unknown):,} not in the vocabulary left out ({_some(unknown)})")
-        strange = [name for name in self.unknown if (match := _ENSEMBL.fullmatch(name)) and (match["species"] or "") != self.species_code]
+        dates = [name for name in unknown if looks_like_a_date(name)]
+        if dates:
+            parts.append(f"{len(dates):,} of these are dates ({_some(dates)}), which a spreadsheet makes of symbols such as SEPT2 and MARCH1")
+        strange = [name for name in self.unknown if (match := ENSEMBL.fullmatch(name)) and (match["species"] or "") != self.species_code]
         if strange:
             parts.append(f"{len(strange):,} of these are {species_of(strange)} Ensembl ids")
+        parts += self.notes
         return "; ".join(parts)
 
 
@@ -343,7 +266,7 @@ class GeneTable:
         """Return the row of one name and how it was found: id, version, retired, symbol, ambiguous or unknown."""
         if (row := self.row_of.get(name)) is not None:
             return row, "id"
-        if match := _ENSEMBL.fullmatch(name):
+        if match := ENSEMBL.fullmatch(name):
             return self._find_ensembl(match)
         rows = self._rows_of_symbol.get(name, ())
         if not rows and self.species == "human":
@@ -354,10 +277,43 @@ class GeneTable:
             return None, "ambiguous"
         # Published mappings spell symbols in capitals (C1ORF112); mouse symbols (Actb) must not turn human that way.
         alias = self.aliases.get(name.replace("orf", "ORF"))
-        return (self.row_of[alias], "alias symbol") if alias is not None else (None, "unknown")
+        if alias is not None:
+            return self.row_of[alias], "alias symbol"
+        dotted = self._rows_of_dotted.get(name, ())
+        return (dotted[0], "dotted symbol") if len(dotted) == 1 else (None, "ambiguous" if dotted else "unknown")
+
+    @cached_property
+    def _rows_of_dotted(self) -> dict[str, tuple[int, ...]]:
+        """Rows of the symbols that hold a dash, by what R makes of them: HLA.A of HLA-A."""
+        rows: dict[str, set[int]] = {}
+        for symbol, found in self._rows_of_symbol.items():
+            if "-" in symbol:
+                rows.setdefault(symbol.replace("-", "."), set()).update(found)
+        if self.species == "human":
+            for symbol, ids in human_genes().ids_of_symbol.items():
+                known = {self.row_of[i] for i in ids if i in self.row_of}
+                if "-" in symbol and known:
+                    rows.setdefault(symbol.replace("-", "."), set()).update(known)
+        return {symbol: tuple(sorted(found)) for symbol, found in rows.items()}
+
+    def knows_id(self, name: str) -> bool:
+        """Return whether an Ensembl id, with or without a version, leads to a gene of this table."""
+        if name in self.row_of:
+            return True
+        match = ENSEMBL.fullmatch(name)
+        return match is not None and self._find_ensembl(match)[0] is not None
+
+    def match(self, features: GeneFeatures, *, where: str = "") -> GeneColumns:
+        """Match the genes of a file, under the names that fit this table best; see `resolve`.
+
+        Raises:
+            GeneIdError
+        """
+        named = features.named(self.knows_id)
+        return self.resolve(named.names, source=named.source, where=where, named=named)
 
     def _find_ensembl(self, match: re.Match[str]) -> tuple[int | None, str]:
-        stripped = _canonical(match)
+        stripped = canonical(match)
         how = "version" if match["version"] or match["par"] else "id"
         if (row := self.row_of.get(stripped)) is not None:
             return row, how
@@ -366,7 +322,7 @@ class GeneTable:
             return self.row_of[alias], f"retired {how}"
         return None, "unknown"
 
-    def resolve(self, names: Sequence[str], *, source: str, where: str = "") -> GeneColumns:
+    def resolve(self, names: Sequence[str], *, source: str, where: str = "", named: NamedGenes | None = None) -> GeneColumns:
         """Match the gene names of a matrix against this table.
 
         Duplicates, retired ids and symbols that lead to one gene share a slot, whose counts are to be summed.
@@ -375,6 +331,7 @@ class GeneTable:
             names (`Sequence[str]` of length g): Ensembl ids (versions allowed) or symbols, per entry.
             source (`str`): which column the names come from; shown in the report.
             where (`str`, *optional*): the file, for error messages.
+            named (`NamedGenes`, *optional*): how the names were found, for the report.
 
         Raises:
             GeneIdError: if fewer than 5 % of the names reach the vocabulary and they do not cover a quarter of it either; ids of
@@ -405,7 +362,11 @@ class GeneTable:
             n_symbols=tally.get("symbol", 0),
             ambiguous=tuple(ambiguous),
             unknown=tuple(unknown),
-            species_code=next(((match["species"] or "") for match in map(_ENSEMBL.fullmatch, self.ensembl_ids[:1]) if match), ""),
+            n_filled=named.n_filled if named else 0,
+            n_inside=named.n_inside if named else 0,
+            n_dotted=tally.get("dotted", 0),
+            notes=named.notes if named else (),
+            species_code=next(((match["species"] or "") for match in map(ENSEMBL.fullmatch, self.ensembl_ids[:1]) if match), ""),
         )
         self._require_overlap(report, where)
         return GeneColumns(slots, self.token_ids[rows], self.medians[rows], report)
@@ -497,59 +458,6 @@ class GeneTable:
         names = symbols if symbols is not None else (human_genes().symbol_of if species == "human" else {})
         token_ids = range(first_token_id, first_token_id + len(ids))
         return cls(ids, token_ids, [medians[i] for i in ids], [names.get(i, "") for i in ids], {}, species, source)
-
-
-def choose_gene_ids(
-    columns: Mapping[str, Sequence[str]], index: Sequence[str], gene_ids: str | None = None, *, index_name: str | None = None, where: str = ""
-) -> tuple[list[str], str]:
-    """Decide which column of var names the genes.
-
-    The column named, else `ensembl_id`, `gene_ids` or `feature_id` where it holds Ensembl ids, else the index if it does,
-    else symbols in `gene_symbol`, `feature_name` or the index. "Holds" means at least half of the entries.
-
-    Args:
-        columns: the text columns of var.
-        index (length g): the index of var.
-        gene_ids (`str`, *optional*): a column of var, or `"index"` or its name.
-
-    Returns:
-        the names, and where they come from.
-
-    Raises:
-        ColumnNotFoundError: if the column named is not there.
-        GeneIdError: if nothing in var names genes, for instance where the index only counts the columns.
-    """
-    prefix = f"{where}: " if where else ""
-    if gene_ids == "index" or (gene_ids is not None and gene_ids == index_name and gene_ids not in columns):
-        return list(index), "index of var"
-    if gene_ids is not None:
-        if gene_ids not in columns:
-            msg = f"{prefix}var has no column {gene_ids!r} of text. Found: {sorted(columns)}, or 'index'."
-            raise ColumnNotFoundError(msg)
-        return list(columns[gene_ids]), f"var[{gene_ids!r}]"
-    for name in ENSEMBL_COLUMNS:
-        if name in columns and _share_of_ensembl(columns[name]) >= 0.5:
-            return list(columns[name]), f"var[{name!r}]"
-    if _share_of_ensembl(index) >= 0.5:
-        return list(index), "index of var"
-    for name in SYMBOL_COLUMNS:
-        if name in columns:
-            return list(columns[name]), f"symbols in var[{name!r}]"
-    if not index:
-        msg = f"{prefix}there are no genes: var has 0 rows."
-        raise GeneIdError(msg)
-    if not any(str(name)[:1].isalpha() for name in index[:1000]):
-        msg = (
-            f"{prefix}nothing in var names the genes: its index reads {_some(map(str, index))} and its text columns are {sorted(columns)}. "
-            f"Expected Ensembl ids in one of {list(ENSEMBL_COLUMNS)} or the index, or symbols in one of {list(SYMBOL_COLUMNS)} or the index; "
-            "or name the column with `gene_ids=` (`--gene-ids`)."
-        )
-        raise GeneIdError(msg)
-    return list(index), "symbols in the index of var"
-
-
-def _share_of_ensembl(names: Sequence[str]) -> float:
-    return sum(is_ensembl_id(str(name).strip()) for name in names) / max(1, len(names))
 
 
 def _some(names: Iterable[str], most: int = 3) -> str:

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from geneformer_hf import GeneformerPretrainingArguments, GeneformerTokenizer, load_cells
-from geneformer_hf.genes import human_genes
+from geneformer_hf.gene_ids import human_genes
 from geneformer_hf.training.configs import read_config
 from tests.conftest import make_cells
 

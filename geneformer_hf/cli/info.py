@@ -57,7 +57,7 @@ class Info(Command):
         from ..data.frames import open_frame
         from ..data.readers import kind_of, open_cells
         from ..data.stores import open_store
-        from ..genes import is_ensembl_id, species_of
+        from ..gene_ids import is_ensembl_id, species_of
         from ..models.loading import load_tokenizer
 
         if path.suffix == ".json":

@@ -78,7 +78,7 @@ def read_biotypes(path: Path) -> dict[str, str]:
     """
     import csv
 
-    from ..genes import canonical_id
+    from ..gene_ids import canonical_id
 
     # Excel writes a byte order mark.
     with path.open(encoding="utf-8-sig", newline="") as file:

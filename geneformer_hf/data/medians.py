@@ -20,7 +20,8 @@ import scipy.sparse as sp
 import xxhash
 
 from ..errors import GeneIdError, SettingError
-from ..genes import GeneTable, canonical_id, human_genes, species_of
+from ..gene_ids import canonical_id, human_genes, species_of
+from ..genes import GeneTable
 from ..outputs import Unfinished
 from ..ranking import TARGET_SUM, sum_columns
 from .files import content_hash, find_files

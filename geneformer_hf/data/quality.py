@@ -26,7 +26,7 @@ import scipy.sparse as sp
 import xxhash
 
 from ..errors import CellFileError, ColumnNotFoundError, SettingError
-from ..genes import canonical_id, human_genes, species_of
+from ..gene_ids import canonical_id, human_genes, species_of
 from ..outputs import Unfinished, new_part
 from ..ranking import sum_columns
 from .doublets import FEWEST_CELLS, doublet_scores, require_sample_size, require_scrublet

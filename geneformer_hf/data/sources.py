@@ -19,7 +19,8 @@ import pandas as pd
 import scipy.sparse as sp
 
 from ..errors import CellFileError, ColumnNotFoundError
-from ..genes import SYMBOL_COLUMNS, GeneColumns, GeneTable, choose_gene_ids
+from ..gene_ids import GeneFeatures
+from ..genes import GeneColumns, GeneTable
 from ..ranking import check_counts, choose_counts, stored_values
 from . import matrices
 from .frames import Frame
@@ -32,9 +33,8 @@ logger = logging.getLogger(__name__)
 TOTAL_COLUMNS = ("n_counts", "total_counts")
 CELL_BYTES = 16
 """Memory of a cell in what is held of all cells: where its counts begin, and whether it passes."""
-FEATURE_TYPES = ("feature_types", "feature_type")
-"""Columns of var that say what was counted; 10x files hold antibodies and guides beside genes."""
-GENE_EXPRESSION = "Gene Expression"
+LEAST_OF_CELL = 0.5
+"""Fraction of a cell's counts in the genome that is read, in a file that mixes genomes: less is a cell of another species."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,8 @@ class SourceOptions:
     """Layer that holds the raw counts, or `X` or `raw.X`."""
     total_counts: str | None = None
     """Column of obs that holds the counts per cell over all genes."""
+    genome: str | None = None
+    """Genome to read of a file that mixes several: its name there (`hg19`), or a species (`human`)."""
 
 
 class CellSource(ABC):
@@ -74,6 +76,8 @@ class CellSource(ABC):
     """What else the genes are called: a column of symbols, or the index of var."""
     n_columns: int
     """Columns of the count matrix, genes or not."""
+    features: GeneFeatures
+    """The table of features: which are genes, and what names them."""
     gene_columns: np.ndarray | None
     """int64 of shape `(g,)`: which columns of the matrix are genes; None if all are."""
     options: SourceOptions
@@ -137,7 +141,10 @@ class CellSource(ABC):
         """
         for counts, first in self._iter_counts(start, self.n_cells if stop is None else stop):
             check_counts(counts.data, f"{self.name}: {self.counts} (cells {first:,} to {first + counts.shape[0] - 1:,})")
-            yield CellBlock(counts if self.gene_columns is None else counts[:, self.gene_columns], first)
+            of_genes = counts if self.gene_columns is None else counts[:, self.gene_columns]
+            if self.features.other_columns is not None:
+                of_genes = without_rows(of_genes, self._genome_fractions(counts) < LEAST_OF_CELL)
+            yield CellBlock(of_genes, first)
 
     @property
     def counts_described(self) -> str:
@@ -147,8 +154,36 @@ class CellSource(ABC):
     def match_genes(self, table: GeneTable) -> GeneColumns:
         """Match the genes of this source against a table; done once per table."""
         if table.fingerprint not in self._matched:
-            self._matched[table.fingerprint] = table.resolve(self.gene_names, source=self.gene_names_from, where=self.name)
+            self._matched[table.fingerprint] = table.match(self.features, where=self.name)
         return self._matched[table.fingerprint]
+
+    def _genome_fractions(self, counts: sp.csr_array) -> np.ndarray:
+        """Return the fraction of the counts of each cell that is in genes of the genome that is read, among those of all genomes."""
+        own, others = (
+            np.asarray(counts[:, columns].sum(axis=1, dtype=np.float64)).ravel() for columns in (self.features.mixed_columns, self.features.other_columns)
+        )
+        return np.divide(own, own + others, out=np.zeros(len(own)), where=own + others > 0)
+
+    @cached_property
+    def genome_fractions(self) -> np.ndarray | None:
+        """float32 of shape `(n,)`: fraction of the counts of each cell that is in genes of the genome read; None for a file of one genome.
+
+        Takes a pass over the counts. Cells below one half are read as cells without genes.
+        """
+        if self.features.other_columns is None:
+            return None
+        return np.concatenate([np.zeros(0), *(self._genome_fractions(counts) for counts, _ in self._iter_counts(0, self.n_cells))]).astype(np.float32)
+
+    def describe_genome(self) -> str | None:
+        """Return what became of the cells of a file that mixes genomes, for people; None for other files."""
+        if self.genome_fractions is None:
+            return None
+        low = np.flatnonzero(self.genome_fractions < LEAST_OF_CELL)
+        if not len(low):
+            return f"all {self.n_cells:,} cells have at least half of their counts in genes of {self.features.genome}"
+        ids = self.cell_ids
+        names = ", ".join(ids[i] for i in low[:10].tolist()) + (f", and {len(low) - 10:,} more" if len(low) > 10 else "")
+        return f"{len(low):,} of {self.n_cells:,} cells have less than half of their counts in genes of {self.features.genome} and are read as cells without genes ({names})"
 
     @cached_property
     def _matched(self) -> dict[str, GeneColumns]:
@@ -236,14 +271,15 @@ class CellSource(ABC):
     def _name_genes(self, columns: Mapping[str, Sequence[str]], index: Sequence[str], index_name: str | None) -> None:
         """Decide on the names of the genes and which columns of the matrix they are."""
         require_memory(self.n_cells * CELL_BYTES, f"{self.name}: its index of {self.n_cells:,} cells")
-        self.n_columns, self.gene_columns = len(index), None
-        names, self.gene_names_from = choose_gene_ids(columns, index, self.options.gene_ids, index_name=index_name, where=self.name)
-        kinds = next((columns[c] for c in FEATURE_TYPES if c in columns), None)
-        if kinds is not None and GENE_EXPRESSION in kinds and any(kind != GENE_EXPRESSION for kind in kinds):
-            self.gene_columns = np.array([i for i, kind in enumerate(kinds) if kind == GENE_EXPRESSION], dtype=np.int64)
-        symbols = next((columns[c] for c in SYMBOL_COLUMNS if c in columns), index)
-        kept = range(len(index)) if self.gene_columns is None else self.gene_columns.tolist()
-        self.gene_names, self.gene_symbols = [names[i] for i in kept], [str(symbols[i]) for i in kept]
+        options = {"gene_ids": self.options.gene_ids, "genome": self.options.genome, "index_name": index_name, "where": self.name}
+        self.features = GeneFeatures(columns, index, **options)
+        self.n_columns, self.gene_columns = self.features.n_columns, self.features.columns
+        named = self.features.named()
+        self.gene_names, self.gene_names_from, self.gene_symbols = named.names, named.source, self.features.symbols
+        types = self.features.types
+        if types is not None and types.unknown:
+            shown = ", ".join(f"{kind} ({types.left_out[kind]:,})" for kind in types.unknown)
+            logger.warning("%s: features of unknown types are left out, by %s: %s. Genes have the type 'Gene Expression'.", self.name, types.source, shown)
 
 
 class AnnDataSource(CellSource):
@@ -383,6 +419,15 @@ class FileSource(CellSource):
         with self._open() as store:
             matrix = self._rows if self._rows is not None else self._matrix(store)
             yield from matrices.iter_rows(matrix, self.layout, (self.n_cells, self.n_columns), start, stop, where=f"{self.name}: {self.counts}")
+
+
+def without_rows(counts_ng: sp.csr_array, empty_n: np.ndarray) -> sp.csr_array:
+    """Return counts in which some rows hold nothing."""
+    if not empty_n.any():
+        return counts_ng
+    kept = sp.csr_array(counts_ng, copy=True)
+    kept.data[np.repeat(empty_n, np.diff(kept.indptr))] = 0
+    return kept
 
 
 def sums_of(block: CellBlock) -> np.ndarray:

@@ -21,12 +21,12 @@ from ..errors import CellFileError, ColumnNotFoundError, GeneformerError
 from ..ranking import check_counts
 from .frames import ArraysFrame, Frame
 from .matrices import require_sound_index, sample_of
-from .sources import FEATURE_TYPES, FileSource, SourceOptions
+from .sources import FileSource, SourceOptions
 from .store_checks import require_memory
 from .stores import TEXT_BYTES, is_group, open_h5, read_values
 from .transpose import CHUNK_VALUES, CsrOnDisk, new_rows_folder, put, rows_on_disk, running_sum
 
-GENE_ARRAYS = {"id": "gene_ids", "genes": "gene_ids", "name": "gene_symbol", "gene_names": "gene_symbol", "feature_type": FEATURE_TYPES[0], "genome": "genome"}
+GENE_ARRAYS = {"id": "gene_ids", "genes": "gene_ids", "name": "gene_symbol", "gene_names": "gene_symbol", "feature_type": "feature_types", "genome": "genome"}
 LINE_BYTES = 1 << 16
 HEADER_BYTES = 1 << 20
 """Most text of comments before the size of a Matrix Market file, and slack for every other text."""
@@ -111,7 +111,7 @@ class TenXFolderSource(FileSource):
         if (len(rows), len(self._barcodes)) != (self.n_columns, self.n_cells):
             msg = f"{path}: matrix.mtx has {self.n_columns:,} genes and {self.n_cells:,} cells, but {features.name} {len(rows):,} lines and {barcodes.name} {len(self._barcodes):,}. The files belong to different matrices, or one is cut off."
             raise CellFileError(msg)
-        names = ("gene_ids", "gene_symbol", FEATURE_TYPES[0])
+        names = ("gene_ids", "gene_symbol", "feature_types")
         width = min((len(row) for row in rows), default=1)
         columns = {name: [row[i] for row in rows] for i, name in enumerate(names[:width])}
         self._name_genes(columns, columns["gene_ids"], "gene_ids")

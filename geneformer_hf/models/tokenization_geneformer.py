@@ -23,7 +23,8 @@ from tokenizers.processors import TemplateProcessing
 from transformers import BatchEncoding, PreTrainedTokenizerFast
 
 from ..errors import CheckpointError, NotRawCountsError, UnknownGeneError, VocabularyMismatchError
-from ..genes import GeneColumns, GeneTable, choose_gene_ids
+from ..gene_ids import GeneFeatures
+from ..genes import GeneColumns, GeneTable
 from ..ranking import ENCODING_VERSION, MAX_COLUMNS, TARGET_SUM, check_counts, choose_counts, rank_columns, stored_values, sum_columns
 from .checkpoints import DICTIONARY_PATTERNS
 from .dictionaries import find_dictionaries, folder_of_dictionaries, identify, table_of
@@ -184,7 +185,7 @@ class GeneformerTokenizer(PreTrainedTokenizerFast):
         Cells are ranked, cut to `model_max_length` and padded as `padding` and `return_tensors` ask.
         """
         if hasattr(text, "obs") and hasattr(text, "var"):
-            cells = self.encode_anndata(text, gene_ids=gene_ids, counts_layer=kwargs.pop("counts_layer", None))
+            cells = self.encode_anndata(text, gene_ids=gene_ids, counts_layer=kwargs.pop("counts_layer", None), genome=kwargs.pop("genome", None))
             return self._pad_cells(cells, **kwargs)
         if sp.issparse(text) or (isinstance(text, np.ndarray) and text.dtype.kind in "buif"):
             if gene_ids is None:
@@ -275,10 +276,9 @@ class GeneformerTokenizer(PreTrainedTokenizerFast):
         if totals_n is not None and (np.asarray(totals_n) < np.asarray(counts.sum(axis=1)).ravel()).any():
             msg = "totals_n lies below the counts of some cells, so it belongs to another matrix. Pass totals over all genes, or leave it out."
             raise NotRawCountsError(msg)
-        columns = self._gene_table.resolve(gene_ids, source="gene_ids")
-        return self.encode_block(counts, columns).split()
+        return self._encode_features(counts, GeneFeatures({}, list(gene_ids), gene_ids="index"))
 
-    def encode_anndata(self, adata: Any, *, gene_ids: str | None = None, counts_layer: str | None = None) -> list[np.ndarray]:
+    def encode_anndata(self, adata: Any, *, gene_ids: str | None = None, counts_layer: str | None = None, genome: str | None = None) -> list[np.ndarray]:
         """Rank the cells of an AnnData: `encode_counts` on the counts and gene ids found by the rules of this package."""
         matrices = {"X": adata.X} if adata.X is not None else {}
         if getattr(adata, "raw", None) is not None:
@@ -287,11 +287,22 @@ class GeneformerTokenizer(PreTrainedTokenizerFast):
         name = choose_counts({n: partial(stored_values, m) for n, m in matrices.items()}, counts_layer)
         var = adata.raw.var if name == "raw.X" else adata.var
         text = {c: [str(v) for v in var[c]] for c in var.columns if var[c].dtype.kind == "O" or str(var[c].dtype) in ("category", "string", "str")}
-        names, _ = choose_gene_ids(text, list(var.index), gene_ids, index_name=var.index.name)
+        features = GeneFeatures(text, [str(v) for v in var.index], gene_ids=gene_ids, genome=genome, index_name=var.index.name)
         counts = matrices[name]
         # A backed AnnData hands out rows, not itself.
         counts = counts if sp.issparse(counts) or isinstance(counts, np.ndarray) else counts[:]
-        return self.encode_counts(counts, names)
+        return self._encode_features(sp.csr_array(counts), features)
+
+    def _encode_features(self, counts_ng: sp.csr_array, features: GeneFeatures) -> list[np.ndarray]:
+        """Rank the genes among the columns of checked counts; cells of other genomes than the one that is read hold none."""
+        check_counts(counts_ng.data, "counts_ng")
+        columns = self._gene_table.match(features)
+        of_genes = counts_ng if features.columns is None else counts_ng[:, features.columns]
+        if features.other_columns is not None:
+            own, others = (np.asarray(counts_ng[:, some].sum(axis=1, dtype=np.float64)).ravel() for some in (features.mixed_columns, features.other_columns))
+            of_genes = sp.csr_array(of_genes, copy=True)
+            of_genes.data[np.repeat(own < others, np.diff(of_genes.indptr))] = 0
+        return self.encode_block(of_genes, columns).split()
 
     def encode_block(
         self, counts_ng: sp.csr_array, columns: GeneColumns, *, totals_n: np.ndarray | None = None, crop: bool = True, special_tokens: bool = True

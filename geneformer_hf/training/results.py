@@ -12,7 +12,7 @@ import numpy as np
 
 from ..data.masking import CellKey, GeneMasker
 from ..data.mixtures import EVALUATION, Mixture
-from ..genes import species_of
+from ..gene_ids import species_of
 from ..models.adapters import unwrapped
 from ..models.heads import IGNORED
 from ..models.places import repository_of, short_name

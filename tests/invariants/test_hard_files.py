@@ -18,7 +18,7 @@ from geneformer_hf.cli.medians import read_biotypes
 from geneformer_hf.cli.qc import Qc, output_names
 from geneformer_hf.data.readers import open_cells
 from geneformer_hf.errors import CellFileError, SettingError
-from geneformer_hf.genes import human_genes
+from geneformer_hf.gene_ids import human_genes
 from geneformer_hf.outputs import unfinished
 from tests.conftest import make_cells, with_row, write
 from tests.faults.test_bad_input import check_refused

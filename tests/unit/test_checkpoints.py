@@ -155,7 +155,7 @@ def break_it(clone, how):
         ("dictionary_pointer", CheckpointError, r"token_dictionary_gc104M\.pkl is a git-lfs pointer"),
         ("wrong_hash", CheckpointError, r"gene_median_dictionary_gc104M\.pkl \(\w{12}…\) are not the published dictionaries"),
         ("missing_dictionary", CheckpointError, r"Dictionaries are incomplete; missing in .*gene_name_id_dict_gc104M\.pkl"),
-        ("missing_tensor", CheckpointError, r"do not fit GeneformerForMaskedLM.*layer\.1\.output\.dense\.weight"),
+        ("missing_tensor", CheckpointError, r"lacks 1 weights of its encoder: bert\.encoder\.layer\.1\.output\.dense\.weight"),
         ("vocabulary", VocabularyMismatchError, "has a vocabulary of 99 and the dictionaries .* one of 24"),
         ("architecture", CheckpointError, "names the architecture 'BertForNextSentencePrediction'"),
         ("cut_off", CheckpointError, "weights cannot be read"),

@@ -3,7 +3,7 @@ import pytest
 
 from geneformer_hf import GeneTable
 from geneformer_hf.errors import CheckpointError, ColumnNotFoundError, GeneIdError, UnknownGeneError
-from geneformer_hf.genes import choose_gene_ids, human_genes, is_ensembl_id, species_of
+from geneformer_hf.gene_ids import GeneFeatures, human_genes, is_ensembl_id, species_of
 from tests.conftest import ensembl
 
 TP53, GAPDH, ACTB = "ENSG00000141510", "ENSG00000111640", "ENSG00000075624"
@@ -147,19 +147,21 @@ def test_the_packaged_human_table():
     ],
 )
 def test_where_the_gene_names_are(columns, index, source):
-    assert choose_gene_ids(columns, index)[1] == source
+    assert GeneFeatures(columns, index).named().source == source
 
 
 def test_the_user_names_the_gene_column():
-    assert choose_gene_ids({"mine": [TP53], "ensembl_id": [GAPDH]}, ["x"], "mine") == ([TP53], "var['mine']")
-    assert choose_gene_ids({"ensembl_id": [GAPDH]}, [TP53], "index") == ([TP53], "index of var")
+    named = GeneFeatures({"mine": [TP53], "ensembl_id": [GAPDH]}, ["x"], gene_ids="mine").named()
+    assert (named.names, named.source) == ([TP53], "var['mine']")
+    named = GeneFeatures({"ensembl_id": [GAPDH]}, [TP53], gene_ids="index").named()
+    assert (named.names, named.source) == ([TP53], "index of var")
     with pytest.raises(ColumnNotFoundError, match=r"no column 'other' of text. Found: \['mine'\]"):
-        choose_gene_ids({"mine": [TP53]}, ["x"], "other")
+        GeneFeatures({"mine": [TP53]}, ["x"], gene_ids="other")
 
 
 def test_an_index_of_numbers_names_no_genes():
     with pytest.raises(GeneIdError, match=r"nothing in var names the genes: its index reads 0, 1"):
-        choose_gene_ids({}, ["0", "1"])
+        GeneFeatures({}, ["0", "1"]).named()
 
 
 def test_ensembl_ids_and_species():

@@ -12,7 +12,7 @@ from geneformer_hf.cli.main import main
 from geneformer_hf.data import medians, sketches
 from geneformer_hf.data.readers import open_cells
 from geneformer_hf.errors import CellFileError, GeneIdError, SettingError
-from geneformer_hf.genes import human_genes
+from geneformer_hf.gene_ids import human_genes
 from geneformer_hf.outputs import unfinished
 from tests import reference
 from tests.conftest import ensembl, make_cells, with_row, write

@@ -13,7 +13,7 @@ from geneformer_hf import QualityRules, assess_quality
 from geneformer_hf.cli.main import main
 from geneformer_hf.data import doublets, encoder
 from geneformer_hf.errors import CellFileError, ColumnNotFoundError, SettingError
-from geneformer_hf.genes import human_genes
+from geneformer_hf.gene_ids import human_genes
 from tests.conftest import write
 from tests.formats import files as formats
 
