@@ -295,7 +295,7 @@ class GeneFeatures:
             )
             raise GeneIdError(msg)
         found = [name for name in self.genomes if name.lower() == genome.lower()]
-        found = found or [name for name in self.genomes if species_of_genome(name) == species_of_genome(genome) is not None]
+        found = found or [name for name in self.genomes if species_of_genome(name) == genome.lower()]
         if len(found) != 1:
             msg = f"{self._where}no genome {genome!r}. Found: {listed or 'no genome, neither in prefixes of names nor in a column'}. {'Name one of these' if listed else 'Leave genome out'}."
             raise GeneIdError(msg)
@@ -312,7 +312,7 @@ class GeneFeatures:
         """Return the name of each gene: the column named by the user, else the one that holds most Ensembl ids, gaps filled by symbol.
 
         Args:
-            is_known (*optional*): whether an Ensembl id is in the vocabulary; without it all ids count.
+            is_known (*optional*): whether a name leads to a gene of the vocabulary; without it all ids count.
 
         Raises:
             GeneIdError: if nothing names genes, for instance where the index only counts the columns.
@@ -327,8 +327,8 @@ class GeneFeatures:
             texts, symbols = self._texts[chosen], self._texts[self._symbol_column(chosen)]
             if not any(ids):
                 return NamedGenes(list(texts), _shown(chosen), notes=notes)
-            names = [i or (symbol if symbol.lower() not in MISSING else text) for i, text, symbol in zip(ids, texts, symbols, strict=True)]
-            n_filled = sum(i is None and name.lower() not in MISSING for i, name in zip(ids, names, strict=True))
+            names = [i or _filled(text, symbol, is_known) for i, text, symbol in zip(ids, texts, symbols, strict=True)]
+            n_filled = sum(i is None and name != text for i, name, text in zip(ids, names, texts, strict=True))
             n_inside = sum(i is not None and i != text for i, text in zip(ids, texts, strict=True))
             return NamedGenes(names, _shown(chosen), n_filled, n_inside, notes)
         column = self._symbol_column(None)
@@ -360,6 +360,13 @@ class GeneFeatures:
         if self.other_columns is not None:
             return f"{len(self.other_columns):,} genes of other genomes than {self.genome} left out"
         return f"prefix {self.genome!r} taken off the names in {self._prefixed}" if self._prefixed else ""
+
+
+def _filled(text: str, symbol: str, is_known: Callable[[str], bool] | None) -> str:
+    """Return the name of a gene that has no Ensembl id in the column of ids: what stands there, if that is a name, else its symbol."""
+    if text.lower() in MISSING:
+        return symbol if symbol.lower() not in MISSING else text
+    return symbol if is_known is not None and not is_known(text) and is_known(symbol) else text
 
 
 def species_of_genome(genome: str) -> str | None:

@@ -67,6 +67,12 @@ class GeneReport:
         """Columns added to another column of the same gene."""
         return self.n_mapped - self.n_tokens
 
+    def numbers(self) -> dict[str, Any]:
+        """Return what names the genes and what became of them, as numbers and lists of at most ten names."""
+        counts = {name: value for name, value in vars(self).items() if name.startswith("n_")}
+        names = {name: list(getattr(self, name))[:10] for name in ("ambiguous", "unknown")}
+        return {"source": self.source, **counts, "n_ambiguous": len(self.ambiguous), "n_unknown": len(self.unknown), **names, "notes": list(self.notes)}
+
     def describe(self) -> str:
         """Return one line for people."""
         parts = [f"{self.n_mapped:,} of {self.n_genes:,} genes in the vocabulary, by {self.source}"]
@@ -296,12 +302,9 @@ class GeneTable:
                     rows.setdefault(symbol.replace("-", "."), set()).update(known)
         return {symbol: tuple(sorted(found)) for symbol, found in rows.items()}
 
-    def knows_id(self, name: str) -> bool:
-        """Return whether an Ensembl id, with or without a version, leads to a gene of this table."""
-        if name in self.row_of:
-            return True
-        match = ENSEMBL.fullmatch(name)
-        return match is not None and self._find_ensembl(match)[0] is not None
+    def knows(self, name: str) -> bool:
+        """Return whether an Ensembl id or symbol leads to exactly one gene of this table."""
+        return self._find(name)[0] is not None
 
     def match(self, features: GeneFeatures, *, where: str = "") -> GeneColumns:
         """Match the genes of a file, under the names that fit this table best; see `resolve`.
@@ -309,7 +312,7 @@ class GeneTable:
         Raises:
             GeneIdError
         """
-        named = features.named(self.knows_id)
+        named = features.named(self.knows)
         return self.resolve(named.names, source=named.source, where=where, named=named)
 
     def _find_ensembl(self, match: re.Match[str]) -> tuple[int | None, str]:

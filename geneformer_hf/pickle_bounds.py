@@ -142,9 +142,9 @@ def require_bounded(content: bytes) -> None:
         elif name == "MEMOIZE":
             machine.put(len(machine.memo), n_opcodes)
         elif name in ("BINPUT", "LONG_BINPUT", "PUT"):
-            machine.put(int(argument), n_opcodes)
+            machine.put(int(argument or 0), n_opcodes)
         elif name in ("BINGET", "LONG_BINGET", "GET"):
-            machine.get(int(argument))
+            machine.get(int(argument or 0))
         elif name == "MARK":
             machine.stack.append(None)
         elif name in _FILLING_FROM_MARK:

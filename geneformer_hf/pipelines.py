@@ -19,7 +19,7 @@ from .models.modeling_geneformer import GeneformerModel
 if TYPE_CHECKING:
     import pandas as pd
 
-READING = ("gene_ids", "counts_layer")
+READING = ("gene_ids", "counts_layer", "genome")
 
 
 class CellPipeline(Pipeline):

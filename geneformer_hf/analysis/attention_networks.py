@@ -110,12 +110,13 @@ def attention_network(
     quantization: str | None = None,
     gene_ids: str | None = None,
     counts_layer: str | None = None,
+    genome: str | None = None,
     progress: bool = True,
 ) -> AttentionNetwork:
     """Average attention between genes over cells.
 
     Args:
-        model, cells, tokenizer, device, quantization, gene_ids, counts_layer, progress: as in `embed_cells`.
+        model, cells, tokenizer, device, quantization, gene_ids, counts_layer, genome, progress: as in `embed_cells`.
         genes (`Sequence[str]`, *optional*): Ensembl ids or symbols; the `n_genes` that are in most cells otherwise.
         layers (`Sequence[int]`, *optional*): 0 is the first, -1 the last; all otherwise.
         edges (`int`, *optional*, defaults to 20): strongest targets of each gene that are kept.
@@ -131,7 +132,7 @@ def attention_network(
     """
     reader = AttentionReader(model, layers, tokenizer=tokenizer, device=device, quantization=quantization, progress=progress)
     runner = reader.runner
-    tokens = runner.open(cells, gene_ids=gene_ids, counts_layer=counts_layer)
+    tokens = runner.open(cells, gene_ids=gene_ids, counts_layer=counts_layer, genome=genome)
     table, n_heads = runner.gene_table(tokens), runner.config.num_attention_heads
     n_cells_v, ranks_v, n_cells = _seen(tokens, runner, table)
     wanted = table.token_of(genes).astype(np.int64) if genes is not None else np.argsort(-n_cells_v, kind="stable")[:n_genes]

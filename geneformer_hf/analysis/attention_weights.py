@@ -32,14 +32,21 @@ class CellAttention:
 
 
 def iter_attention(
-    model: Any, cells: Any, *, layers: Sequence[int] | None = None, gene_ids: str | None = None, counts_layer: str | None = None, **options: Any
+    model: Any,
+    cells: Any,
+    *,
+    layers: Sequence[int] | None = None,
+    gene_ids: str | None = None,
+    counts_layer: str | None = None,
+    genome: str | None = None,
+    **options: Any,
 ) -> Iterator[CellAttention]:
     """Yield the attention weights of each cell that holds genes, in order.
 
     All asked-for layers of a cell are held at once: 12 layers of 12 heads over 2,048 tokens take 2.4 GB.
 
     Args:
-        model, cells, gene_ids, counts_layer: as in `embed_cells`.
+        model, cells, gene_ids, counts_layer, genome: as in `embed_cells`.
         layers (`Sequence[int]`, *optional*): 0 is the first, -1 the last; all otherwise.
         options: tokenizer, device, quantization, progress, as there.
 
@@ -47,7 +54,7 @@ def iter_attention(
         LayerError: if there is no such layer; and as `embed_cells`.
     """
     reader = AttentionReader(model, layers, **options)
-    tokens = reader.runner.open(cells, gene_ids=gene_ids, counts_layer=counts_layer)
+    tokens = reader.runner.open(cells, gene_ids=gene_ids, counts_layer=counts_layer, genome=genome)
     names = _names(reader.runner, tokens)
     for cell_id, ids, by_layer in reader.cells(tokens, reader.layers):
         weights = torch.stack([by_layer[layer] for layer in reader.layers]).float().cpu().numpy()

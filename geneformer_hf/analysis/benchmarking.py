@@ -48,6 +48,7 @@ class BenchmarkDataset:
     """For people; the file's otherwise."""
     gene_ids: str | None = None
     counts_layer: str | None = None
+    genome: str | None = None
 
     @property
     def shown(self) -> str:
@@ -204,7 +205,7 @@ def _key(dataset: BenchmarkDataset, one: _Contestant, options: Mapping[str, Any]
 def _judged(dataset: BenchmarkDataset, one: _Contestant, options: Mapping[str, Any]) -> list[dict[str, Any]]:
     found = evaluate_cells(
         {} if one.model is None else {"model": one.model}, dataset.path, labels=dataset.labels, batch=dataset.batch, held_out=dataset.held_out, gene_ids=dataset.gene_ids,
-        counts_layer=dataset.counts_layer, tokenizer=one.tokenizer, untrained=False, baselines=one.model is None, progress=False, **options,
+        counts_layer=dataset.counts_layer, genome=dataset.genome, tokenizer=one.tokenizer, untrained=False, baselines=one.model is None, progress=False, **options,
     )  # fmt: skip
     facts = {"cells": len(found.used), "cells_judged": int(found.used.sum()), "notes": found.notes}
     return [judged.row() | facts for judged in found.judged]

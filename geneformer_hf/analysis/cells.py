@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ from ..data.tokenized import gene_table_of, open_tokenized, report_of
 from ..errors import CellFileError, ColumnNotFoundError, VocabularyMismatchError
 from ..models.configuration_geneformer import GeneformerConfig
 from ..models.tokenization_geneformer import GeneformerTokenizer
+
+logger = logging.getLogger(__name__)
 
 CHUNK_CELLS = 512
 
@@ -95,6 +98,9 @@ class SourceCells(Cells):
         self.source, self._tokenizer = source, tokenizer
         self.n_cells = source.n_cells
         self.genes = source.match_genes(tokenizer.gene_table)
+        logger.info("%s: counts in %s; %s.", source.name, source.counts_described, self.genes.report.describe())
+        if mixed := source.describe_genome():
+            logger.warning("%s: %s.", source.name, mixed)
 
     def chunks(self) -> Iterator[TokenChunk]:
         """Yield all cells in order."""
@@ -158,7 +164,9 @@ class DatasetCells(Cells):
         return [None if v is None else feature.int2str(v) for v in values] if hasattr(feature, "int2str") else list(values)
 
 
-def open_tokens(cells: Any, tokenizer: Callable[[], GeneformerTokenizer], *, gene_ids: str | None = None, counts_layer: str | None = None) -> Cells:
+def open_tokens(
+    cells: Any, tokenizer: Callable[[], GeneformerTokenizer], *, gene_ids: str | None = None, counts_layer: str | None = None, genome: str | None = None
+) -> Cells:
     """Open what the user calls cells.
 
     Args:
@@ -174,4 +182,4 @@ def open_tokens(cells: Any, tokenizer: Callable[[], GeneformerTokenizer], *, gen
         cells = open_tokenized(cells)
     if hasattr(cells, "column_names"):
         return DatasetCells(cells)
-    return SourceCells(open_cells(cells, gene_ids=gene_ids, counts_layer=counts_layer), tokenizer())
+    return SourceCells(open_cells(cells, gene_ids=gene_ids, counts_layer=counts_layer, genome=genome), tokenizer())

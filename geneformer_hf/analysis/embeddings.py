@@ -74,6 +74,7 @@ def embed_cells(
     quantization: str | None = None,
     gene_ids: str | None = None,
     counts_layer: str | None = None,
+    genome: str | None = None,
     progress: bool = True,
 ) -> np.ndarray:
     """Embed cells.
@@ -94,7 +95,7 @@ def embed_cells(
         device (`str`, *optional*): CUDA, MPS or CPU, whatever is there, otherwise.
         dtype (`"bf16"`, `"fp16"` or `"fp32"`, *optional*): compute in that type (autocast); results are float32 always.
         quantization (`"int8"`, `"nf4"` or `"none"`, *optional*): as in `load_model`, for a folder or Hub id.
-        gene_ids, counts_layer (`str`, *optional*): as in `load_cells`.
+        gene_ids, counts_layer, genome (`str`, *optional*): as in `load_cells`.
         progress (`bool`, *optional*, defaults to `True`): show a progress bar.
 
     Returns:
@@ -116,7 +117,7 @@ def embed_cells(
         quantization=quantization,
         progress=progress,
     )
-    return runner.embed(runner.open(cells, gene_ids=gene_ids, counts_layer=counts_layer))
+    return runner.embed(runner.open(cells, gene_ids=gene_ids, counts_layer=counts_layer, genome=genome))
 
 
 def embed_genes(
@@ -131,6 +132,7 @@ def embed_genes(
     quantization: str | None = None,
     gene_ids: str | None = None,
     counts_layer: str | None = None,
+    genome: str | None = None,
     progress: bool = True,
 ) -> GeneEmbeddings:
     """Return the mean contextual embedding of every gene over the cells that express it.
@@ -141,7 +143,7 @@ def embed_genes(
     runner = Embedder(
         model, tokenizer=tokenizer, layer=layer, pooling="mean", batch_size=batch_size, device=device, dtype=dtype, quantization=quantization, progress=progress
     )
-    tokens = runner.open(cells, gene_ids=gene_ids, counts_layer=counts_layer)
+    tokens = runner.open(cells, gene_ids=gene_ids, counts_layer=counts_layer, genome=genome)
     table = runner.gene_table(tokens)
     sums = torch.zeros(runner.config.vocab_size, runner.config.hidden_size, dtype=torch.float64)
     counts = torch.zeros(runner.config.vocab_size, dtype=torch.int64)
@@ -157,7 +159,9 @@ def embed_genes(
     return GeneEmbeddings([table.ensembl_ids[row] for row in rows], vectors, counts[seen].numpy())
 
 
-def iter_gene_embeddings(model: Any, cells: Any, *, gene_ids: str | None = None, counts_layer: str | None = None, **options: Any) -> Iterator[pa.RecordBatch]:
+def iter_gene_embeddings(
+    model: Any, cells: Any, *, gene_ids: str | None = None, counts_layer: str | None = None, genome: str | None = None, **options: Any
+) -> Iterator[pa.RecordBatch]:
     """Yield the embedding of every gene in every cell, a pass at a time: for writing, not for holding.
 
     Arguments as in `embed_genes`.
@@ -166,7 +170,7 @@ def iter_gene_embeddings(model: Any, cells: Any, *, gene_ids: str | None = None,
         `pa.RecordBatch` with the columns `cell_id`, `ensembl_id`, `rank` (0 is the highest) and `embedding`.
     """
     runner = Embedder(model, pooling="mean", **options)
-    tokens = runner.open(cells, gene_ids=gene_ids, counts_layer=counts_layer)
+    tokens = runner.open(cells, gene_ids=gene_ids, counts_layer=counts_layer, genome=genome)
     table = runner.gene_table(tokens)
     names = np.full(runner.config.vocab_size, None, dtype=object)
     names[table.token_ids] = list(table.ensembl_ids)
@@ -186,7 +190,14 @@ def iter_gene_embeddings(model: Any, cells: Any, *, gene_ids: str | None = None,
 
 
 def state_embeddings(
-    model: Any, cells: Any, states: str | Sequence[Any], *, gene_ids: str | None = None, counts_layer: str | None = None, **options: Any
+    model: Any,
+    cells: Any,
+    states: str | Sequence[Any],
+    *,
+    gene_ids: str | None = None,
+    counts_layer: str | None = None,
+    genome: str | None = None,
+    **options: Any,
 ) -> dict[str, np.ndarray]:
     """Return the exact mean embedding of the cells in each state.
 
@@ -199,7 +210,7 @@ def state_embeddings(
         `dict[str, np.ndarray]`: state to a float64 vector of shape `(e,)`, in sorted order; sums are float64.
     """
     runner = Embedder(model, **options)
-    tokens = runner.open(cells, gene_ids=gene_ids, counts_layer=counts_layer)
+    tokens = runner.open(cells, gene_ids=gene_ids, counts_layer=counts_layer, genome=genome)
     labels = np.asarray(tokens.column(states) if isinstance(states, str) else list(states), dtype=object)
     if len(labels) != tokens.n_cells:
         msg = f"states has {len(labels):,} entries and there are {tokens.n_cells:,} cells."
@@ -279,9 +290,9 @@ class Embedder:
         self.progress, self._tokenizer = progress, tokenizer
         self.encoder = PackedEncoder(self.model, n_layers=n_layers, device=resolve_device(device), dtype=resolve_dtype(dtype), batch_size=batch_size)
 
-    def open(self, cells: Any, *, gene_ids: str | None = None, counts_layer: str | None = None) -> Cells:
+    def open(self, cells: Any, *, gene_ids: str | None = None, counts_layer: str | None = None, genome: str | None = None) -> Cells:
         """Open cells as tokens for this model."""
-        tokens = open_tokens(cells, self.tokenizer, gene_ids=gene_ids, counts_layer=counts_layer)
+        tokens = open_tokens(cells, self.tokenizer, gene_ids=gene_ids, counts_layer=counts_layer, genome=genome)
         tokens.require_made_for(self.config)
         return tokens
 

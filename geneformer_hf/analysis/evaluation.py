@@ -121,6 +121,7 @@ def evaluate_cells(
     quantization: str | None = None,
     gene_ids: str | None = None,
     counts_layer: str | None = None,
+    genome: str | None = None,
     seed: int = 0,
     progress: bool = True,
 ) -> CellEvaluation:
@@ -139,7 +140,7 @@ def evaluate_cells(
         baselines (`bool`, *optional*, defaults to `True`): also judge log counts of 2,000 variable genes, and their 50 principal components.
         n_folds (`int`, *optional*, defaults to 5): of label transfer; where there are no more donors or batches than that, each is a fold.
         seed (`int`, *optional*, defaults to 0): of clusters, folds, components and the untrained model.
-        tokenizer, layer, pooling, batch_size, device, dtype, quantization, gene_ids, counts_layer, progress: as in `embed_cells`.
+        tokenizer, layer, pooling, batch_size, device, dtype, quantization, gene_ids, counts_layer, genome, progress: as in `embed_cells`.
 
     Returns:
         `CellEvaluation`.
@@ -157,7 +158,7 @@ def evaluate_cells(
     read: list[_Labelled] = []
 
     def open_cells(runner: Embedder) -> Cells:
-        tokens = runner.open(cells, gene_ids=gene_ids, counts_layer=counts_layer)
+        tokens = runner.open(cells, gene_ids=gene_ids, counts_layer=counts_layer, genome=genome)
         if not read:
             # Before the first model has embedded a million cells in vain.
             read.append(_Labelled(tokens, labels, batch, held_out))
@@ -175,7 +176,7 @@ def evaluate_cells(
             made.append(representation)
             opened = tokens, config
     else:
-        opened = UnrankedCells(cells, gene_ids=gene_ids, counts_layer=counts_layer), None
+        opened = UnrankedCells(cells, gene_ids=gene_ids, counts_layer=counts_layer, genome=genome), None
         read.append(_Labelled(opened[0], labels, batch, held_out))
     known = read[0]
     made += stored(opened[0], obsm)

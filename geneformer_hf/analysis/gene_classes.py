@@ -69,7 +69,15 @@ def known_genes(table: GeneTable, names: Sequence[str]) -> list[str]:
 
 
 def hide_genes(
-    model: Any, cells: Any, *, share: float = 0.15, seed: int = 42, gene_ids: str | None = None, counts_layer: str | None = None, **options: Any
+    model: Any,
+    cells: Any,
+    *,
+    share: float = 0.15,
+    seed: int = 42,
+    gene_ids: str | None = None,
+    counts_layer: str | None = None,
+    genome: str | None = None,
+    **options: Any,
 ) -> HiddenGenes:
     """Hide some genes of each cell, ask the model for them, and ask a baseline that was counted on other cells.
 
@@ -88,7 +96,7 @@ def hide_genes(
         CheckpointError, and as `predict_masked_genes`.
     """
     runner = MaskedGenePredictor(model, **options)
-    tokens = runner.open(cells, gene_ids=gene_ids, counts_layer=counts_layer)
+    tokens = runner.open(cells, gene_ids=gene_ids, counts_layer=counts_layer, genome=genome)
     table = runner.gene_table(tokens)
     found = runner.table(tokens, share=share, top_k=1, seed=seed, with_cell=True)
     found["loss"] = -np.log(np.maximum(found["probability"].to_numpy(dtype=np.float64), 1e-45))

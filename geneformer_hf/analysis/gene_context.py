@@ -37,6 +37,7 @@ def context_specificity(
     quantization: str | None = None,
     gene_ids: str | None = None,
     counts_layer: str | None = None,
+    genome: str | None = None,
     seed: int = 0,
     progress: bool = True,
 ) -> pd.DataFrame:
@@ -47,7 +48,7 @@ def context_specificity(
     genes its cells express, and vectors with it: what is above chance is context, not necessarily biology.
 
     Args:
-        model, cells, tokenizer, layer, batch_size, device, dtype, quantization, gene_ids, counts_layer, progress: as in `embed_genes`.
+        model, cells, tokenizer, layer, batch_size, device, dtype, quantization, gene_ids, counts_layer, genome, progress: as in `embed_genes`.
         labels (`str`): column with cell types; cells without one are left out.
         genes (`Sequence[str]`, *optional*): Ensembl ids or symbols; the `n_genes` in most labelled cells otherwise.
         least_cells (`int`, *optional*, defaults to 20): genes in fewer labelled cells are left out.
@@ -68,7 +69,7 @@ def context_specificity(
     runner = Embedder(
         model, tokenizer=tokenizer, layer=layer, pooling="mean", batch_size=batch_size, device=device, dtype=dtype, quantization=quantization, progress=progress
     )
-    tokens = runner.open(cells, gene_ids=gene_ids, counts_layer=counts_layer)
+    tokens = runner.open(cells, gene_ids=gene_ids, counts_layer=counts_layer, genome=genome)
     names, ids_n = class_ids(tokens.column(labels))
     if len(names) < 2:
         msg = f"{labels} has {len(names)} value ({', '.join(names) or 'none'}); expected two or more cell types."

@@ -32,7 +32,7 @@ def gene_classes_by_name(table: GeneTable) -> dict[str, list[str]]:
 
 def gene_section(
     name: str, model: Any, cells: Any, pictures: Path, *, labels: str, classes: Mapping[str, Sequence[str]] | None = None, seed: int = 0,
-    gene_ids: str | None = None, counts_layer: str | None = None, layer: int = -2, **options: Any,
+    gene_ids: str | None = None, counts_layer: str | None = None, genome: str | None = None, layer: int = -2, **options: Any,
 ) -> tuple[Section, dict[str, Any]]:  # fmt: skip
     """Measure what a model makes of genes, and draw it.
 
@@ -48,11 +48,11 @@ def gene_section(
     pooling, quantization = options.pop("pooling", None), options.pop("quantization", None)
     runner = Embedder(model, **options, layer=layer, pooling="mean", quantization=quantization)
     opened, table = runner.model, runner.tokenizer().gene_table
-    options |= {"layer": layer, "tokenizer": runner.tokenizer(), "gene_ids": gene_ids, "counts_layer": counts_layer}
+    options |= {"layer": layer, "tokenizer": runner.tokenizer(), "gene_ids": gene_ids, "counts_layer": counts_layer, "genome": genome}
     classes = classes or gene_classes_by_name(table)
     drawn = {kind: pictures / f"genes_{kind}_{file_name(name)}.png" for kind in ("specificity", "modules", "ranks")}
 
-    n_cells = runner.open(cells, gene_ids=gene_ids, counts_layer=counts_layer).n_cells
+    n_cells = runner.open(cells, gene_ids=gene_ids, counts_layer=counts_layer, genome=genome).n_cells
     # Of few cells, genes in fewer of them have to do.
     specificity = context_specificity(opened, cells, labels=labels, least_cells=max(2, min(20, n_cells // 5)), seed=seed, **options)
     plot_specificity(specificity, drawn["specificity"], title=f"Context of genes, {name}")

@@ -37,6 +37,7 @@ def predict_masked_genes(
     quantization: str | None = None,
     gene_ids: str | None = None,
     counts_layer: str | None = None,
+    genome: str | None = None,
     progress: bool = True,
 ) -> pd.DataFrame:
     """Put `<mask>` in the place of genes of each cell, all at once, and ask the model for them.
@@ -48,7 +49,7 @@ def predict_masked_genes(
         share (`float`, *optional*, defaults to 0.15): without `genes`, the chance of each gene to be hidden, drawn by `seed` and the place of the cell, as in pretraining.
         top_k (`int`, *optional*, defaults to 5): likeliest genes to name.
         seed (`int`, *optional*, defaults to 42).
-        tokenizer, batch_size, device, dtype, quantization, gene_ids, counts_layer, progress: as in `embed_cells`.
+        tokenizer, batch_size, device, dtype, quantization, gene_ids, counts_layer, genome, progress: as in `embed_cells`.
 
     Returns:
         `pd.DataFrame`, a line for each hidden gene, cells and ranks in order: `cell_id`; `position`, its rank in the cell, 1 the highest;
@@ -61,7 +62,7 @@ def predict_masked_genes(
     """
     options = {"batch_size": batch_size, "device": device, "dtype": dtype, "quantization": quantization, "progress": progress}
     runner = MaskedGenePredictor(model, tokenizer=tokenizer, **options)  # type: ignore[arg-type]
-    tokens = runner.open(cells, gene_ids=gene_ids, counts_layer=counts_layer)
+    tokens = runner.open(cells, gene_ids=gene_ids, counts_layer=counts_layer, genome=genome)
     return runner.table(tokens, genes=genes, share=share, top_k=top_k, seed=seed)
 
 

@@ -159,9 +159,9 @@ class InSilicoPerturber:
         token_of = dict(zip(names, self.tokenizer.gene_table.token_of(names).tolist(), strict=True))
         return [Change(p.kind, tuple(token_of[gene] for gene in p.genes), p.quartiles, p.rank) for p in perturbations]
 
-    def open(self, cells: Any, *, gene_ids: str | None = None, counts_layer: str | None = None) -> Cells:
+    def open(self, cells: Any, *, gene_ids: str | None = None, counts_layer: str | None = None, genome: str | None = None) -> Cells:
         """Open cells as tokens for this model."""
-        tokens = open_tokens(cells, lambda: self.tokenizer, gene_ids=gene_ids, counts_layer=counts_layer)
+        tokens = open_tokens(cells, lambda: self.tokenizer, gene_ids=gene_ids, counts_layer=counts_layer, genome=genome)
         tokens.require_made_for(self.config)
         return tokens
 
@@ -243,7 +243,7 @@ class InSilicoPerturber:
         return float((work * (plan.n_variants_n + (PASSES_TO_ESTIMATE if plan.estimates else 0))).sum() * one)
 
     def run(
-        self, cells: Any, perturbations: EveryGene | Sequence[Perturbation], *, gene_ids: str | None = None, counts_layer: str | None = None
+        self, cells: Any, perturbations: EveryGene | Sequence[Perturbation], *, gene_ids: str | None = None, counts_layer: str | None = None, genome: str | None = None
     ) -> pa.Table:  # fmt: skip
         """Perturb cells, and return what it does to them.
 
@@ -259,14 +259,14 @@ class InSilicoPerturber:
         Raises:
             SettingError, UnknownGeneError, VocabularyMismatchError
         """
-        tokens = self.open(cells, gene_ids=gene_ids, counts_layer=counts_layer)
+        tokens = self.open(cells, gene_ids=gene_ids, counts_layer=counts_layer, genome=genome)
         plan = self._plan(tokens, perturbations, probe=False)
-        self._settle_states(lambda: self._states_of(cells, gene_ids, counts_layer))
+        self._settle_states(lambda: self._states_of(cells, gene_ids, counts_layer, genome))
         return self._builder().table(self.iter_cells(tokens, perturbations, plan.rows))
 
     def write(
         self, cells: Any, perturbations: EveryGene | Sequence[Perturbation], output: str | Path, *, overwrite: bool = False,
-        gene_ids: str | None = None, counts_layer: str | None = None,
+        gene_ids: str | None = None, counts_layer: str | None = None, genome: str | None = None,
     ) -> Path:  # fmt: skip
         """Perturb cells, and write what it does to them as it goes.
 
@@ -285,7 +285,7 @@ class InSilicoPerturber:
             OutputExistsError: if the output holds the result of another plan.
             OutputError: if the disk is too small for it.
         """
-        tokens, output = self.open(cells, gene_ids=gene_ids, counts_layer=counts_layer), Path(output)
+        tokens, output = self.open(cells, gene_ids=gene_ids, counts_layer=counts_layer, genome=genome), Path(output)
         plan = self._plan(tokens, perturbations, probe=False)
         if output.is_file() and not overwrite:
             if plan_of(output) == plan.identity:
@@ -295,7 +295,7 @@ class InSilicoPerturber:
             raise OutputExistsError(msg)
         plan.require_room(output.parent)
         with shared_parts(output, plan.identity, overwrite=overwrite) as (folder, finish):
-            self._settle_states(lambda: shared_states(folder.parent, lambda: self._states_of(cells, gene_ids, counts_layer)))
+            self._settle_states(lambda: shared_states(folder.parent, lambda: self._states_of(cells, gene_ids, counts_layer, genome)))
             groups = list(plan.parts())
             paths = [folder / f"cells-{int(group[0]):09d}-{int(group[-1]):09d}.parquet" for group in groups]
             mine = [(group, path) for group, path in mine_of(list(zip(groups, paths, strict=True))) if not path.is_file()]
@@ -312,10 +312,10 @@ class InSilicoPerturber:
             finish(paths)
         return output
 
-    def _states_of(self, cells: Any, gene_ids: str | None, counts_layer: str | None) -> StateVectors:
+    def _states_of(self, cells: Any, gene_ids: str | None, counts_layer: str | None, genome: str | None) -> StateVectors:
         return StateVectors.of(
             self.model, cells, self.states.column, n_layers=self.n_layers, pooling=self.pooling, tokenizer=self._tokenizer, gene_ids=gene_ids,  # type: ignore[union-attr]
-            counts_layer=counts_layer, device=self.device, progress=self.progress,
+            counts_layer=counts_layer, genome=genome, device=self.device, progress=self.progress,
         )  # fmt: skip
 
     def _settle_states(self, compute: Callable[[], StateVectors]) -> None:

@@ -151,6 +151,7 @@ def predict(
     quantization: str | None = None,
     gene_ids: str | None = None,
     counts_layer: str | None = None,
+    genome: str | None = None,
     progress: bool = True,
 ) -> CellPredictions | GenePredictions:
     """Apply a fine-tuned model to cells, with or without labels.
@@ -158,7 +159,7 @@ def predict(
     Args:
         model (`PreTrainedModel`, `PeftModel`, `str` or `Path`): a fine-tuned Geneformer, or its folder or Hub id; an adapter as well.
         cells (`AnnData`, `str`, `Path` or `datasets.Dataset`): as in `embed_cells`. All cells are predicted, in their order.
-        tokenizer, batch_size, device, dtype, quantization, gene_ids, counts_layer, progress: as in `embed_cells`.
+        tokenizer, batch_size, device, dtype, quantization, gene_ids, counts_layer, genome, progress: as in `embed_cells`.
 
     Returns:
         `CellPredictions`, or `GenePredictions` from a model of genes.
@@ -169,7 +170,7 @@ def predict(
     """
     options = {"batch_size": batch_size, "device": device, "dtype": dtype, "quantization": quantization, "progress": progress}
     runner = Predictor(model, tokenizer=tokenizer, **options)  # type: ignore[arg-type]
-    tokens = runner.open(cells, gene_ids=gene_ids, counts_layer=counts_layer)
+    tokens = runner.open(cells, gene_ids=gene_ids, counts_layer=counts_layer, genome=genome)
     if runner.of_genes:
         return runner.genes(tokens)
     logits = np.full((tokens.n_cells, runner.heads[-1].stop), np.nan, dtype=np.float32)

@@ -33,6 +33,7 @@ def rank_contributions(
     quantization: str | None = None,
     gene_ids: str | None = None,
     counts_layer: str | None = None,
+    genome: str | None = None,
     seed: int = 0,
     progress: bool = True,
 ) -> pd.DataFrame:
@@ -42,7 +43,7 @@ def rank_contributions(
     1 less the cosine to the embedding of the cell as it is.
 
     Args:
-        model, cells, tokenizer, layer, pooling, batch_size, device, dtype, quantization, gene_ids, counts_layer, progress: as in `embed_cells`.
+        model, cells, tokenizer, layer, pooling, batch_size, device, dtype, quantization, gene_ids, counts_layer, genome, progress: as in `embed_cells`.
         edges (`Sequence[int]`, *optional*): bins of ranks, from each edge up to the next; 0 is the highest rank.
         seed (`int`, *optional*, defaults to 0): of the shuffling.
 
@@ -67,7 +68,7 @@ def rank_contributions(
         quantization=quantization,
         progress=progress,
     )
-    tokens = runner.open(cells, gene_ids=gene_ids, counts_layer=counts_layer)
+    tokens = runner.open(cells, gene_ids=gene_ids, counts_layer=counts_layer, genome=genome)
     mask = runner.tokenizer().mask_token_id
     special = np.array(runner.tokenizer().all_special_ids)
     before = _unit_vectors(runner, tokens)

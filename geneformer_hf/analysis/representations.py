@@ -100,11 +100,11 @@ def iter_models(
 class UnrankedCells(SourceCells):
     """Counts that no model reads: for baselines alone."""
 
-    def __init__(self, cells: Any, *, gene_ids: str | None, counts_layer: str | None) -> None:
+    def __init__(self, cells: Any, *, gene_ids: str | None, counts_layer: str | None, genome: str | None) -> None:
         if hasattr(cells, "column_names"):
             msg = "a tokenized dataset can only be judged with a model, whose vocabulary tells its genes. Name one, or give the file of cells."
             raise SettingError(msg)
-        self.source = open_cells(cells, gene_ids=gene_ids, counts_layer=counts_layer)
+        self.source = open_cells(cells, gene_ids=gene_ids, counts_layer=counts_layer, genome=genome)
         self.n_cells = self.source.n_cells
 
     def chunks(self) -> Iterator[TokenChunk]:

@@ -48,7 +48,7 @@ class Attention(Command):
         tokenizer = tokenizer_of(model)
         network = attention_network(
             model, args.input, genes=genes, n_genes=args.n_genes, layers=args.layers, edges=args.edges, least_cells=args.least_cells, tokenizer=tokenizer,
-            device=args.device, gene_ids=args.gene_ids, counts_layer=args.counts_layer,
+            device=args.device, gene_ids=args.gene_ids, counts_layer=args.counts_layer, genome=args.genome,
         )  # fmt: skip
         compared = None if regulators is None else regulator_centrality(network, regulators, table=tokenizer.gene_table)
         settings = {"input": args.input.name, "model": str(args.model), "genes": args.genes or f"the {args.n_genes:,} in most cells", "regulators": args.regulators,

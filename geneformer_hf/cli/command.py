@@ -61,6 +61,11 @@ def add_reading(parser: ArgumentParser) -> None:
         "--counts-layer", metavar="NAME", help="layer with the raw counts, or X or raw.X (default: X, raw.X or layers['counts'], whichever holds raw counts)"
     )
     parser.add_argument("--gene-ids", metavar="COL", help="column of var with Ensembl ids or symbols, or 'index' (default: found by itself)")
+    parser.add_argument(
+        "--genome",
+        metavar="NAME",
+        help="genome to read of a file that mixes several, such as hg19 or human; cells with less than half of their counts in it are left without genes",
+    )
 
 
 def add_workers(parser: ArgumentParser) -> None:
@@ -97,7 +102,7 @@ def add_overwrite(parser: ArgumentParser) -> None:
 
 def options_of(args: Namespace) -> dict[str, Any]:
     """Return what `add_reading`, `add_workers` and `add_skipping` declared, as keyword arguments, with a progress bar."""
-    names = ("gene_ids", "counts_layer", "num_proc", "dask", "skip_bad_files")
+    names = ("gene_ids", "counts_layer", "genome", "num_proc", "dask", "skip_bad_files")
     return {name: getattr(args, name) for name in names} | {"progress": True}
 
 

@@ -47,7 +47,7 @@ class Embed(Command):
     def run(self, args: Namespace) -> int:
         from ..analysis.cells import SourceCells
         from ..analysis.embeddings import Embedder
-        from ..data.writing import note_in_file
+        from ..data.writing import add_obs_to_file, note_in_file
         from ..outputs import new_file, require_apart, require_free
 
         self._check(args)
@@ -66,7 +66,7 @@ class Embed(Command):
             quantization=args.quantization,
             base=args.base,
         )
-        cells = runner.open(args.input, gene_ids=args.gene_ids, counts_layer=args.counts_layer)
+        cells = runner.open(args.input, gene_ids=args.gene_ids, counts_layer=args.counts_layer, genome=args.genome)
         columns = {column: cells.column(column) for column in args.plot}
         if not cells.n_cells:
             msg = f"{args.input} holds no cells."
@@ -80,6 +80,8 @@ class Embed(Command):
             else:
                 embeddings = self._cells(args, runner, cells, partial)
                 written = self._plot(args, embeddings, columns, partial) if columns else []
+            if not args.genes and partial.suffix == ".h5ad" and isinstance(cells, SourceCells) and cells.source.genome_fractions is not None:
+                add_obs_to_file(partial, {"genome_fraction": cells.source.genome_fractions})
             note_in_file(partial, "X_geneformer", record_of(args, runner))
             for path in written:
                 path.replace(args.output.with_name(path.name))
@@ -154,6 +156,7 @@ class Embed(Command):
             "dtype": args.dtype,
             "gene_ids": args.gene_ids,
             "counts_layer": args.counts_layer,
+            "genome": args.genome,
             "tokenizer": runner.tokenizer(),
         }
         metadata = {"geneformer": json.dumps(record_of(args, runner))}

@@ -69,6 +69,7 @@ class Evaluate(Command):
             n_folds=args.folds,
             gene_ids=args.gene_ids,
             counts_layer=args.counts_layer,
+            genome=args.genome,
             seed=args.seed,
             **embedding_options(args),
         )
@@ -97,7 +98,7 @@ class Evaluate(Command):
         for name, model in models.items():
             section, figures[name] = gene_section(
                 name, model, args.input, folder / PICTURES, labels=args.labels, classes=classes, seed=args.seed,
-                gene_ids=args.gene_ids, counts_layer=args.counts_layer, **embedding_options(args),
+                gene_ids=args.gene_ids, counts_layer=args.counts_layer, genome=args.genome, **embedding_options(args),
             )  # fmt: skip
             sections.append(section)
         write_figures(figures, folder / "genes.json")

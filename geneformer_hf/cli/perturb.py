@@ -72,7 +72,7 @@ class Perturb(Command):
             vectors=None if args.state_vectors is None else StateVectors.load(args.state_vectors),
             batch_size=args.batch_size, device=args.device, dtype=args.dtype, quantization=args.quantization, base=args.base,
         )  # fmt: skip
-        reading = {"gene_ids": args.gene_ids, "counts_layer": args.counts_layer}
+        reading = {"gene_ids": args.gene_ids, "counts_layer": args.counts_layer, "genome": args.genome}
         first = processes().is_main_process
         if first:
             print(f"{args.input}: {perturber.plan(args.input, perturbations, **reading).describe()}.")

@@ -43,7 +43,7 @@ class Predict(Command):
         require_free(args.output, overwrite=args.overwrite)
         require_apart(args.output, [args.input])
         runner = Predictor(args.model, batch_size=args.batch_size, device=args.device, dtype=args.dtype, quantization=args.quantization, base=args.base)
-        cells = runner.open(args.input, gene_ids=args.gene_ids, counts_layer=args.counts_layer)
+        cells = runner.open(args.input, gene_ids=args.gene_ids, counts_layer=args.counts_layer, genome=args.genome)
         if not cells.n_cells:
             msg = f"{args.input} holds no cells."
             raise CellFileError(msg)

@@ -108,7 +108,7 @@ class Qc(Command):
         if output.suffix == ".csv":
             cells.to_csv(output)
             return
-        source = open_cells(name, gene_ids=args.gene_ids, counts_layer=args.counts_layer)
+        source = open_cells(name, gene_ids=args.gene_ids, counts_layer=args.counts_layer, genome=args.genome)
         if not can_be_copied(source):
             print(f"{name} is no .h5ad: the output holds its counts, obs and genes, and nothing else of it.")
         copy_as_h5ad(source, output)

@@ -131,6 +131,7 @@ def load_cells(
     obs: str | Sequence[str] = "all",
     gene_ids: str | None = None,
     counts_layer: str | None = None,
+    genome: str | None = None,
     total_counts: str | None = None,
     keep_counts: bool = False,
     keep_uncropped: bool = False,
@@ -152,6 +153,9 @@ def load_cells(
             named like one of ours is kept as `obs_<name>`.
         gene_ids (`str`, *optional*): column of var that names the genes, or `index`. Found by itself where it can be.
         counts_layer (`str`, *optional*): layer of the raw counts, or `X` or `raw.X`. Found by itself where it can be.
+        genome (`str`, *optional*):
+            Genome to read of a file that mixes several, as it is called there (`hg19`) or by species (`human`). Cells with less than
+            half of their counts in it are read as cells without genes; the column `genome_fraction` holds the fraction of each cell.
         total_counts (`str`, *optional*): column of obs with the counts per cell; only `keep_counts` depends on it.
         keep_counts (`bool`, *optional*, defaults to `False`): adds `counts`, counts per 10,000 beside each token.
         keep_uncropped (`bool`, *optional*, defaults to `False`):
@@ -173,9 +177,9 @@ def load_cells(
         >>> load_cells(cells, tokenizer=GeneformerTokenizer(gene_table=table))[0]
         {'input_ids': [3, 2], 'length': 2, 'cell_id': 'cell1'}
     """
-    source_options = SourceOptions(gene_ids, counts_layer, total_counts)
+    source_options = SourceOptions(gene_ids, counts_layer, total_counts, genome)
     wanted: Any = obs if obs in ("all", "none") else (obs,) if isinstance(obs, str) else tuple(obs)
-    encoding = EncodingOptions(wanted, keep_counts, keep_uncropped)
+    encoding = EncodingOptions(wanted, keep_counts, keep_uncropped, genome is not None)
     if hasattr(files, "obs") and hasattr(files, "var"):
         return _load_memory(files, tokenizer, source_options, encoding)
     if isinstance(files, CellSource):
@@ -184,7 +188,7 @@ def load_cells(
     if num_proc is not None and num_proc > 1:
         # datasets would fork, which hangs where zarr, torch or numpy have threads by then.
         config = CellDatasetConfig(files=tuple(map(str, paths)), tokenizer=tokenizer, source=source_options, encoding=encoding)
-        options = vars(source_options) | vars(encoding)
+        options = {name: value for name, value in (vars(source_options) | vars(encoding)).items() if name != "genome_fraction"}
         return cached_corpus(paths, cache_dir, config.create_config_id({}), tokenizer=tokenizer, num_proc=num_proc, **options)
     return _build(tuple(map(str, paths)), tokenizer, source_options, encoding, cache_dir)
 

@@ -14,7 +14,7 @@ import pyarrow as pa
 from ..errors import CellFileError, ColumnNotFoundError
 from .readers import CellSource
 
-OWN = ("input_ids", "length", "cell_id", "counts", "input_ids_uncropped", "length_uncropped")
+OWN = ("input_ids", "length", "cell_id", "counts", "input_ids_uncropped", "length_uncropped", "genome_fraction")
 
 
 @dataclass(frozen=True)

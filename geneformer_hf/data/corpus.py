@@ -55,6 +55,7 @@ def tokenize_corpus(
     obs: str | Sequence[str] = "all",
     gene_ids: str | None = None,
     counts_layer: str | None = None,
+    genome: str | None = None,
     total_counts: str | None = None,
     keep_counts: bool = False,
     keep_uncropped: bool = False,
@@ -71,7 +72,7 @@ def tokenize_corpus(
     the same paths. The result is the same bytes whoever does the work.
 
     Args:
-        files, tokenizer, obs, gene_ids, counts_layer, total_counts, keep_counts, keep_uncropped: as in `load_cells`.
+        files, tokenizer, obs, gene_ids, counts_layer, genome, total_counts, keep_counts, keep_uncropped: as in `load_cells`.
         output (`str` or `Path`): new folder.
         num_proc (`int`, *optional*): processes.
         dask (`str`, *optional*): address of a Dask scheduler, or `local` for a cluster of `num_proc` workers on this machine.
@@ -88,7 +89,7 @@ def tokenize_corpus(
     paths = find_files(files)
     require_apart(output, paths)
     wanted: Any = obs if obs in ("all", "none") else (obs,) if isinstance(obs, str) else tuple(obs)
-    source, encoding = SourceOptions(gene_ids, counts_layer, total_counts), EncodingOptions(wanted, keep_counts, keep_uncropped)
+    source, encoding = SourceOptions(gene_ids, counts_layer, total_counts, genome), EncodingOptions(wanted, keep_counts, keep_uncropped, genome is not None)
     with unfinished(output, overwrite=overwrite) as work:
         tokenizer.save_pretrained(work.folder / f"tokenizer-{tokenizer.encoding_fingerprint}")
         try:
@@ -110,7 +111,7 @@ def cached_corpus(paths: Sequence[Path], cache_dir: str | Path | None, name: str
     with FileLock(folder.with_name(f"{name}.lock")):
         if not folder.is_dir():
             return tokenize_corpus(paths, folder, tokenizer=tokenizer, **options)
-    source = {key: options[key] for key in ("gene_ids", "counts_layer", "total_counts")}
+    source = {key: options[key] for key in ("gene_ids", "counts_layer", "total_counts", "genome")}
     files = [FileReport.of(open_cells(path, **source), tokenizer.gene_table) for path in paths]
     return with_report(datasets.load_from_disk(str(folder)), files, tokenizer)
 
@@ -230,7 +231,7 @@ def _encoder(folder: str, job: str, number: int) -> CellEncoder:
         source.use_rows(_rows_folder(folder, file["content"]))
     encoding = content["encoding"]
     obs: Any = encoding["obs"] if isinstance(encoding["obs"], str) else tuple(encoding["obs"])
-    options = EncodingOptions(obs, encoding["keep_counts"], encoding["keep_uncropped"])
+    options = EncodingOptions(obs, encoding["keep_counts"], encoding["keep_uncropped"], encoding["genome_fraction"])
     columns = ObsColumns(content["names"], dict(datasets.Features.from_dict(content["features"])))
     return CellEncoder(source, _tokenizer(folder, content["tokenizer"]), columns, options)
 

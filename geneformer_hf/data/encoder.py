@@ -21,8 +21,8 @@ RANGE_CELLS = 8192
 RANGES_OF_A_FILE = 8
 """Row ranges of a file of fewer cells than that many ranges would hold; small files are not cut below 256 cells."""
 
-
 RANKING_THREADS = 2
+GENOME_FRACTION = "genome_fraction"
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,8 @@ class EncodingOptions:
     obs: Literal["all", "none"] | tuple[str, ...] = "all"
     keep_counts: bool = False
     keep_uncropped: bool = False
+    genome_fraction: bool = False
+    """Keep `genome_fraction`, of cells of a file that mixes genomes."""
 
 
 class CellEncoder:
@@ -56,10 +58,18 @@ class CellEncoder:
             for block in self.source.iter_blocks(start, stop):
                 rows = np.arange(block.start, block.start + block.counts_ng.shape[0])
                 counts, totals_n = block.counts_ng, self.source.totals(block) if self.options.keep_counts else None
+                further = obs.take(pa.array(rows - start))
+                if self.options.genome_fraction:
+                    further = further.append_column(
+                        GENOME_FRACTION,
+                        pa.array(block.genome_fraction_n, pa.float32(), from_pandas=True)
+                        if block.genome_fraction_n is not None
+                        else pa.nulls(len(rows), pa.float32()),
+                    )
                 if passing is not None and not passing[rows].all():
                     kept = np.flatnonzero(passing[rows])
-                    counts, rows, totals_n = counts[kept], rows[kept], None if totals_n is None else totals_n[kept]
-                pending.append(workers.submit(self._table, counts, totals_n, obs.take(pa.array(rows - start))))
+                    counts, further, totals_n = counts[kept], further.take(pa.array(kept)), None if totals_n is None else totals_n[kept]
+                pending.append(workers.submit(self._table, counts, totals_n, further))
                 if len(pending) > RANKING_THREADS:
                     yield pending.popleft().result()
             while pending:
@@ -93,6 +103,8 @@ def features_of(tokenizer: GeneformerTokenizer, columns: ObsColumns, options: En
         features["counts"] = datasets.List(datasets.Value("float32"))
     if options.keep_uncropped:
         features |= {"input_ids_uncropped": datasets.List(token), "length_uncropped": datasets.Value("int32")}
+    if options.genome_fraction:
+        features[GENOME_FRACTION] = datasets.Value("float32")
     return datasets.Features(features | columns.features)
 
 

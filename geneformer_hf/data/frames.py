@@ -15,6 +15,10 @@ from .store_checks import require_h5_dataset
 from .stores import attribute, decoded, is_group, is_text, name_of, read_values
 
 
+R_MISSING = -(2**31)
+"""What R stores for a missing integer."""
+
+
 class Frame(ABC):
     """A data frame that lies in an open store."""
 
@@ -96,7 +100,7 @@ class GroupFrame(Frame):
         values = read_values(_values_of(item), start, stop)
         if not is_group(item):
             if (categories := self._categories_of(item)) is not None:
-                return pd.Categorical.from_codes(values, read_values(categories))
+                return pd.Categorical.from_codes(np.where(values == R_MISSING, -1, values), read_values(categories))
             return values
         if "codes" in item:
             return pd.Categorical.from_codes(values, read_values(_values_of(item["categories"])), ordered=bool(item.attrs.get("ordered", False)))
@@ -121,7 +125,17 @@ class GroupFrame(Frame):
         # zarr has no references; anndata 0.7 wrote the path within the frame.
         if isinstance(reference, str):
             return self._group[reference.removeprefix(f"{self.name}/")]
-        return None
+        # SeuratDisk writes the levels of factors where anndata 0.7 does, without a reference to them.
+        name = name_of(item).rsplit("/", 1)[-1]
+        levels = self._group.get("__categories")
+        if levels is None or name not in levels or item.dtype.kind not in "iu":
+            return None
+        codes, n = read_values(item), int(levels[name].shape[0])
+        codes = codes[codes != R_MISSING]
+        if len(codes) and not -1 <= int(codes.min()) <= int(codes.max()) < n:
+            msg = f"{self._where}: {self.name}/{name} holds the codes {int(codes.min())} to {int(codes.max())} for {n:,} levels of a factor; expected 0 to {n - 1}. Write the file again from Seurat, with the column as text."
+            raise CellFileError(msg)
+        return levels[name]
 
 
 class RecordFrame(Frame):

@@ -110,7 +110,13 @@ def _counted(texts: np.ndarray) -> dict[str, int]:
 
 
 def open_labelled(
-    given: Mapping[int, Any], *, columns: Sequence[str], tokenizer: GeneformerTokenizer, gene_ids: str | None = None, counts_layer: str | None = None
+    given: Mapping[int, Any],
+    *,
+    columns: Sequence[str],
+    tokenizer: GeneformerTokenizer,
+    gene_ids: str | None = None,
+    counts_layer: str | None = None,
+    genome: str | None = None,
 ) -> LabelledCells:
     """Open the cells of a run.
 
@@ -125,7 +131,7 @@ def open_labelled(
     for part, cells in given.items():
         for one in cells if isinstance(cells, (list, tuple)) else [cells]:
             name = str(one) if isinstance(one, (str, Path)) else f"{PART_NAMES[part]}_data"
-            dataset = _open(one, columns, tokenizer, gene_ids, counts_layer, name=name)
+            dataset = _open(one, columns, tokenizer, gene_ids, counts_layer, genome, name=name)
             if not len(dataset):
                 msg = f"{name}: no cells in it that hold a gene of the vocabulary."
                 raise CellFileError(msg)
@@ -156,7 +162,9 @@ def left_out_of(dataset: datasets.Dataset) -> list[str]:
     return notes
 
 
-def _open(cells: Any, columns: Sequence[str], tokenizer: GeneformerTokenizer, gene_ids: str | None, counts_layer: str | None, *, name: str) -> datasets.Dataset:
+def _open(
+    cells: Any, columns: Sequence[str], tokenizer: GeneformerTokenizer, gene_ids: str | None, counts_layer: str | None, genome: str | None, *, name: str
+) -> datasets.Dataset:
     if isinstance(cells, (str, Path)) and is_tokenized(Path(cells)):
         cells = open_tokenized(cells)
     if isinstance(cells, datasets.DatasetDict):
@@ -164,7 +172,13 @@ def _open(cells: Any, columns: Sequence[str], tokenizer: GeneformerTokenizer, ge
         raise CellFileError(msg)
     if not isinstance(cells, datasets.Dataset):
         return load_cells(
-            cells, tokenizer=tokenizer, obs=list(dict.fromkeys(columns)) or "none", gene_ids=gene_ids, counts_layer=counts_layer, keep_counts=True
+            cells,
+            tokenizer=tokenizer,
+            obs=list(dict.fromkeys(columns)) or "none",
+            gene_ids=gene_ids,
+            counts_layer=counts_layer,
+            genome=genome,
+            keep_counts=True,
         )
     require_lists_of_ids(cells, name=name)
     missing = [column for column in columns if _name_in(cells, column) is None]

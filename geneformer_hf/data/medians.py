@@ -48,6 +48,7 @@ def fit_gene_table(
     gene_biotypes: Mapping[str, str] | None = None,
     gene_ids: str | None = None,
     counts_layer: str | None = None,
+    genome: str | None = None,
     total_counts: str | None = None,
     num_proc: int | None = None,
     dask: str | None = None,
@@ -68,7 +69,7 @@ def fit_gene_table(
             Keep these only, in GENCODE's words; `["protein_coding", "miRNA"]` are those of the published vocabularies.
         gene_biotypes (`Mapping[str, str]`, *optional*):
             Ensembl id to biotype; the packaged table of human genes by default, so needed for other species.
-        gene_ids, counts_layer, total_counts (`str`, *optional*): as in `load_cells`.
+        gene_ids, counts_layer, genome, total_counts (`str`, *optional*): as in `load_cells`.
         num_proc, dask, skip_bad_files: as in `tokenize_corpus`.
         work (`Unfinished`, *optional*): where finished parts are kept until the next call (`outputs.unfinished`).
 
@@ -87,7 +88,7 @@ def fit_gene_table(
         >>> fit_gene_table(cells).medians
         array([7000., 3000.])
     """
-    options = SourceOptions(gene_ids, counts_layer, total_counts)
+    options = SourceOptions(gene_ids, counts_layer, total_counts, genome)
     with _parts_folder(work) as parts:
         if hasattr(files, "obs") and hasattr(files, "var"):
             sketched = [_sketch_memory(open_cells(files, **vars(options)), parts)]

@@ -121,6 +121,7 @@ def assess_quality(
     gene_biotypes: Mapping[str, str] | None = None,
     gene_ids: str | None = None,
     counts_layer: str | None = None,
+    genome: str | None = None,
     total_counts: str | None = None,
     seed: int = 0,
     num_proc: int | None = None,
@@ -140,7 +141,7 @@ def assess_quality(
         rules (`QualityRules`, *optional*): the bounds.
         gene_biotypes (`Mapping[str, str]`, *optional*):
             Ensembl id to biotype; the packaged table by default. For other species without it, all genes count as coding.
-        gene_ids, counts_layer, total_counts (`str`, *optional*): as in `load_cells`.
+        gene_ids, counts_layer, genome, total_counts (`str`, *optional*): as in `load_cells`.
         seed (`int`, *optional*, defaults to 0): of the doublet scores.
         num_proc, dask, skip_bad_files, work: as in `fit_gene_table`.
 
@@ -160,7 +161,7 @@ def assess_quality(
     rules = rules or QualityRules()
     if rules.doublets:
         require_scrublet()
-    options = SourceOptions(gene_ids, counts_layer, total_counts)
+    options = SourceOptions(gene_ids, counts_layer, total_counts, genome)
     parts = work.parts if work is not None else Path(tempfile.mkdtemp(prefix="geneformer-hf-"))
     try:
         if hasattr(files, "obs") and hasattr(files, "var"):

@@ -24,18 +24,20 @@ from .tenx import TenXFileSource, TenXFolderSource, is_tenx_folder, tenx_groups
 __all__ = ["CellBlock", "CellSource", "FileSource", "SourceOptions", "open_cells", "read_ahead"]
 
 
-def open_cells(cells: Any, *, gene_ids: str | None = None, counts_layer: str | None = None, total_counts: str | None = None) -> CellSource:
+def open_cells(
+    cells: Any, *, gene_ids: str | None = None, counts_layer: str | None = None, genome: str | None = None, total_counts: str | None = None
+) -> CellSource:
     """Open a file of cells or an AnnData.
 
     Args:
         cells (`str`, `Path`, `AnnData` or `CellSource`): `.h5ad`, `.zarr`, `.loom`, 10x `.h5`, a 10x folder (or its `matrix.mtx`), or an scDL archive;
             a source that is open already, such as a `SomaSource`, is returned as it is.
-        gene_ids, counts_layer, total_counts (`str`, *optional*): see `SourceOptions`.
+        gene_ids, counts_layer, genome, total_counts (`str`, *optional*): see `SourceOptions`.
 
     Raises:
         CellFileError, NotRawCountsError, GeneIdError, ColumnNotFoundError
     """
-    options = SourceOptions(gene_ids, counts_layer, total_counts)
+    options = SourceOptions(gene_ids, counts_layer, total_counts, genome)
     if isinstance(cells, CellSource):
         return cells
     if isinstance(cells, (str, Path)):

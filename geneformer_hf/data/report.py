@@ -34,13 +34,26 @@ class FileReport:
     genes: str
     provenance: dict[str, Any] | None = None
     """Where it is from, for cells of a database."""
+    gene_names: dict[str, Any] | None = None
+    """What names the genes, and the numbers behind `genes`."""
+    genome: str | None = None
+    """What became of the cells of a file that mixes genomes."""
 
     @classmethod
     def of(cls, source: CellSource, table: GeneTable, *, name: str | None = None) -> FileReport:
         """Return the report of a source matched against a vocabulary."""
         n_filtered = 0 if source.passing is None else int((~source.passing).sum())
-        genes = source.match_genes(table).report.describe()
-        return cls(name or source.name, source.n_cells, n_filtered, source.counts_described, genes, source.provenance)
+        genes = source.match_genes(table).report
+        return cls(
+            name or source.name,
+            source.n_cells,
+            n_filtered,
+            source.counts_described,
+            genes.describe(),
+            source.provenance,
+            genes.numbers(),
+            source.describe_genome(),
+        )
 
 
 @dataclass(frozen=True)
@@ -65,6 +78,9 @@ def with_report(
         logger.warning("%s files were skipped: %s", f"{len(skipped):,}", "; ".join(s.reason for s in skipped))
     if n_filtered:
         logger.warning("%s cells were left out because obs['filter_pass'] is 0.", f"{n_filtered:,}")
+    for file in files:
+        if file.genome:
+            logger.warning("%s: %s.", file.file, file.genome)
     if n_empty:
         logger.warning("%s cells were left out because they hold no gene of the vocabulary.", f"{n_empty:,}")
     if not len(dataset):

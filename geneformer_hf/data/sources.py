@@ -45,6 +45,8 @@ class CellBlock:
     """Raw counts, checked, of shape `(n, g)`; stored zeros and unsorted columns may occur."""
     start: int
     """Position of the first cell in its source."""
+    genome_fraction_n: np.ndarray | None = None
+    """Fraction of the counts of each cell in the genome that is read; None for a source of one genome."""
 
 
 @dataclass(frozen=True)
@@ -142,9 +144,11 @@ class CellSource(ABC):
         for counts, first in self._iter_counts(start, self.n_cells if stop is None else stop):
             check_counts(counts.data, f"{self.name}: {self.counts} (cells {first:,} to {first + counts.shape[0] - 1:,})")
             of_genes = counts if self.gene_columns is None else counts[:, self.gene_columns]
+            fractions = None
             if self.features.other_columns is not None:
-                of_genes = without_rows(of_genes, self._genome_fractions(counts) < LEAST_OF_CELL)
-            yield CellBlock(of_genes, first)
+                fractions = self._genome_fractions(counts)
+                of_genes = without_rows(of_genes, fractions < LEAST_OF_CELL)
+            yield CellBlock(of_genes, first, fractions)
 
     @property
     def counts_described(self) -> str:
@@ -175,12 +179,10 @@ class CellSource(ABC):
         return np.concatenate([np.zeros(0), *(self._genome_fractions(counts) for counts, _ in self._iter_counts(0, self.n_cells))]).astype(np.float32)
 
     def describe_genome(self) -> str | None:
-        """Return what became of the cells of a file that mixes genomes, for people; None for other files."""
-        if self.genome_fractions is None:
-            return None
-        low = np.flatnonzero(self.genome_fractions < LEAST_OF_CELL)
+        """Return which cells of a file that mixes genomes are of another one than is read, for people; None where there are none."""
+        low = np.flatnonzero(self.genome_fractions < LEAST_OF_CELL) if self.genome_fractions is not None else np.zeros(0, dtype=np.int64)
         if not len(low):
-            return f"all {self.n_cells:,} cells have at least half of their counts in genes of {self.features.genome}"
+            return None
         ids = self.cell_ids
         names = ", ".join(ids[i] for i in low[:10].tolist()) + (f", and {len(low) - 10:,} more" if len(low) > 10 else "")
         return f"{len(low):,} of {self.n_cells:,} cells have less than half of their counts in genes of {self.features.genome} and are read as cells without genes ({names})"
@@ -271,8 +273,7 @@ class CellSource(ABC):
     def _name_genes(self, columns: Mapping[str, Sequence[str]], index: Sequence[str], index_name: str | None) -> None:
         """Decide on the names of the genes and which columns of the matrix they are."""
         require_memory(self.n_cells * CELL_BYTES, f"{self.name}: its index of {self.n_cells:,} cells")
-        options = {"gene_ids": self.options.gene_ids, "genome": self.options.genome, "index_name": index_name, "where": self.name}
-        self.features = GeneFeatures(columns, index, **options)
+        self.features = GeneFeatures(columns, index, gene_ids=self.options.gene_ids, genome=self.options.genome, index_name=index_name, where=self.name)
         self.n_columns, self.gene_columns = self.features.n_columns, self.features.columns
         named = self.features.named()
         self.gene_names, self.gene_names_from, self.gene_symbols = named.names, named.source, self.features.symbols

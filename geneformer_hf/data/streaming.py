@@ -254,6 +254,7 @@ def stream_cells(
     seed: int = 0,
     gene_ids: str | None = None,
     counts_layer: str | None = None,
+    genome: str | None = None,
     keep_counts: bool = False,
     shard_cells: int = SHARD_CELLS,
     mix: int = MIXED_SHARDS,
@@ -264,7 +265,7 @@ def stream_cells(
     Rows are those of `load_cells`, but lists are numpy arrays; without `shuffle` they come in the same order.
 
     Args:
-        files, tokenizer, gene_ids, counts_layer, keep_counts: as in `load_cells`.
+        files, tokenizer, gene_ids, counts_layer, genome, keep_counts: as in `load_cells`.
         obs (`"all"`, `"none"` or a sequence of names, *optional*, defaults to `"none"`): columns of obs to keep.
         shuffle (`bool`, *optional*, defaults to `False`): shuffle, anew in every epoch (`set_epoch`).
         seed (`int`, *optional*, defaults to 0): the same seed and epoch give the same order.
@@ -281,9 +282,9 @@ def stream_cells(
     """
     _require_positive(shard_cells=shard_cells, mix=mix)
     is_memory = hasattr(files, "obs") and hasattr(files, "var")
-    sources = [open_cells(item, gene_ids=gene_ids, counts_layer=counts_layer) for item in ([files] if is_memory else find_files(files))]
+    sources = [open_cells(item, gene_ids=gene_ids, counts_layer=counts_layer, genome=genome) for item in ([files] if is_memory else find_files(files))]
     wanted: Any = obs if obs in ("all", "none") else (obs,) if isinstance(obs, str) else tuple(obs)
-    options = EncodingOptions(wanted, keep_counts)
+    options = EncodingOptions(wanted, keep_counts, genome_fraction=genome is not None)
     columns = ObsColumns.of([ObsHead.of(source) for source in sources], wanted)
     encoders = [CellEncoder(source, tokenizer, columns, options) for source in sources]
     for source in sources:

@@ -76,6 +76,12 @@ def add_obs(file: h5py.File, columns: Mapping[str, Any]) -> None:
     _add_columns(file["obs"], columns)
 
 
+def add_obs_to_file(path: Path, columns: Mapping[str, Any]) -> None:
+    """Add columns to obs of an .h5ad, or replace them."""
+    with h5py.File(path, "r+") as file:
+        add_obs(file, columns)
+
+
 def add_var(path: Path, columns: Mapping[str, np.ndarray], source: CellSource) -> None:
     """Add columns to the genes of a copy of a source: to raw.var where the counts are there; other features get missing values."""
     with h5py.File(path, "r+") as file:

@@ -103,7 +103,7 @@ class _Checkpoint:
         allow_missing_weights = kwargs.pop("allow_missing_weights", False)
         folder, place = fetched_checkpoint(place, variant=kwargs.get("variant"), **options)
         if is_adapter(folder) and not any(folder.glob("model*.safetensors")):
-            passed = {name: kwargs[name] for name in ("dtype", "torch_dtype", "attn_implementation") if name in kwargs}
+            passed: dict[str, Any] = {name: kwargs[name] for name in ("dtype", "torch_dtype", "attn_implementation") if name in kwargs}
             passed["allow_missing_weights"] = allow_missing_weights
             model = cls._from_adapter(place, device=kwargs.get("device_map"), **passed, **options)
             return (model, {key: [] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")}) if kwargs.get("output_loading_info") else model

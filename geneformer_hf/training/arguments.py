@@ -149,6 +149,7 @@ class GeneformerFineTuningArguments(TrainingSettings):
     attention_dropout: float | None = about("dropout of attention; on a CPU, 0 is several times faster (default: the checkpoint's)")
     gene_ids: str | None = about("column of var with Ensembl ids or symbols, or 'index' (default: found by itself)")
     counts_layer: str | None = about("layer with the raw counts (default: found by itself)")
+    genome: str | None = about("genome to read of a file that mixes several, such as hg19 or human")
     baselines: bool = about("compare with majority class, logistic regression, nearest neighbours and the untrained encoder", True)
 
     # Other defaults than transformers': those of the published classifier where it names any.

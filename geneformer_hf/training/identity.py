@@ -20,7 +20,7 @@ FREE_SETTINGS = frozenset([
     "logging_first_step", "log_level", "log_level_replica", "log_on_each_node", "disable_tqdm", "report_to", "run_name", "project", "save_strategy", "save_steps",
     "save_total_limit", "save_on_each_node", "dataloader_num_workers", "dataloader_persistent_workers", "dataloader_prefetch_factor",
     "dataloader_multiprocessing_context", "ddp_backend", "ddp_timeout", "ddp_bucket_cap_mb", "activation_checkpointing", "gradient_checkpointing", "baseline_cells",
-    "baselines", "use_cpu", "torch_empty_cache_steps", "gene_ids", "counts_layer", "gene_classes",
+    "baselines", "use_cpu", "torch_empty_cache_steps", "gene_ids", "counts_layer", "genome", "gene_classes",
     # Taken up below as what they come to.
     "batch_layout", "group_by_length", "train_weights", "data_seed",
 ])

@@ -100,7 +100,9 @@ def prepare(
     classes = _gene_classes(arguments, tokenizer, gene_classes) if arguments.gene_classes or gene_classes else None
     columns = list(dict.fromkeys([*wanted, *([arguments.group_column] if arguments.group_column else [])]))
     with arguments.main_process_first(local=False, desc="open the cells"):
-        cells = open_labelled(sources, columns=columns, tokenizer=tokenizer, gene_ids=arguments.gene_ids, counts_layer=arguments.counts_layer)
+        cells = open_labelled(
+            sources, columns=columns, tokenizer=tokenizer, gene_ids=arguments.gene_ids, counts_layer=arguments.counts_layer, genome=arguments.genome
+        )
     cells.notes += _truncation(cells, tokenizer)
     if classes is not None:
         return _prepare_genes(arguments, tokenizer, cells, classes)
