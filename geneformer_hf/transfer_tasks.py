@@ -165,12 +165,13 @@ def fine_tuning_settings(
 def _judge(task: TransferTask, model: Any, cells: Any, output: Path, settings: dict[str, Any], *, overwrite: bool) -> Any:
     from .analysis.evaluation import evaluate_cells
     from .analysis.evaluation_report import write_evaluation
-    from .outputs import new_folder, require_free
+    from .outputs import new_folder, require_apart, require_free
 
-    require_free(output, overwrite=overwrite)
+    require_free(output, overwrite=overwrite, made_by="task")
+    require_apart(output, [model, cells if isinstance(cells, (str, Path)) else None])
     found = evaluate_cells(model, cells, **settings)
     given = {name: value for name, value in settings.items() if value is not None}
-    with new_folder(output, overwrite=overwrite) as partial:
+    with new_folder(output, made_by="task", overwrite=overwrite) as partial:
         write_evaluation(found, partial, title=task.title, settings={"task": task.name, "published": task.published} | given)
     return found
 

@@ -278,9 +278,10 @@ class Embedder:
         dtype: str | torch.dtype | None = None,
         quantization: str | None = None,
         base: str | None = None,
+        allow_missing_weights: bool = False,
         progress: bool = True,
     ) -> None:
-        self.model = load_model(model, quantization=quantization, base=base, device=device)
+        self.model = load_model(model, quantization=quantization, base=base, device=device, allow_missing_weights=allow_missing_weights)
         self.config: GeneformerConfig = self.model.config
         n_layers = resolve_layer(layer, self.config.num_hidden_layers)
         self.pooling = resolve_pooling(pooling, self.config)

@@ -119,6 +119,7 @@ def evaluate_cells(
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
     quantization: str | None = None,
+    allow_missing_weights: bool = False,
     gene_ids: str | None = None,
     counts_layer: str | None = None,
     genome: str | None = None,
@@ -140,6 +141,7 @@ def evaluate_cells(
         baselines (`bool`, *optional*, defaults to `True`): also judge log counts of 2,000 variable genes, and their 50 principal components.
         n_folds (`int`, *optional*, defaults to 5): of label transfer; where there are no more donors or batches than that, each is a fold.
         seed (`int`, *optional*, defaults to 0): of clusters, folds, components and the untrained model.
+        allow_missing_weights (`bool`, *optional*, defaults to `False`): as in `load_model`.
         tokenizer, layer, pooling, batch_size, device, dtype, quantization, gene_ids, counts_layer, genome, progress: as in `embed_cells`.
 
     Returns:
@@ -169,7 +171,15 @@ def evaluate_cells(
     made: list[Representation] = []
     opened: tuple[Cells, GeneformerConfig | None]
     if models:
-        options = {"layer": layer, "pooling": pooling, "batch_size": batch_size, "device": device, "dtype": dtype, "quantization": quantization}
+        options = {
+            "layer": layer,
+            "pooling": pooling,
+            "batch_size": batch_size,
+            "device": device,
+            "dtype": dtype,
+            "quantization": quantization,
+            "allow_missing_weights": allow_missing_weights,
+        }
         for representation, tokens, config in iter_models(
             named_models(models), open_cells, untrained=untrained, seed=seed, tokenizer=tokenizer, progress=progress, **options
         ):

@@ -107,7 +107,7 @@ class InSilicoPerturber:
     def __init__(
         self, model: Any, *, readout: str = CELL, pooling: str | None = None, layer: int = -2, states: StateShift | None = None, vectors: StateVectors | None = None,
         tokenizer: GeneformerTokenizer | None = None, batch_size: int | None = None, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None,
-        quantization: str | None = None, base: str | None = None, progress: bool = True,
+        quantization: str | None = None, base: str | None = None, allow_missing_weights: bool = False, progress: bool = True,
     ) -> None:  # fmt: skip
         if readout not in (CELL, GENE, PROBABILITY):
             msg = f"readout is {readout!r}; expected cell, gene or probability."
@@ -115,7 +115,7 @@ class InSilicoPerturber:
         if readout == PROBABILITY and states is not None:
             msg = "states are for the readouts cell and gene; a classifier is read by its classes. Leave out states, or the readout."
             raise SettingError(msg)
-        self.model = load_model(model, quantization=quantization, base=base, device=device)
+        self.model = load_model(model, quantization=quantization, base=base, device=device, allow_missing_weights=allow_missing_weights)
         self.config: GeneformerConfig = self.model.config
         self.readout, self.states, self.progress, self._tokenizer, self._given_vectors = readout, states, progress, tokenizer, vectors
         self.pooling = resolve_pooling(pooling, self.config)

@@ -40,8 +40,8 @@ class Attention(Command):
         from ..models.loading import load_model, tokenizer_of
         from ..outputs import new_folder, require_apart, require_free
 
-        require_free(args.output, overwrite=args.overwrite)
-        require_apart(args.output, [args.input])
+        require_free(args.output, overwrite=args.overwrite, made_by="attention")
+        require_apart(args.output, [args.input, args.model, args.genes, args.regulators])
         genes = listed_genes(args.genes) if args.genes else None
         regulators = listed_genes(args.regulators, "--regulators") if args.regulators else None
         model = load_model(args.model, device=args.device)
@@ -53,7 +53,7 @@ class Attention(Command):
         compared = None if regulators is None else regulator_centrality(network, regulators, table=tokenizer.gene_table)
         settings = {"input": args.input.name, "model": str(args.model), "genes": args.genes or f"the {args.n_genes:,} in most cells", "regulators": args.regulators,
                     "layers": args.layers or "all", "edges": args.edges, "least_cells": args.least_cells}  # fmt: skip
-        with new_folder(args.output, overwrite=args.overwrite) as partial:
+        with new_folder(args.output, made_by="attention", overwrite=args.overwrite) as partial:
             write_attention(network, partial, title=f"Attention in {args.input.name}", settings=settings, regulators=compared, names=regulators or ())
         print(f"{network.n_cells:,} cells, {len(network.genes):,} genes, {len(network.weights)} heads.")
         top = network.centrality().head(8)

@@ -91,6 +91,7 @@ def add_computing(parser: ArgumentParser, *, several: bool = False) -> None:
         choices=["int8", "nf4", "none"],
         help="load the weights in 8-bit or 4-bit; none: an adapter on plain weights (default: as it was saved)",
     )
+    parser.add_argument("--allow-missing-weights", action="store_true", help="draw weights that the checkpoint lacks at random (default: name them and stop)")
     if not several:
         parser.add_argument("--base", metavar="FOLDER|ID", help="for an adapter whose base has moved: where it is now")
 

@@ -38,10 +38,10 @@ class Demo(Command):
     def run(self, args: Namespace) -> int:
         from ..outputs import new_folder, require_free
 
-        require_free(args.output, overwrite=args.overwrite)
+        require_free(args.output, overwrite=args.overwrite, made_by="demo")
         print("1. Real cells: 700 peripheral blood cells from the scanpy package.")
         cells = load_blood_cells()
-        with new_folder(args.output, overwrite=args.overwrite) as folder:
+        with new_folder(args.output, made_by="demo", overwrite=args.overwrite) as folder:
             figures = run_demo(cells, folder, epochs=args.epochs, seed=args.seed)
         print_figures(figures)
         print_files(args.output)

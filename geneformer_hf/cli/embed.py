@@ -48,11 +48,11 @@ class Embed(Command):
         from ..analysis.cells import SourceCells
         from ..analysis.embeddings import Embedder
         from ..data.writing import add_obs_to_file, note_in_file
-        from ..outputs import new_file, require_apart, require_free
+        from ..outputs import new_file, put, require_apart, require_free
 
         self._check(args)
         require_free(args.output, overwrite=args.overwrite)
-        require_apart(args.output, [args.input])
+        require_apart(args.output, [args.input, args.model, args.base])
         pictures = [args.output.with_name(f"{args.output.stem}_{kind}_{_file_name(column)}.png") for column in args.plot for kind in ("umap", "heatmap")]
         for picture in pictures:
             require_free(picture, overwrite=args.overwrite)
@@ -65,6 +65,7 @@ class Embed(Command):
             dtype=args.dtype,
             quantization=args.quantization,
             base=args.base,
+            allow_missing_weights=args.allow_missing_weights,
         )
         cells = runner.open(args.input, gene_ids=args.gene_ids, counts_layer=args.counts_layer, genome=args.genome)
         columns = {column: cells.column(column) for column in args.plot}
@@ -84,7 +85,7 @@ class Embed(Command):
                 add_obs_to_file(partial, {"genome_fraction": cells.source.genome_fractions})
             note_in_file(partial, "X_geneformer", record_of(args, runner))
             for path in written:
-                path.replace(args.output.with_name(path.name))
+                put(path, args.output.with_name(path.name), overwrite=args.overwrite)
         what = "genes" if args.genes else "cells"
         print(
             f"Embeddings of {what} (layer {args.layer}, {'every gene in its cell' if args.genes == 'contextual' else runner.pooling if not args.genes else 'mean per gene'}, {runner.config.hidden_size} dimensions) written to {args.output} ({describe_size(args.output)})."

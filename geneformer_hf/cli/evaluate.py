@@ -50,8 +50,8 @@ class Evaluate(Command):
         from ..errors import SettingError
         from ..outputs import new_folder, require_apart, require_free
 
-        require_free(args.output, overwrite=args.overwrite)
-        require_apart(args.output, [args.input])
+        require_free(args.output, overwrite=args.overwrite, made_by="evaluate")
+        require_apart(args.output, [args.input, args.gene_classes, *models_of(args.model).values()])
         if args.gene_classes is not None and not args.genes:
             msg = "--gene-classes is of use with --genes. Add it, or leave out the classes."
             raise SettingError(msg)
@@ -75,7 +75,7 @@ class Evaluate(Command):
         )
         settings = {"input": args.input.name, "models": {name: str(model) for name, model in models.items()}, "labels": args.labels, "batch": args.batch,
                     "held_out": found.held_out, "layer": args.layer, "pooling": args.pooling or "default", "folds": args.folds, "seed": args.seed}  # fmt: skip
-        with new_folder(args.output, overwrite=args.overwrite) as partial:
+        with new_folder(args.output, made_by="evaluate", overwrite=args.overwrite) as partial:
             further = self._genes(args, models, classes, partial) if args.genes else []
             write_evaluation(
                 found, partial, title=f"Embeddings of {args.input.name}", settings=settings, umaps=not args.no_umap, seed=args.seed, further=further
@@ -116,7 +116,7 @@ def add_judging(parser: ArgumentParser) -> None:
 
 def embedding_options(args: Namespace) -> dict[str, Any]:
     """Return how models embed, of what `add_judging` declared."""
-    return {name: getattr(args, name) for name in ("layer", "pooling", "batch_size", "device", "dtype", "quantization")}
+    return {name: getattr(args, name) for name in ("layer", "pooling", "batch_size", "device", "dtype", "quantization", "allow_missing_weights")}
 
 
 def models_of(words: list[str]) -> dict[str, Any]:

@@ -41,10 +41,10 @@ class Medians(Command):
         from ..models.tokenization_geneformer import GeneformerTokenizer
         from ..outputs import new_folder, require_apart, require_free, unfinished
 
-        require_apart(args.output, find_files(args.files))
+        require_apart(args.output, [*find_files(args.files), args.gene_biotypes])
         if args.tokenizer is not None:
-            require_free(args.tokenizer, overwrite=args.overwrite)
-            require_apart(args.tokenizer, [args.output, *find_files(args.files)])
+            require_free(args.tokenizer, overwrite=args.overwrite, made_by="medians")
+            require_apart(args.tokenizer, [args.output, *find_files(args.files), args.gene_biotypes])
         gene_biotypes = None if args.gene_biotypes is None else read_biotypes(args.gene_biotypes)
         with unfinished(args.output, overwrite=args.overwrite) as work:
             table = fit_gene_table(
@@ -61,7 +61,7 @@ class Medians(Command):
         print(f"{len(table):,} {table.species} genes, {table.source}, written to {args.output}.")
         tokens: dict[str, Any] = {} if args.no_special_tokens else {"cls_token": "<cls>", "eos_token": "<eos>"}
         if args.tokenizer is not None:
-            with new_folder(args.tokenizer, overwrite=args.overwrite) as folder:
+            with new_folder(args.tokenizer, made_by="medians", overwrite=args.overwrite) as folder:
                 GeneformerTokenizer(gene_table=table, **tokens).save_pretrained(folder)
             print(f"Tokenizer written to {args.tokenizer}: AutoTokenizer.from_pretrained({str(args.tokenizer)!r})")
         else:

@@ -66,11 +66,11 @@ class Perturb(Command):
         self._check(args)
         perturbations = perturbations_of(args)
         if args.output is not None:
-            require_apart(args.output, [args.input])
+            require_apart(args.output, [args.input, args.model, args.base, args.state_vectors, args.genes, args.anchor])
         perturber = InSilicoPerturber(
             args.model, readout=args.readout, pooling=args.pooling, layer=args.layer, states=states_of(args),
             vectors=None if args.state_vectors is None else StateVectors.load(args.state_vectors),
-            batch_size=args.batch_size, device=args.device, dtype=args.dtype, quantization=args.quantization, base=args.base,
+            batch_size=args.batch_size, device=args.device, dtype=args.dtype, quantization=args.quantization, base=args.base, allow_missing_weights=args.allow_missing_weights,
         )  # fmt: skip
         reading = {"gene_ids": args.gene_ids, "counts_layer": args.counts_layer, "genome": args.genome}
         first = processes().is_main_process

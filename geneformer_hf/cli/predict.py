@@ -41,8 +41,16 @@ class Predict(Command):
             msg = f"{args.input} is a dataset, which has no .h5ad to add to. Write to a .parquet or .csv file."
             raise CellFileError(msg)
         require_free(args.output, overwrite=args.overwrite)
-        require_apart(args.output, [args.input])
-        runner = Predictor(args.model, batch_size=args.batch_size, device=args.device, dtype=args.dtype, quantization=args.quantization, base=args.base)
+        require_apart(args.output, [args.input, args.model, args.base])
+        runner = Predictor(
+            args.model,
+            batch_size=args.batch_size,
+            device=args.device,
+            dtype=args.dtype,
+            quantization=args.quantization,
+            base=args.base,
+            allow_missing_weights=args.allow_missing_weights,
+        )
         cells = runner.open(args.input, gene_ids=args.gene_ids, counts_layer=args.counts_layer, genome=args.genome)
         if not cells.n_cells:
             msg = f"{args.input} holds no cells."

@@ -53,10 +53,10 @@ class Qc(Command):
     def run(self, args: Namespace) -> int:
         from ..data.files import find_files
         from ..data.quality import QualityRules, assess_quality
-        from ..outputs import require_apart, require_free, unfinished
+        from ..outputs import put, require_apart, require_free, unfinished
 
         paths = find_files(args.files)
-        require_apart(args.output, paths)
+        require_apart(args.output, [*paths, args.gene_biotypes])
         single = args.output.suffix in (".h5ad", ".parquet", ".csv")
         if single and len(paths) > 1:
             msg = f"--output {args.output}: {len(paths)} inputs need a folder to go to; give a name without .h5ad, .parquet or .csv."
@@ -64,10 +64,11 @@ class Qc(Command):
         beside = [args.output.with_name(f"{args.output.stem}_qc{suffix}") for suffix in (".csv", ".png")] if single else []
         for path in beside:
             require_free(path, overwrite=args.overwrite)
+            require_apart(path, [*paths, args.gene_biotypes])
         rules = QualityRules(
             args.sd, args.min_genes, tuple(args.exclude), args.dataset, args.sample, not args.no_doublets, args.max_doublet_score
         )  # fmt: skip
-        with unfinished(args.output, overwrite=args.overwrite) as work:
+        with unfinished(args.output, overwrite=args.overwrite, made_by=None if single else "qc") as work:
             quality = assess_quality(
                 paths,
                 rules=rules,
@@ -91,7 +92,7 @@ class Qc(Command):
             self._draw(quality, picture)
             work.put_in_place(whole)
             for path in beside:
-                (work.folder / path.name).replace(path)
+                put(work.folder / path.name, path, overwrite=args.overwrite)
         self._print(quality, args.output, beside)
         return 0
 

@@ -74,7 +74,7 @@ class Stats(Command):
                     msg = f"{path}: expected a name that ends in {suffix}."
                     raise CellFileError(msg)
                 require_free(path, overwrite=args.overwrite)
-                require_apart(path, [*args.tables, *([args.null] if args.null else [])])
+                require_apart(path, [*args.tables, args.null, args.donors, args.genes, args.model])
         genes = GeneformerTokenizer.from_pretrained(args.model).gene_table if args.model else None
         tables = [table_of(path, genes) for path in args.tables]
         table: Any = tables[0] if len(tables) == 1 else tables

@@ -32,9 +32,10 @@ class Tokenize(Command):
     def run(self, args: Namespace) -> int:
         from ..data.corpus import tokenize_corpus
         from ..models.loading import load_tokenizer
-        from ..outputs import require_free
+        from ..outputs import require_apart, require_free
 
-        require_free(args.output, overwrite=args.overwrite)
+        require_free(args.output, overwrite=args.overwrite, made_by="tokenize")
+        require_apart(args.output, [args.model])
         tokenizer = load_tokenizer(args.model)
         dataset = tokenize_corpus(
             args.files,

@@ -90,7 +90,7 @@ def tokenize_corpus(
     require_apart(output, paths)
     wanted: Any = obs if obs in ("all", "none") else (obs,) if isinstance(obs, str) else tuple(obs)
     source, encoding = SourceOptions(gene_ids, counts_layer, total_counts, genome), EncodingOptions(wanted, keep_counts, keep_uncropped, genome is not None)
-    with unfinished(output, overwrite=overwrite) as work:
+    with unfinished(output, overwrite=overwrite, made_by="tokenize") as work:
         tokenizer.save_pretrained(work.folder / f"tokenizer-{tokenizer.encoding_fingerprint}")
         try:
             with open_workers(num_proc, dask) as workers:

@@ -14,7 +14,6 @@ from ..errors import CellFileError, ColumnNotFoundError
 from .store_checks import require_h5_dataset
 from .stores import attribute, decoded, is_group, is_text, name_of, read_values
 
-
 R_MISSING = -(2**31)
 """What R stores for a missing integer."""
 

@@ -202,7 +202,7 @@ def write_scdl(cells: CellSource, output: str | Path, *, obs: Sequence[str] | No
     if not n_values:
         msg = f"{cells.name} holds no counts, and an archive cannot be empty."
         raise CellFileError(msg)
-    with new_folder(output, overwrite=overwrite) as partial:
+    with new_folder(output, made_by="write_scdl", overwrite=overwrite) as partial:
         target = partial / "archive"
         kind = "float32" if largest <= EXACT_IN_SINGLE else "uint64"
         store = scdl_dataset(data_path=str(target), num_elements=n_values, num_rows=cells.n_cells, data_dtype=kind)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from ..models.dictionaries import find_dictionaries, folder_of_dictionaries, ide
 from ..models.loading import model_class_of, require_checkpoint
 from ..models.places import CONVERSION_FILE, Place, fetched_checkpoint, place_of
 from ..models.tokenization_geneformer import GENE_TABLE_FILE, GeneformerTokenizer
-from ..outputs import new_folder, require_apart
+from ..outputs import new_folder, require_apart, require_free
 from ..pickles import read_dictionary, sha256
 from ..reports.cards import checkpoint_card
 from ..reports.published import FACTS, Facts
@@ -81,7 +81,9 @@ def convert_checkpoint(
     """
     folder, place = _source_folder(source, subfolder, revision)
     require_checkpoint(folder)
-    require_apart(output, [folder, *([dictionaries] if dictionaries is not None else [])])
+    origin = str(replace(place, name=str(Path(place.name).resolve())) if place.is_local else place)
+    require_free(Path(output), overwrite=overwrite, made_by="convert", of=origin)
+    require_apart(output, [folder, dictionaries, id_classes])
     config = GeneformerConfig.from_pretrained(folder)
     model_class: Any = model_class_of(config, str(folder))
     found = find_dictionaries(
@@ -105,7 +107,7 @@ def convert_checkpoint(
         model.config.id2label, model.config.label2id = names, {name: number for number, name in names.items()}
     if label_column is not None:
         model.config.label_columns = [label_column]
-    with new_folder(output, overwrite=overwrite) as partial:
+    with new_folder(output, made_by="convert", of=origin, overwrite=overwrite) as partial:
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
         (partial / "generation_config.json").unlink(missing_ok=True)

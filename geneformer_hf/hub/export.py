@@ -10,10 +10,10 @@ import torch
 import transformers
 
 from ..errors import CheckpointError
-from ..models.adapters import is_adapter, is_quantized
+from ..models.adapters import base_folders, is_adapter, is_quantized
 from ..models.loading import load_model, load_peft_model, load_tokenizer
 from ..models.places import local_folder
-from ..outputs import new_folder, require_apart
+from ..outputs import new_folder, require_apart, require_free
 
 # What BERT's configuration does not know.
 _OURS = (
@@ -47,7 +47,8 @@ def export_checkpoint(model: str | Path, output: str | Path, *, overwrite: bool 
         OutputExistsError
     """
     folder = local_folder(model)
-    require_apart(output, [folder])
+    require_free(Path(output), overwrite=overwrite, made_by="export", of=str(folder.resolve()))
+    require_apart(output, [folder, *base_folders(folder)])
     # An adapter is merged on the way; BERT knows none.
     loaded = merged_model(model) if is_adapter(folder) else load_model(model)
     name = type(loaded).__name__.replace("Geneformer", "Bert", 1)
@@ -61,7 +62,7 @@ def export_checkpoint(model: str | Path, output: str | Path, *, overwrite: bool 
     if is_quantized(loaded):
         msg = f"{model} was saved quantised. Export the checkpoint it was made from."
         raise CheckpointError(msg)
-    with new_folder(output, overwrite=overwrite) as partial:
+    with new_folder(output, made_by="export", of=str(folder.resolve()), overwrite=overwrite) as partial:
         loaded.save_pretrained(partial)
         path = partial / "config.json"
         config = {k: v for k, v in json.loads(path.read_text(encoding="utf-8")).items() if k not in _OURS}
@@ -106,8 +107,9 @@ def merge_adapter(adapter: str | Path, output: str | Path, *, base: str | Path |
     if not is_adapter(folder):
         msg = f"{adapter} is no adapter (it holds no adapter_config.json), so there is nothing to merge."
         raise CheckpointError(msg)
-    require_apart(output, [folder])
-    with new_folder(output, overwrite=overwrite) as partial:
+    require_free(Path(output), overwrite=overwrite, made_by="export", of=str(folder.resolve()))
+    require_apart(output, [folder, base, *base_folders(folder)])
+    with new_folder(output, made_by="export", of=str(folder.resolve()), overwrite=overwrite) as partial:
         merged_model(adapter, base=base).save_pretrained(partial)
         load_tokenizer(adapter).save_pretrained(partial)
         card = folder / "README.md"

@@ -18,13 +18,13 @@ from torch import nn
 
 from ..data.dataset_cards import card
 from ..errors import CheckpointError, MissingExtraError
-from ..models.adapters import is_adapter, is_quantized
+from ..models.adapters import base_folders, is_adapter, is_quantized
 from ..models.checkpoints import TAGS
 from ..models.heads import heads_of
 from ..models.loading import load_model, tokenizer_of
 from ..models.modeling_geneformer import GeneformerForMaskedLM, GeneformerForTokenClassification, GeneformerModel
 from ..models.places import local_folder
-from ..outputs import new_folder, require_apart
+from ..outputs import new_folder, require_apart, require_free
 from .export import merged_model
 
 ENCODER, HEAD = "encoder.onnx", "head.onnx"
@@ -69,7 +69,8 @@ def export_onnx(model: str | Path, output: str | Path, *, int8: bool = False, ov
     """
     _require_packages()
     folder = local_folder(model)
-    require_apart(output, [folder])
+    require_free(Path(output), overwrite=overwrite, made_by="export", of=str(folder.resolve()))
+    require_apart(output, [folder, *base_folders(folder)])
     loaded = merged_model(model) if is_adapter(folder) else load_model(model)
     if is_quantized(loaded):
         msg = f"{model} was saved quantised. Export the checkpoint it was made from; `int8=True` (--int8) quantises the ONNX encoder."
@@ -77,7 +78,7 @@ def export_onnx(model: str | Path, output: str | Path, *, int8: bool = False, ov
     loaded = loaded.float()
     loaded.set_attn_implementation("sdpa")
     tokenizer = tokenizer_of(loaded)
-    with new_folder(output, overwrite=overwrite) as partial:
+    with new_folder(output, made_by="export", of=str(folder.resolve()), overwrite=overwrite) as partial:
         _trace(_Encoder(loaded.base_model), partial / ENCODER, ["input_ids", "attention_mask"], list(OUTPUTS), loaded.config)
         if not isinstance(loaded, GeneformerModel):
             _trace(_Head(loaded), partial / HEAD, _inputs_of_head(loaded), _names_of_logits(loaded), loaded.config)

@@ -187,7 +187,7 @@ def pull_folder(
     output, place = Path(output), Place(repository, revision=revision)
     require_apart(output, [Path.cwd()])
     api = HfApi(token=token, library_name="geneformer_hf", library_version=__version__)
-    with unfinished(output, overwrite=overwrite) as work:
+    with unfinished(output, overwrite=overwrite, made_by="pull", of=repository) as work:
         with hub_errors(place):
             kind = kind or _kind_of(api, repository, revision)
             commit = str(api.repo_info(repository, repo_type=kind, revision=revision).sha)

@@ -104,7 +104,7 @@ def convert_multi_task(
         msg = f"{folder}: the weights do not fit a multi-task model of its config.json: {', '.join(unfit[:5])}{f' and {len(unfit) - 5} more' if unfit[5:] else ''}."
         raise CheckpointError(msg)
     model.load_state_dict(ours)
-    with new_folder(output, overwrite=overwrite) as partial:
+    with new_folder(output, made_by="convert", of=str(Path(folder).resolve()), overwrite=overwrite) as partial:
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
         again = GeneformerForMultiTaskClassification.from_pretrained(partial).state_dict()

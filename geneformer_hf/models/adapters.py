@@ -370,6 +370,12 @@ def describe_adapter(folder: str | Path) -> AdapterInfo:
     )
 
 
+def base_folders(folder: str | Path) -> list[Path]:
+    """Return the folder of the base of an adapter, if that is on this disk; nothing for other checkpoints."""
+    base = describe_adapter(folder).base if is_adapter(folder) else ""
+    return [Path(base)] if base and Path(base).is_dir() else []
+
+
 def config_on_base(folder: Path, config: Any) -> Any:
     """Return the configuration of an adapter that came without one, as peft alone pushes them: that of its base, with the head it has.
 

@@ -158,7 +158,7 @@ def _named_base(folder: Path, place: Place) -> Place:
         CheckpointError: naming the base, why it is not opened, and `--base`.
     """
     about = describe_adapter(folder)
-    named, remedy = about.base_place, "Pass `base=` (--base; folder or Hub id) to say which model it belongs to."
+    named, remedy = about.base_place, "Say which model it belongs to with `load_model(…, base=…)` (--base; folder or Hub id)."
     is_here = Path(named.name).exists()
     if not is_here and (named.name in CHECKPOINTS or is_hub_id(named.name)):
         return place_of(named.name, subfolder=named.subfolder, revision=named.revision)

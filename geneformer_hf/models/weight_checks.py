@@ -16,7 +16,9 @@ from ..pickles import sha256
 
 WRAPPERS = re.compile(r"^(?:(?:module|model|_orig_mod|_fsdp_wrapped_module)\.)+|(?<=\.)(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 """What DataParallel, Lightning, torch.compile and FSDP put into the names of weights."""
-HINT = "Save the model again with save_pretrained, or pass `allow_missing_weights=True` (`--allow-missing-weights`) to draw them at random."
+HINT = (
+    "Save the model again with save_pretrained; to draw them at random, open it with `load_model(…, allow_missing_weights=True)` (`--allow-missing-weights`)."
+)
 
 
 def without_wrappers(name: str) -> str:

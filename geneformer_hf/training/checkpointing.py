@@ -6,13 +6,19 @@ moment, or a full disk, leaves the one before it as the last.
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..errors import CheckpointError, OutputExistsError, SettingError
+from filelock import FileLock, Timeout
+
+from ..errors import CheckpointError, OutputError, OutputExistsError, SettingError
 from ..models.adapters import ADAPTER_FILE, complete_adapter
+from ..outputs import put, require_ours, write_mark
 
 IDENTITY_FILE = "geneformer_run.json"
 MODEL_FOLDER = "model"
@@ -20,6 +26,7 @@ UNFINISHED_CHECKPOINT = ".checkpoint.unfinished"
 UNFINISHED_MODEL = ".model.unfinished"
 CONFIG_FILE = "settings.yaml"
 FOLD = "fold-"
+LOCK_FILE = ".geneformer_hf.lock"
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
@@ -94,6 +101,52 @@ def remove_leftovers(output: Path) -> None:
         shutil.rmtree(output / name, ignore_errors=True)
 
 
+@contextmanager
+def only_run(output: Path, *, is_main: bool) -> Iterator[None]:
+    """Hold a training folder while a run writes there; the first process of a run holds it for all.
+
+    Raises:
+        OutputError: if another run holds it.
+    """
+    if not is_main:
+        yield
+        return
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(output / LOCK_FILE)
+        lock.acquire(timeout=0)
+    except Timeout:
+        msg = f"another run is training in {output} (it holds {output / LOCK_FILE}). Wait for it, or choose another output_dir."
+        raise OutputError(msg) from None
+    except OSError as error:
+        msg = f"cannot write to {output}: {error.strerror or error}. Choose another output_dir."
+        raise OutputError(msg) from error
+    try:
+        yield
+    finally:
+        if [path.name for path in output.iterdir()] in ([], [LOCK_FILE]):
+            # Refused before anything was written.
+            (output / LOCK_FILE).unlink(missing_ok=True)
+            output.rmdir()
+        lock.release()
+
+
+def put_model(unfinished: Path, output: Path, *, made_by: str) -> None:
+    """Give the finished model of a run its name; what has that name by now is left as it is.
+
+    Raises:
+        OutputExistsError: if a folder of that name appeared during training; the model is kept under another one.
+    """
+    write_mark(unfinished, made_by)
+    try:
+        put(unfinished, output / MODEL_FOLDER, overwrite=False)
+    except OutputExistsError:
+        kept = next(path for path in (output / f"{MODEL_FOLDER}-{n}" for n in itertools.count(2)) if not path.exists())
+        unfinished.rename(kept)
+        msg = f"{output / MODEL_FOLDER} appeared during training and is left as it is. The trained model is in {kept}."
+        raise OutputExistsError(msg) from None
+
+
 def put_in_place(unfinished: Path, final: Path) -> None:
     """Give a finished folder its name, in place of what had it."""
     if final.exists():
@@ -106,25 +159,24 @@ def put_in_place(unfinished: Path, final: Path) -> None:
         unfinished.rename(final)
 
 
-def remove_other_runs(output: Path, identity: dict[str, Any], *, asked_for: str | None) -> None:
+def remove_other_runs(output: Path, identity: dict[str, Any], *, asked_for: str | None, made_by: str) -> None:
     """Remove model, checkpoints and settings of a run that is finished or another one, and nothing else; an unfinished one goes on.
 
     Raises:
         SettingError: if a checkpoint to go on from was named as well.
-        OutputExistsError: if the folder `model` there is not the work of a run.
+        OutputExistsError: if the folder `model` there is not the work of the same command, or somebody added files to it.
     """
     if asked_for is not None:
         msg = "overwrite removes a run and resume_from_checkpoint goes on with one; give one of them."
         raise SettingError(msg)
     model = output / MODEL_FOLDER
     if model.exists():
-        if not (model / CONFIG_FILE).is_file():
-            msg = f"{model} was not written by this command (it holds no {CONFIG_FILE}), so it is not removed. Choose another output_dir."
-            raise OutputExistsError(msg)
+        require_ours(model, made_by)
     elif _is_unfinished(output, identity):
         return
     # Folds of a finished run go with it; those beside no model are of this run, or are made anew where they are not.
-    for path in (*checkpoints_in(output), *(output.glob(f"{FOLD}*") if model.exists() else [])):
+    folds = [path for path in output.glob(f"{FOLD}*") if (path / IDENTITY_FILE).is_file() or checkpoints_in(path)] if model.exists() else []
+    for path in (*checkpoints_in(output), *folds):
         shutil.rmtree(path)
     shutil.rmtree(model, ignore_errors=True)
 

@@ -26,7 +26,7 @@ from ..models.heads import LABELS, NUMBERS, Head
 from ..models.tokenization_geneformer import GeneformerTokenizer
 from ..outputs import require_apart
 from .arguments import GeneformerFineTuningArguments
-from .checkpointing import CONFIG_FILE, FOLD, IDENTITY_FILE, MODEL_FOLDER, checkpoint_to_resume, remove_leftovers, remove_other_runs
+from .checkpointing import CONFIG_FILE, FOLD, IDENTITY_FILE, MODEL_FOLDER, checkpoint_to_resume, only_run, remove_leftovers, remove_other_runs
 from .configs import write_config
 from .fine_tuner import GeneformerFineTuner
 from .identity import identity_of
@@ -107,10 +107,24 @@ def finetune(
         SettingError, CellFileError, ColumnNotFoundError, UnknownGeneError, CheckpointError, VocabularyMismatchError, OutputExistsError, TrainingDivergedError
     """
     require_processes(arguments)
-    started, output, asked = time.monotonic(), Path(str(arguments.output_dir)), arguments
-    _require_place(arguments, output)
+    output = Path(str(arguments.output_dir))
+    require_place(arguments, output)
+    with only_run(output, is_main=arguments.process_index == 0):
+        return _finetune(arguments, output, {TRAIN: train_data, VALIDATION: validation_data, TEST: test_data}, tokenizer, gene_classes, callbacks)
+
+
+def _finetune(
+    arguments: GeneformerFineTuningArguments,
+    output: Path,
+    data: dict[str, Any],
+    tokenizer: GeneformerTokenizer | None,
+    gene_classes: Any,
+    callbacks: Sequence[TrainerCallback],
+) -> FineTuningRun:
+    """Train in a folder that this run holds."""
+    started, asked = time.monotonic(), arguments
     tokenizer = tokenizer or open_tokenizer(arguments)
-    prepared = prepare(arguments, tokenizer, {TRAIN: train_data, VALIDATION: validation_data, TEST: test_data}, gene_classes=gene_classes)
+    prepared = prepare(arguments, tokenizer, data, gene_classes=gene_classes)
     if arguments.process_index == 0:
         logger.warning("%s", _announcement(arguments, prepared))
     trained = []
@@ -125,14 +139,14 @@ def finetune(
     return FineTuningRun(output / MODEL_FOLDER, final.trainer.accelerator.unwrap_model(final.trainer.model), figures, predictions, history)
 
 
-def _require_place(arguments: GeneformerFineTuningArguments, output: Path) -> None:
+def require_place(arguments: GeneformerFineTuningArguments, output: Path) -> None:
     """Raise if the output is a file, an input, or holds a finished run."""
     if output.exists() and not output.is_dir():
         msg = f"output_dir {output} is a file; name a folder."
         raise OutputError(msg)
     data = [*(arguments.train_data or []), *(arguments.validation_data or []), *(arguments.test_data or [])]
     places = [*data, arguments.from_checkpoint, arguments.tokenizer, arguments.gene_classes]
-    require_apart(output, [path for path in places if path and Path(path).exists()])
+    require_apart(output, places)
     if (output / MODEL_FOLDER).exists() and not arguments.overwrite:
         msg = f"{output} holds the model of a finished run ({output / MODEL_FOLDER}). Choose another output_dir, or pass `overwrite: true` (--overwrite) to start anew there."
         raise OutputExistsError(msg)
@@ -172,9 +186,9 @@ def train_once(
     trainer.identity = identity_of(arguments, trainer, model, is_new=False, more={"name": name, **prepared.fingerprint, **_chosen_by(arguments)})
     with arguments.main_process_first(local=False, desc="look for checkpoints"):
         if replaces is not None and arguments.process_index == 0:
-            remove_other_runs(replaces, {}, asked_for=None)
+            remove_other_runs(replaces, {}, asked_for=None, made_by="finetune")
         if arguments.overwrite and arguments.process_index == 0:
-            remove_other_runs(folder, trainer.identity, asked_for=arguments.resume_from_checkpoint)
+            remove_other_runs(folder, trainer.identity, asked_for=arguments.resume_from_checkpoint, made_by="finetune")
         if keep and _is_result_of(folder, trainer.identity):
             return _read_result(folder, trainer)
         resume = checkpoint_to_resume(folder, asked_for=arguments.resume_from_checkpoint, identity=trainer.identity)

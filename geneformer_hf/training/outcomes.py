@@ -24,7 +24,7 @@ from ..reports.classification_plots import plot_calibration, plot_comparison, pl
 from ..reports.figures import file_name, write_figures
 from ..reports.html import Page, Section, Table, write_page
 from .arguments import GeneformerFineTuningArguments
-from .checkpointing import CONFIG_FILE, FOLD, MODEL_FOLDER, UNFINISHED_MODEL, put_in_place, save_weights
+from .checkpointing import CONFIG_FILE, FOLD, UNFINISHED_MODEL, put_model, save_weights
 from .comparison import FROZEN, UNTRAINED, cell_baselines, frozen_vectors, gene_baselines
 from .configs import resolved, write_config
 from .preparing import Prepared
@@ -89,7 +89,7 @@ def save_outcome(outcome: Outcome) -> tuple[dict[str, Any], pd.DataFrame]:
         for path in unfinished.iterdir():
             # safetensors makes files for the owner alone.
             path.chmod(0o644)
-        put_in_place(unfinished, output / MODEL_FOLDER)
+        put_model(unfinished, output, made_by="finetune")
     trainer.accelerator.wait_for_everyone()
     return figures, predictions
 

@@ -23,7 +23,7 @@ from ..models.places import local_folder
 from ..models.tokenization_geneformer import GeneformerTokenizer
 from ..outputs import require_apart
 from .arguments import GeneformerPretrainingArguments
-from .checkpointing import CONFIG_FILE, MODEL_FOLDER, checkpoint_to_resume, remove_leftovers, remove_other_runs
+from .checkpointing import CONFIG_FILE, MODEL_FOLDER, checkpoint_to_resume, only_run, remove_leftovers, remove_other_runs
 from .configs import write_config
 from .corpora import Cells, open_corpora
 from .identity import identity_of
@@ -76,12 +76,26 @@ def pretrain(
         SettingError, CellFileError, VocabularyMismatchError, CheckpointError, OutputExistsError, OutputError, TrainingDivergedError
     """
     require_processes(arguments)
-    output, asked = Path(str(arguments.output_dir)), arguments
+    output = Path(str(arguments.output_dir))
     if output.exists() and not output.is_dir():
         msg = f"output_dir {output} is a file; name a folder."
         raise OutputError(msg)
-    places = [*(arguments.train_data or []), *(arguments.eval_data or []), arguments.from_checkpoint, arguments.tokenizer]
-    require_apart(output, [path for path in places if path and Path(path).exists()])
+    require_apart(output, [*(arguments.train_data or []), *(arguments.eval_data or []), arguments.from_checkpoint, arguments.tokenizer])
+    with only_run(output, is_main=arguments.process_index == 0):
+        return _pretrain(arguments, output, train_data, eval_data, tokenizer, model, callbacks)
+
+
+def _pretrain(
+    arguments: GeneformerPretrainingArguments,
+    output: Path,
+    train_data: Any,
+    eval_data: Any,
+    tokenizer: GeneformerTokenizer | None,
+    model: Any,
+    callbacks: Sequence[TrainerCallback],
+) -> PretrainingRun:
+    """Train in a folder that this run holds."""
+    asked = arguments
     # Weights of a new model, and dropout, follow from the seed.
     set_seed(arguments.seed)
     tokenizer = tokenizer or open_tokenizer(arguments)
@@ -107,7 +121,7 @@ def pretrain(
     trainer.identity = identity_of(arguments, trainer, model, is_new=is_new)
     with arguments.main_process_first(local=False, desc="look for checkpoints"):
         if arguments.overwrite and arguments.process_index == 0:
-            remove_other_runs(output, trainer.identity, asked_for=arguments.resume_from_checkpoint)
+            remove_other_runs(output, trainer.identity, asked_for=arguments.resume_from_checkpoint, made_by="pretrain")
         resume = checkpoint_to_resume(output, asked_for=arguments.resume_from_checkpoint, identity=trainer.identity)
     if arguments.from_checkpoint is not None and resume is None and trainer.eval_dataset:
         # What was known before, so that learning and forgetting can be told.

@@ -22,7 +22,7 @@ from ..reports.cards import PretrainingFacts, pretraining_card
 from ..reports.metrics import MaskedGeneScores
 from ..reports.plots import plot_training
 from .arguments import GeneformerPretrainingArguments
-from .checkpointing import CONFIG_FILE, MODEL_FOLDER, UNFINISHED_MODEL, put_in_place, save_weights
+from .checkpointing import CONFIG_FILE, UNFINISHED_MODEL, put_model, save_weights
 from .configs import resolved, write_config
 from .trainer import GeneformerPretrainer
 
@@ -122,7 +122,7 @@ def save_model(trainer: GeneformerPretrainer, tokenizer: GeneformerTokenizer, fi
         for path in unfinished.iterdir():
             # safetensors makes files for the owner alone.
             path.chmod(0o644)
-        put_in_place(unfinished, output / MODEL_FOLDER)
+        put_model(unfinished, output, made_by="pretrain")
     trainer.accelerator.wait_for_everyone()
 
 

@@ -17,9 +17,10 @@ import yaml
 from ..data.labelled import TEST, TRAIN, VALIDATION
 from ..errors import CheckpointError, MissingExtraError, OutputExistsError, SettingError, TrainingDivergedError
 from ..models.tokenization_geneformer import GeneformerTokenizer
+from ..outputs import require_apart
 from ..reports.search_plots import plot_importances, plot_trials
 from .arguments import GeneformerFineTuningArguments
-from .checkpointing import MODEL_FOLDER
+from .checkpointing import LOCK_FILE, MODEL_FOLDER, only_run
 from .configs import resolved
 from .finetuning import FineTuningRun, finetune, settle
 from .preparing import Prepared, prepare
@@ -77,7 +78,14 @@ def search(
     if settings.backend == "ray":
         require_ray()
     _require_free(arguments, settings)
-    folder.mkdir(parents=True, exist_ok=True)
+    with only_run(folder, is_main=True):
+        return _search(arguments, settings, folder, train_data, validation_data, test_data, tokenizer)
+
+
+def _search(
+    arguments: GeneformerFineTuningArguments, settings: SearchSettings, folder: Path, train_data: Any, validation_data: Any, test_data: Any, tokenizer: Any
+) -> SearchRun:
+    """Search in a folder that this run holds."""
     given = {TRAIN: train_data, VALIDATION: validation_data, TEST: test_data}
     in_memory = [cells for cells in given.values() if cells is not None and not isinstance(cells, (str, Path, list))]
     if settings.n_jobs > 1 and in_memory and settings.backend != "ray":
@@ -132,6 +140,8 @@ def _require_free(arguments: GeneformerFineTuningArguments, settings: SearchSett
     Raises:
         OutputExistsError
     """
+    data = [*(arguments.train_data or []), *(arguments.validation_data or []), *(arguments.test_data or [])]
+    require_apart(Path(str(arguments.output_dir)), [*data, arguments.from_checkpoint, arguments.tokenizer])
     model = Path(str(arguments.output_dir)) / MODEL_FOLDER
     if settings.refit and model.exists() and not arguments.overwrite:
         msg = f"{model} holds a model already. Pass `overwrite: true` (--overwrite) to replace it when the search is done (trials are kept), or refit: false."
@@ -157,8 +167,8 @@ def _require_same_search(folder: Path, arguments: GeneformerFineTuningArguments,
             if ours[part].get(name) != theirs.get(part, {}).get(name)
         ]
         if different and overwrite:
-            shutil.rmtree(folder)
-            folder.mkdir()
+            for old in [one for one in folder.iterdir() if one.name != LOCK_FILE]:
+                shutil.rmtree(old) if old.is_dir() else old.unlink()
         elif different:
             msg = f"{folder} holds trials of another search: {'; '.join(different[:6])}. Choose another output_dir, or pass overwrite to begin anew."
             raise CheckpointError(msg)

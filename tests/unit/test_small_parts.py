@@ -100,15 +100,15 @@ def test_pictures_of_many_cells_are_drawn():
 
 
 def test_outputs_are_whole_or_not_there(tmp_path):
-    with new_folder(tmp_path / "a") as folder:
+    with new_folder(tmp_path / "a", made_by="test") as folder:
         (folder / "x").write_text("1")
         assert not (tmp_path / "a").exists()
     assert (tmp_path / "a" / "x").read_text() == "1"
-    with pytest.raises(RuntimeError), new_folder(tmp_path / "a", overwrite=True) as folder:
+    with pytest.raises(RuntimeError), new_folder(tmp_path / "a", made_by="test", overwrite=True) as folder:
         (folder / "x").write_text("2")
         raise RuntimeError
     assert (tmp_path / "a" / "x").read_text() == "1"
-    with new_folder(tmp_path / "a", overwrite=True) as folder:
+    with new_folder(tmp_path / "a", made_by="test", overwrite=True) as folder:
         (folder / "y").write_text("3")
     assert [p.name for p in (tmp_path / "a").iterdir()] == ["y"]
     with pytest.raises(OutputExistsError, match="--overwrite"), new_file(tmp_path / "a"):
