@@ -35,7 +35,7 @@ def require_regular(path: str | Path, *, error: type[GeneformerError] = CellFile
     """
     try:
         mode = os.stat(path).st_mode  # noqa: PTH116 - Path.stat would do the same
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return
     except (OSError, ValueError) as problem:
         msg = f"{str(path)!r} cannot be opened: {getattr(problem, 'strerror', None) or problem}. Give the path of a regular file or folder."
@@ -80,7 +80,7 @@ def read_json(path: Path, *, error: type[GeneformerError] = CellFileError) -> An
     except ValueError as problem:
         if isinstance(problem, GeneformerError):
             raise
-        msg = f"{path} is not JSON: {problem}. Write or download it again."
+        msg = f"{path} cannot be read: it is not JSON ({problem}). Write or download it again."
         raise error(msg) from problem
 
 

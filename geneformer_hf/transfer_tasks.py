@@ -167,8 +167,8 @@ def _judge(task: TransferTask, model: Any, cells: Any, output: Path, settings: d
     from .analysis.evaluation_report import write_evaluation
     from .outputs import new_folder, require_apart, require_free
 
-    require_free(output, overwrite=overwrite, made_by="task")
     require_apart(output, [model, cells if isinstance(cells, (str, Path)) else None])
+    require_free(output, overwrite=overwrite, made_by="task")
     found = evaluate_cells(model, cells, **settings)
     given = {name: value for name, value in settings.items() if value is not None}
     with new_folder(output, made_by="task", overwrite=overwrite) as partial:

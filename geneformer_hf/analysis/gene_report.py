@@ -45,8 +45,8 @@ def gene_section(
     Returns:
         the section, and its figures.
     """
-    pooling, quantization = options.pop("pooling", None), options.pop("quantization", None)
-    runner = Embedder(model, **options, layer=layer, pooling="mean", quantization=quantization)
+    pooling, opening = options.pop("pooling", None), {name: options.pop(name) for name in ("quantization", "allow_missing_weights") if name in options}
+    runner = Embedder(model, **options, **opening, layer=layer, pooling="mean")
     opened, table = runner.model, runner.tokenizer().gene_table
     options |= {"layer": layer, "tokenizer": runner.tokenizer(), "gene_ids": gene_ids, "counts_layer": counts_layer, "genome": genome}
     classes = classes or gene_classes_by_name(table)

@@ -40,8 +40,8 @@ class Attention(Command):
         from ..models.loading import load_model, tokenizer_of
         from ..outputs import new_folder, require_apart, require_free
 
-        require_free(args.output, overwrite=args.overwrite, made_by="attention")
         require_apart(args.output, [args.input, args.model, args.genes, args.regulators])
+        require_free(args.output, overwrite=args.overwrite, made_by="attention")
         genes = listed_genes(args.genes) if args.genes else None
         regulators = listed_genes(args.regulators, "--regulators") if args.regulators else None
         model = load_model(args.model, device=args.device)

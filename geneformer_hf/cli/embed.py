@@ -51,8 +51,8 @@ class Embed(Command):
         from ..outputs import new_file, put, require_apart, require_free
 
         self._check(args)
-        require_free(args.output, overwrite=args.overwrite)
         require_apart(args.output, [args.input, args.model, args.base])
+        require_free(args.output, overwrite=args.overwrite)
         pictures = [args.output.with_name(f"{args.output.stem}_{kind}_{_file_name(column)}.png") for column in args.plot for kind in ("umap", "heatmap")]
         for picture in pictures:
             require_free(picture, overwrite=args.overwrite)

@@ -50,8 +50,8 @@ class Evaluate(Command):
         from ..errors import SettingError
         from ..outputs import new_folder, require_apart, require_free
 
-        require_free(args.output, overwrite=args.overwrite, made_by="evaluate")
         require_apart(args.output, [args.input, args.gene_classes, *models_of(args.model).values()])
+        require_free(args.output, overwrite=args.overwrite, made_by="evaluate")
         if args.gene_classes is not None and not args.genes:
             msg = "--gene-classes is of use with --genes. Add it, or leave out the classes."
             raise SettingError(msg)

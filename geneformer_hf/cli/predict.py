@@ -40,8 +40,8 @@ class Predict(Command):
         if args.output.suffix == ".h5ad" and (args.input / "dataset_info.json").is_file():
             msg = f"{args.input} is a dataset, which has no .h5ad to add to. Write to a .parquet or .csv file."
             raise CellFileError(msg)
-        require_free(args.output, overwrite=args.overwrite)
         require_apart(args.output, [args.input, args.model, args.base])
+        require_free(args.output, overwrite=args.overwrite)
         runner = Predictor(
             args.model,
             batch_size=args.batch_size,

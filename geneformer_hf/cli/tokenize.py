@@ -31,11 +31,12 @@ class Tokenize(Command):
 
     def run(self, args: Namespace) -> int:
         from ..data.corpus import tokenize_corpus
+        from ..data.files import find_files
         from ..models.loading import load_tokenizer
         from ..outputs import require_apart, require_free
 
+        require_apart(args.output, [args.model, *find_files(args.files)])
         require_free(args.output, overwrite=args.overwrite, made_by="tokenize")
-        require_apart(args.output, [args.model])
         tokenizer = load_tokenizer(args.model)
         dataset = tokenize_corpus(
             args.files,

@@ -82,8 +82,8 @@ def convert_checkpoint(
     folder, place = _source_folder(source, subfolder, revision)
     require_checkpoint(folder)
     origin = str(replace(place, name=str(Path(place.name).resolve())) if place.is_local else place)
-    require_free(Path(output), overwrite=overwrite, made_by="convert", of=origin)
     require_apart(output, [folder, dictionaries, id_classes])
+    require_free(Path(output), overwrite=overwrite, made_by="convert", of=origin)
     config = GeneformerConfig.from_pretrained(folder)
     model_class: Any = model_class_of(config, str(folder))
     found = find_dictionaries(

@@ -47,8 +47,8 @@ def export_checkpoint(model: str | Path, output: str | Path, *, overwrite: bool 
         OutputExistsError
     """
     folder = local_folder(model)
-    require_free(Path(output), overwrite=overwrite, made_by="export", of=str(folder.resolve()))
     require_apart(output, [folder, *base_folders(folder)])
+    require_free(Path(output), overwrite=overwrite, made_by="export", of=str(folder.resolve()))
     # An adapter is merged on the way; BERT knows none.
     loaded = merged_model(model) if is_adapter(folder) else load_model(model)
     name = type(loaded).__name__.replace("Geneformer", "Bert", 1)
@@ -107,8 +107,8 @@ def merge_adapter(adapter: str | Path, output: str | Path, *, base: str | Path |
     if not is_adapter(folder):
         msg = f"{adapter} is no adapter (it holds no adapter_config.json), so there is nothing to merge."
         raise CheckpointError(msg)
-    require_free(Path(output), overwrite=overwrite, made_by="export", of=str(folder.resolve()))
     require_apart(output, [folder, base, *base_folders(folder)])
+    require_free(Path(output), overwrite=overwrite, made_by="export", of=str(folder.resolve()))
     with new_folder(output, made_by="export", of=str(folder.resolve()), overwrite=overwrite) as partial:
         merged_model(adapter, base=base).save_pretrained(partial)
         load_tokenizer(adapter).save_pretrained(partial)

@@ -18,6 +18,7 @@ from ..models.configuration_geneformer import GeneformerConfig
 from ..models.loading import model_class_of, require_same_vocabulary
 from ..models.places import CONVERSION_FILE, Place, converted_from, fetched, place_of
 from ..models.tokenization_geneformer import GENE_TABLE_FILE, GeneformerTokenizer
+from ..outputs import MARK
 from ..pickles import require_content
 from ..reports.cards import plain_card, with_base_model
 
@@ -135,7 +136,7 @@ def _sorted_out(folder: Path) -> tuple[list[str], list[str]]:
     root = folder.resolve()
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
-        if not path.is_file():
+        if not path.is_file() or path.name == MARK:
             continue
         if not path.resolve().is_relative_to(root):
             msg = f"{path} is a link to {path.resolve()}, outside of the folder. Copy what should be shared into it."

@@ -69,8 +69,8 @@ def export_onnx(model: str | Path, output: str | Path, *, int8: bool = False, ov
     """
     _require_packages()
     folder = local_folder(model)
-    require_free(Path(output), overwrite=overwrite, made_by="export", of=str(folder.resolve()))
     require_apart(output, [folder, *base_folders(folder)])
+    require_free(Path(output), overwrite=overwrite, made_by="export", of=str(folder.resolve()))
     loaded = merged_model(model) if is_adapter(folder) else load_model(model)
     if is_quantized(loaded):
         msg = f"{model} was saved quantised. Export the checkpoint it was made from; `int8=True` (--int8) quantises the ONNX encoder."

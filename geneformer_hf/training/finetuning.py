@@ -116,7 +116,7 @@ def finetune(
 def _finetune(
     arguments: GeneformerFineTuningArguments,
     output: Path,
-    data: dict[str, Any],
+    data: dict[int, Any],
     tokenizer: GeneformerTokenizer | None,
     gene_classes: Any,
     callbacks: Sequence[TrainerCallback],

@@ -35,6 +35,7 @@ from geneformer_hf.data.tokenized import gene_table_of, open_tokenized, report_o
 from geneformer_hf.errors import CellFileError, CheckpointError, HubError, OutputError, OutputExistsError, VocabularyMismatchError
 from geneformer_hf.models.adapters import save_adapter
 from geneformer_hf.models.loading import tokenizer_of
+from geneformer_hf.outputs import MARK
 from tests.conftest import make_cells
 from tests.hub.server import Fault
 
@@ -42,7 +43,7 @@ WEIGHTS = "model.safetensors"
 
 
 def content(folder: Path) -> dict[str, bytes]:
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file() and path.name != MARK}
 
 
 def metadata(text: bytes) -> dict:

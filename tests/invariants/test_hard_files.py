@@ -19,7 +19,7 @@ from geneformer_hf.cli.qc import Qc, output_names
 from geneformer_hf.data.readers import open_cells
 from geneformer_hf.errors import CellFileError, SettingError
 from geneformer_hf.gene_ids import human_genes
-from geneformer_hf.outputs import unfinished
+from geneformer_hf.outputs import MARK, unfinished
 from tests.conftest import make_cells, with_row, write
 from tests.faults.test_bad_input import check_refused
 from tests.faults.test_corpus import bad_in_the_middle
@@ -99,7 +99,7 @@ def test_outputs_of_files_with_one_name_are_all_there(tmp_path, genes):
         (tmp_path / folder).mkdir()
         paths.append(str(write(make_cells(genes, 5, seed=i), tmp_path / folder / ("0001-a.h5ad" if folder == "z" else "a.h5ad"))))
     assert main(["qc", *paths, "--output", str(tmp_path / "out"), "--no-doublets"]) == 0
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["0000-a.h5ad", "0001-a.h5ad", "0002-0001-a.h5ad", "qc.csv", "qc.png"]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [MARK, "0000-a.h5ad", "0001-a.h5ad", "0002-0001-a.h5ad", "qc.csv", "qc.png"]
 
 
 def test_qc_stopped_while_it_writes_leaves_nothing_of_it_in_the_next_output(tmp_path, genes, monkeypatch):
@@ -112,7 +112,7 @@ def test_qc_stopped_while_it_writes_leaves_nothing_of_it_in_the_next_output(tmp_
         patch.setattr(Qc, "_draw", stop)
         assert main(["qc", *paths, "--output", str(tmp_path / "out"), "--no-doublets"]) == 130
     assert main(["qc", *paths[:2], "--output", str(tmp_path / "out"), "--no-doublets"]) == 0
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["0.h5ad", "1.h5ad", "qc.csv", "qc.png"]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [MARK, "0.h5ad", "1.h5ad", "qc.csv", "qc.png"]
 
 
 @pytest.mark.parametrize("n_cells", [2, 3, 7, 30, 50])

@@ -259,7 +259,7 @@ def test_a_base_that_is_gone(tune, large_base, labelled, tmp_path, capsys):
     found = tune(from_checkpoint=str(large_base), adapter="lora", num_train_epochs=1)
     path = found.folder / "adapter_config.json"
     path.write_text(path.read_text().replace(str(large_base), str(tmp_path / "gone")))
-    with pytest.raises(CheckpointError, match=r"is an adapter of the model .*gone, which is not there\. Pass `base=`"):
+    with pytest.raises(CheckpointError, match=r"is an adapter of the model .*gone, which is not there\. Say which model it belongs to with `load_model"):
         load_model(found.folder)
     labelled.write_h5ad(tmp_path / "cells.h5ad")
     command = ["predict", str(tmp_path / "cells.h5ad"), "--model", str(found.folder), "--output", str(tmp_path / "out.h5ad")]

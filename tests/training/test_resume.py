@@ -269,7 +269,7 @@ def test_weights_that_are_not_finite_are_never_saved(run, tmp_path):
 def test_overwriting_keeps_what_is_not_of_a_run(run, tmp_path):
     (tmp_path / "run" / "model").mkdir(parents=True)
     (tmp_path / "run" / "model" / "mine.py").write_text("1")
-    with pytest.raises(OutputExistsError, match=r"was not written by this command \(it holds no settings\.yaml\), so it is not removed"):
+    with pytest.raises(OutputExistsError, match=r"run/model was not made by a command of geneformer-hf .* It is not replaced"):
         run(overwrite=True)
     assert (tmp_path / "run" / "model" / "mine.py").read_text() == "1"
     with pytest.raises(SettingError, match="overwrite removes a run and resume_from_checkpoint goes on with one"):

@@ -14,6 +14,7 @@ from geneformer_hf import AttentionNetwork, attention_network, iter_attention, l
 from geneformer_hf.analysis import attention_networks
 from geneformer_hf.cli.main import main
 from geneformer_hf.errors import LayerError, SettingError, UnknownGeneError
+from geneformer_hf.outputs import MARK
 from tests import reference
 from tests.conftest import make_cells, with_row, write
 from tests.tolerances import NAIVE_TWIN, SAME_MODEL
@@ -253,6 +254,7 @@ def test_the_command_writes_networks_tables_and_a_page(adata, model_folder, tmp_
     assert "12 cells, 15 genes, 6 heads" in printed
     assert "A regulator receives more attention than another gene of like rank with chance 0." in printed
     assert {p.name for p in (tmp_path / "out").iterdir()} == {
+        MARK,
         "network.h5ad",
         "network.graphml",
         "centrality.csv",

@@ -22,6 +22,7 @@ from geneformer_hf import (
 from geneformer_hf.errors import CheckpointError, OutputError, OutputExistsError, UnsafePickleError, VocabularyMismatchError
 from geneformer_hf.models import PRESETS, checkpoints, dictionaries
 from geneformer_hf.models.loading import load_model, load_tokenizer, tokenizer_of
+from geneformer_hf.outputs import MARK
 from tests.conftest import ensembl, tiny_config
 
 N = 20
@@ -58,6 +59,7 @@ def test_a_published_layout_becomes_an_auto_folder(clone, tmp_path):
     done = convert_checkpoint(clone, tmp_path / "out", subfolder="Geneformer-tiny")
     assert (done.version, done.n_genes, done.architecture) == ("V2", N, "GeneformerForMaskedLM")
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
+        MARK,
         "README.md",
         "config.json",
         "gene_table.json",

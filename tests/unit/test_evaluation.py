@@ -16,6 +16,7 @@ from geneformer_hf.analysis.evaluation_report import write_evaluation
 from geneformer_hf.analysis.representations import named_models
 from geneformer_hf.cli.main import main
 from geneformer_hf.errors import CellFileError, ColumnNotFoundError, LayerError, MissingExtraError, SettingError
+from geneformer_hf.outputs import MARK
 from geneformer_hf.reports.expression import principal_components, variable_expression
 from geneformer_hf.reports.integration import integration_figures
 from tests.conftest import make_cells, tiny_config, with_row, write
@@ -284,7 +285,7 @@ def test_the_command_writes_the_report_and_says_where_the_model_stands(labelled,
     printed = capsys.readouterr().out
     assert re.search(r"^mine +0\.\d{3}", printed, re.M)
     assert "below the best of the others (obsm X_other" in printed
-    assert {p.name for p in (tmp_path / "out").iterdir()} == {"report.html", "evaluation.json", "evaluation.csv", "genes.json", "pictures"}
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {MARK, "report.html", "evaluation.json", "evaluation.csv", "genes.json", "pictures"}
     genes = json.loads((tmp_path / "out" / "genes.json").read_text())["mine"]
     assert {"context_specificity", "neighbours_of_classes", "rank_contributions", "hidden_by_class", "hidden_by_rank", "modules"} == set(genes)
     page = (tmp_path / "out" / "report.html").read_text()

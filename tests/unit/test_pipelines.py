@@ -45,7 +45,9 @@ def test_cell_embedding(model_folder, model, tokenizer, cells, h5ad):
     assert several[0].equals(several[1])
     again = pipeline("cell-embedding", model=str(model_folder), device="cpu", batch_size=4)([str(h5ad), str(h5ad)])
     assert np.abs(again[1].to_numpy() - expected).max() < SAME_MODEL
-    with pytest.raises(TypeError, match="CellEmbeddingPipeline knows no top_k; it takes gene_ids, counts_layer, layer, pooling, batch_size and progress"):
+    with pytest.raises(
+        TypeError, match="CellEmbeddingPipeline knows no top_k; it takes gene_ids, counts_layer, genome, layer, pooling, batch_size and progress"
+    ):
         embed(cells, top_k=3)
 
 

@@ -8,7 +8,7 @@ from geneformer_hf import GeneformerTokenizer, fit_gene_table, load_cells
 from geneformer_hf.data.collators import DataCollatorForMaskedGenes
 from geneformer_hf.device import resolve_device, run_with_backoff
 from geneformer_hf.errors import GeneIdError, OutputExistsError
-from geneformer_hf.outputs import new_file, new_folder
+from geneformer_hf.outputs import MARK, new_file, new_folder
 from geneformer_hf.reports.baselines import GeneFrequencyBaseline, RankFrequencyBaseline, majority_accuracy, neighbour_accuracy
 from geneformer_hf.reports.plots import plot_heatmap, plot_training, plot_umap, umap_coordinates
 from tests.conftest import make_cells
@@ -110,7 +110,7 @@ def test_outputs_are_whole_or_not_there(tmp_path):
     assert (tmp_path / "a" / "x").read_text() == "1"
     with new_folder(tmp_path / "a", made_by="test", overwrite=True) as folder:
         (folder / "y").write_text("3")
-    assert [p.name for p in (tmp_path / "a").iterdir()] == ["y"]
+    assert sorted(p.name for p in (tmp_path / "a").iterdir()) == [MARK, "y"]
     with pytest.raises(OutputExistsError, match="--overwrite"), new_file(tmp_path / "a"):
         pass
     with new_file(tmp_path / "f") as path:
