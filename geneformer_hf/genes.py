@@ -20,6 +20,7 @@ import numpy as np
 
 from .errors import CheckpointError, GeneIdError, UnknownGeneError
 from .gene_ids import ENSEMBL, GeneFeatures, NamedGenes, canonical, human_genes, looks_like_a_date, species_of
+from .input_files import read_text
 
 FORMAT = "geneformer_hf.gene_table"
 FORMAT_VERSION = 1
@@ -438,14 +439,14 @@ class GeneTable:
                 content["species"],
                 content["source"],
             )
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+        except (json.JSONDecodeError, KeyError, TypeError, AttributeError, RecursionError) as error:
             msg = f"{where} is not a gene table ({type(error).__name__}: {error}). Make one with `geneformer-hf medians` or `geneformer-hf convert`."
             raise CheckpointError(msg) from error
 
     @classmethod
     def load(cls, path: str | Path) -> GeneTable:
         """Read a gene table from a JSON file."""
-        return cls.from_json(Path(path).read_text(encoding="utf-8"), where=str(path))
+        return cls.from_json(read_text(Path(path), error=CheckpointError), where=str(path))
 
     @classmethod
     def from_medians(

@@ -126,7 +126,7 @@ def load_yaml(text: str, where: str, *, error: type[GeneformerError] = CellFileE
     except (yaml.YAMLError, ValueError) as problem:
         if isinstance(problem, GeneformerError):
             raise
-        msg = f"{where} is not YAML: {' '.join(str(problem).split())}."
+        msg = f"{where} is not valid YAML: {' '.join(str(problem).split())}"
         raise error(msg) from problem
 
 

@@ -99,14 +99,16 @@ def require_apart(output: str | Path, inputs: Iterable[str | Path | None]) -> No
     """Raise if the output is an input or a folder that holds one: replacing it would lose what the work is made from.
 
     Args:
-        inputs: paths, and names that are none, such as Hub ids, which are passed over.
+        inputs: paths; text that names nothing on this disk, such as a Hub id, is passed over.
 
     Raises:
         OutputError
     """
     place = Path(output).resolve()
     for path in inputs:
-        if path is not None and os.path.lexists(path) and Path(path).resolve().is_relative_to(place):
+        if path is None or (isinstance(path, str) and not os.path.lexists(path)):
+            continue
+        if Path(path).resolve().is_relative_to(place):
             msg = f"{output} {'is' if Path(path).resolve() == place else 'holds'} the input {path}, which writing there would replace. Choose another output."
             raise OutputError(msg)
 

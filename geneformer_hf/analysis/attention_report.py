@@ -11,6 +11,7 @@ import pandas as pd
 import yaml
 
 from .._version import __version__
+from ..reports.csv_files import write_csv
 from ..reports.gene_plots import NAMED_GENES, plot_heads, plot_network, plot_received
 from ..reports.html import Page, Section, Table, write_page
 from .attention_networks import AttentionNetwork
@@ -32,8 +33,8 @@ def write_attention(
     network.to_anndata().write_h5ad(folder / "network.h5ad", compression="gzip")
     network.write_graphml(folder / "network.graphml")
     central, known = network.centrality(), set(names)
-    central.to_csv(folder / "centrality.csv")
-    network.received.to_csv(folder / "received.csv")
+    write_csv(central, folder / "centrality.csv")
+    write_csv(network.received, folder / "received.csv")
     marked = [gene in known or symbol in known for gene, symbol in zip(central.index, central["symbol"], strict=True)]
     plot_received(central, pictures / "received.png", title="Genes that receive most attention, mean of all heads", marked=marked, marked_name="regulator")
     top = [list(network.genes.index).index(gene) for gene in central.index[:NAMED_GENES]]
@@ -55,7 +56,7 @@ def write_attention(
         )
     ]
     if regulators is not None:
-        regulators.to_csv(folder / "regulators.csv", index=False)
+        write_csv(regulators, folder / "regulators.csv", index=False)
         sections.insert(0, _regulator_section(regulators, pictures / "regulators.png"))
     sections.append(Section("Settings", settings=yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True)))
     write_page(

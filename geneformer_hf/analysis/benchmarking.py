@@ -19,9 +19,11 @@ from tqdm.auto import tqdm
 from .._version import __version__
 from ..data.files import content_hash
 from ..errors import OutputError, OutputExistsError, SettingError
+from ..input_files import load_yaml, read_text
 from ..models.loading import fingerprint_of, load_model, tokenizer_of, untrained_encoder
 from ..outputs import new_part
 from ..ranking import ENCODING_VERSION
+from ..reports.csv_files import write_csv
 from ..reports.evaluation_plots import plot_table
 from ..reports.figures import without_nan
 from ..reports.html import Page, Section, Table, write_page
@@ -68,12 +70,9 @@ def read_benchmark(path: str | Path) -> dict[str, Any]:
         SettingError: if it is no such file, or a key is not known.
     """
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
+        content = load_yaml(read_text(Path(path), error=SettingError), str(path), error=SettingError)
+    except OSError as error:
         msg = f"{path} cannot be read: {error}."
-        raise SettingError(msg) from error
-    except yaml.YAMLError as error:
-        msg = f"{path} is not valid YAML: {' '.join(str(error).split())}"
         raise SettingError(msg) from error
     known = ("models", "datasets", *SETTINGS, "batch_size", "device")
     if not isinstance(content, dict) or not isinstance(content.get("datasets"), list) or not content.get("models"):
@@ -215,7 +214,7 @@ def _write(table: pd.DataFrame, folder: Path, settings: Mapping[str, Any]) -> No
     """Write table, JSON and page, each whole."""
     (folder / "pictures").mkdir(exist_ok=True)
     content = {
-        TABLE: table.drop(columns="notes").to_csv(index=False),
+        TABLE: str(write_csv(table.drop(columns="notes"), index=False)),
         "benchmark.json": json.dumps(without_nan({"settings": dict(settings), "rows": table.to_dict("records")}), indent=1, ensure_ascii=False),
     }
     for name, text in content.items():

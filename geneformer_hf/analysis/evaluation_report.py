@@ -12,6 +12,7 @@ import yaml
 from tqdm.auto import tqdm
 
 from .._version import __version__
+from ..reports.csv_files import write_csv
 from ..reports.evaluation_plots import plot_table
 from ..reports.figures import file_name, write_figures
 from ..reports.html import Page, Section, Table, write_page
@@ -52,7 +53,7 @@ def write_evaluation(
     pictures = folder / PICTURES
     pictures.mkdir(exist_ok=True)
     table = evaluation.table
-    table.to_csv(folder / "evaluation.csv", index=False)
+    write_csv(table, folder / "evaluation.csv", index=False)
     write_figures(figures_of(evaluation, settings), folder / "evaluation.json")
     names, n_models = table["name"].tolist(), int((table["kind"] == MODEL).sum())
     columns = [name for name in SHOWN if name in table]

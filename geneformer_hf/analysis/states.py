@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import CellFileError, SettingError
+from ..input_files import read_json
 from ..models.loading import fingerprint_of
 from ..outputs import new_file
 from .embeddings import state_embeddings
@@ -94,10 +95,12 @@ class StateVectors:
             CellFileError
         """
         try:
-            content = json.loads(Path(path).read_text(encoding="utf-8"))
+            content = read_json(Path(path))
             vectors = {str(name): np.array(vector, dtype=np.float64) for name, vector in content["vectors"].items()}
             return cls(vectors, str(content["model"]), int(content["layer"]), str(content["pooling"]))
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            if isinstance(error, CellFileError):
+                raise
             msg = f"{path} cannot be read as vectors of states ({type(error).__name__}: {error}). Write them with `StateVectors.save`."
             raise CellFileError(msg) from error
 

@@ -10,6 +10,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Sequence
+from contextlib import redirect_stderr, redirect_stdout
 
 from .._version import __version__
 from ..errors import GeneformerError
@@ -33,6 +34,7 @@ from .qc import Qc
 from .search import Search
 from .stats import Stats
 from .task import Task
+from .terminal import printable
 from .tokenize import Tokenize
 
 COMMANDS: tuple[type[Command], ...] = (
@@ -82,6 +84,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if rest and not args.takes_rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     args.rest = rest
+    with printable(sys.stdout) as out, printable(sys.stderr) as err, redirect_stdout(out), redirect_stderr(err):
+        return _run(args)
+
+
+def _run(args: argparse.Namespace) -> int:
+    """Run the command that was parsed."""
     _quieten()
     if threading.current_thread() is threading.main_thread():
         # What a batch queue sends at the end of its patience: stop as Ctrl-C does, and say so.

@@ -179,11 +179,12 @@ def write_genes(runner: Any, cells: Any, partial: Path) -> str:
     """Write the classes of genes, averaged over all cells."""
     from ..data.labels import describe_counts
     from ..data.writing import add_var, copy_as_h5ad
+    from ..reports.csv_files import write_csv
 
     found = runner.genes(cells)
     frame = found.to_frame()
     if partial.suffix == ".csv":
-        frame.to_csv(partial)
+        write_csv(frame, partial)
     elif partial.suffix == ".parquet":
         frame.to_parquet(partial)
     else:

@@ -54,6 +54,7 @@ class Qc(Command):
         from ..data.files import find_files
         from ..data.quality import QualityRules, assess_quality
         from ..outputs import put, require_apart, require_free, unfinished
+        from ..reports.csv_files import write_csv
 
         paths = find_files(args.files)
         require_apart(args.output, [*paths, args.gene_biotypes])
@@ -88,7 +89,7 @@ class Qc(Command):
                 for name, output in zip(quality.files, output_names(quality.files), strict=True):
                     self._write(quality, name, whole / output, args)
                 table, picture = whole / "qc.csv", whole / "qc.png"
-            quality.summary.to_csv(table)
+            write_csv(quality.summary, table)
             self._draw(quality, picture)
             work.put_in_place(whole)
             for path in beside:
@@ -101,13 +102,14 @@ class Qc(Command):
 
         from ..data.readers import open_cells
         from ..data.writing import add_obs, can_be_copied, copy_as_h5ad
+        from ..reports.csv_files import write_csv
 
         cells = quality.cells(name)
         if output.suffix == ".parquet":
             cells.to_parquet(output)
             return
         if output.suffix == ".csv":
-            cells.to_csv(output)
+            write_csv(cells, output)
             return
         source = open_cells(name, gene_ids=args.gene_ids, counts_layer=args.counts_layer, genome=args.genome)
         if not can_be_copied(source):

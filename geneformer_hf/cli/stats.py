@@ -67,6 +67,7 @@ class Stats(Command):
         from ..analysis.statistics import perturbation_statistics
         from ..models.tokenization_geneformer import GeneformerTokenizer
         from ..outputs import new_file, require_apart, require_free
+        from ..reports.csv_files import write_csv
 
         for path, suffix in ((args.output, ".csv"), (args.plot, ".png")):
             if path is not None:
@@ -91,7 +92,7 @@ class Stats(Command):
                 genes=args.genes.split(",") if args.genes else None, donors=donors, leave_out_tested=args.leave_out_tested, order_components=args.order_components,
             )  # fmt: skip
         with new_file(args.output, overwrite=args.overwrite) as partial:
-            found.to_csv(partial, index=False)
+            write_csv(found, partial, index=False)
         print(found.head(10).to_string(index=False, float_format=lambda value: f"{value:.4g}"))
         print(f"{len(found):,} lines written to {args.output}.")
         if args.plot is not None:
@@ -126,13 +127,9 @@ def donors_of(path: Path | None, column: str | None) -> dict[str, str] | None:
     if path is None:
         return None
     if path.suffix == ".csv":
-        import pandas as pd
+        from ..data.tables import read_text_table
 
-        try:
-            frame = pd.read_csv(path, dtype=str)
-        except (OSError, ValueError) as error:
-            msg = f"--donors {path} cannot be read as a .csv file ({error})."
-            raise CellFileError(msg) from error
+        frame = read_text_table(path)
         if not {"cell_id", "donor"} <= set(frame.columns):
             msg = f"--donors {path}: expected the columns cell_id and donor, and it has {', '.join(frame.columns)}."
             raise CellFileError(msg)

@@ -7,10 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
 from huggingface_hub import DatasetCardData, ModelCardData
 
 from ..errors import CheckpointError
+from ..escaping import code, markdown
+from ..input_files import load_yaml
 from ..models.checkpoints import TAGS
 
 SIZES = (
@@ -76,9 +77,9 @@ def parts_of(text: str) -> tuple[dict[str, Any], str]:
     if len(parts) < 3 or parts[0].strip():
         return {}, text
     try:
-        found = yaml.safe_load(parts[1])
-    except yaml.YAMLError as error:
-        msg = f"the metadata of the card are damaged ({str(error).splitlines()[0]}). Mend README.md."
+        found = load_yaml(parts[1], "the metadata of the card", error=CheckpointError)
+    except CheckpointError as error:
+        msg = f"the metadata of the card are damaged ({error}). Mend README.md."
         raise CheckpointError(msg) from error
     return (found if isinstance(found, dict) else {}), parts[2]
 
@@ -95,27 +96,30 @@ def _text(splits: Mapping[str, Any], report: Mapping[str, Any], name: str, n: in
     first = next(iter(splits.values()))
     vocabulary = str(report.get("encoding", "")).split("-")
     lines = [
-        f"# {name}",
+        f"# {markdown(name)}",
         "",
         f"{n:,} single cells as ranked genes: tokens of a Geneformer, made from raw counts with geneformer_hf.",
         "",
         "| split | cells |",
         "|---|---|",
-        *(f"| {split} | {len(dataset):,} |" for split, dataset in splits.items()),
+        *(f"| {markdown(split)} | {len(dataset):,} |" for split, dataset in splits.items()),
         "",
-        f"Columns: {', '.join(f'`{column}`' for column in first.column_names)}. `input_ids` are token ids, the highest rank first.",
+        f"Columns: {', '.join(map(code, first.column_names))}. `input_ids` are token ids, the highest rank first.",
     ]
     if len(vocabulary) == 5:
         lines += [
             "",
-            f"Gene table `{vocabulary[1]}`, at most {int(vocabulary[2]):,} tokens a cell. Only models of this vocabulary can read it; geneformer_hf compares them.",
+            f"Gene table {code(vocabulary[1])}, at most {int(vocabulary[2]):,} tokens a cell. Only models of this vocabulary can read it; geneformer_hf compares them.",
         ]
     else:
         lines += ["", "The vocabulary was not recorded."]
     files = report.get("files", [])
     if files:
         lines += ["", "## Source", "", "| file | cells | left out by filter_pass | counts | genes |", "|---|---|---|---|---|"]
-        lines += [f"| {one['file']} | {one['cells']:,} | {one['filter_pass']:,} | {one['counts']} | {one['genes']} |" for one in files[:MOST_FILES]]
+        lines += [
+            f"| {markdown(one['file'])} | {one['cells']:,} | {one['filter_pass']:,} | {markdown(one['counts'])} | {markdown(one['genes'])} |"
+            for one in files[:MOST_FILES]
+        ]
         lines += [f"\n… and {len(files) - MOST_FILES:,} more: `report.json`."] if len(files) > MOST_FILES else []
         lines += [
             "",

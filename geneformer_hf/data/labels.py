@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -15,8 +14,10 @@ import pandas as pd
 
 from ..errors import CellFileError, ColumnNotFoundError, SettingError, UnknownGeneError
 from ..genes import GeneTable
+from ..input_files import read_json
 from ..models.heads import IGNORED
 from ..pickles import read_dictionary
+from .tables import read_text_table
 
 SEPARATOR = ";"
 GENE_COLUMNS = ("ensembl_id", "gene_id", "gene", "gene_name", "symbol")
@@ -201,13 +202,13 @@ def read_gene_classes(path: str | Path) -> dict[str, list[str]]:
         return _published_classes(path)
     try:
         if path.suffix == ".json":
-            found = json.loads(path.read_text(encoding="utf-8"))
+            found = read_json(path)
             if not isinstance(found, dict) or not all(isinstance(genes, list) for genes in found.values()):
                 msg = f"{path} holds a {type(found).__name__}; expected {{class: [genes, …], …}}."
                 raise CellFileError(msg)
             return {str(name): [str(gene) for gene in genes] for name, genes in found.items()}
-        frame = pd.read_csv(path, sep="\t" if path.suffix in (".tsv", ".txt") else ",", dtype=str)
-    except (OSError, ValueError, pd.errors.ParserError) as error:
+        frame = read_text_table(path)
+    except (OSError, ValueError) as error:
         if isinstance(error, CellFileError):
             raise
         msg = f"{path} cannot be read as a table of genes and classes: {error}."

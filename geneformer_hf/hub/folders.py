@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from ..errors import CheckpointError
+from ..input_files import load_yaml
 from ..models.adapters import ADAPTER_FILE, ADAPTER_WEIGHTS, describe_adapter, is_adapter, with_base
 from ..models.configuration_geneformer import GeneformerConfig
 from ..models.loading import model_class_of, require_same_vocabulary
@@ -218,7 +219,7 @@ def without_folders(settings: str) -> str:
         return value
 
     try:
-        return yaml.safe_dump(named(yaml.safe_load(settings)), sort_keys=False, allow_unicode=True)
-    except yaml.YAMLError as error:
-        msg = f"{SETTINGS_FILE} is damaged ({str(error).splitlines()[0]}). Remove or mend it."
+        return yaml.safe_dump(named(load_yaml(settings, SETTINGS_FILE, error=CheckpointError)), sort_keys=False, allow_unicode=True)
+    except CheckpointError as error:
+        msg = f"{SETTINGS_FILE} is damaged ({error}). Remove or correct it."
         raise CheckpointError(msg) from error

@@ -16,7 +16,8 @@ import torch
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from ..data.dataset_cards import card
+from ..data.dataset_cards import card, parts_of
+from ..escaping import code, fenced, markdown
 from ..models.checkpoints import REPOSITORY, TAGS
 from ..models.configuration_geneformer import GeneformerConfig
 from ..models.modeling_geneformer import GeneformerForMaskedLM
@@ -58,10 +59,10 @@ def checkpoint_card(
         parameters = GeneformerForMaskedLM(config).num_parameters() if architecture == "GeneformerForMaskedLM" else None
     text = _template("checkpoint.md.j2").render(
         config=config,
-        title=title,
+        title=markdown(title),
         vocabulary=vocabulary,
         place=place,
-        origin=f"a local folder ({place.subfolder or Path(place.name).name})" if place.is_local else None,
+        origin=f"a local folder ({markdown(place.subfolder or Path(place.name).name)})" if place.is_local else None,
         architecture=architecture,
         is_published=place.name == REPOSITORY,
         parameters=parameters,
@@ -77,11 +78,11 @@ def checkpoint_card(
 def plain_card(kind: str, config: GeneformerConfig | None, *, name: str, base: str | None = None) -> str:
     """Return the card of a model, adapter or tokenizer of which nothing is known but what its folder says."""
     metadata = ModelCardData(library_name="peft" if kind == "adapter" else "transformers", base_model=base, tags=TAGS)
-    lines = [f"# {name}", "", f"A Geneformer {kind}{f' of {base}' if base else ''}, shared with geneformer_hf."]
+    lines = [f"# {markdown(name)}", "", f"A Geneformer {kind}{f' of {markdown(base)}' if base else ''}, shared with geneformer_hf."]
     if config is not None:
         lines += [
             "",
-            f"{(config.architectures or ['Geneformer'])[0]}: {config.num_hidden_layers} layers, hidden size {config.hidden_size:,}, {config.max_position_embeddings:,} tokens a cell, vocabulary of {config.vocab_size:,}.",
+            f"{markdown((config.architectures or ['Geneformer'])[0])}: {config.num_hidden_layers} layers, hidden size {config.hidden_size:,}, {config.max_position_embeddings:,} tokens a cell, vocabulary of {config.vocab_size:,}.",
         ]
     lines += ["", "How it was made, on which data and with what result was not recorded: its owner should say so here."]
     return card(metadata, "\n".join(lines))
@@ -89,6 +90,8 @@ def plain_card(kind: str, config: GeneformerConfig | None, *, name: str, base: s
 
 def with_base_model(text: str, base: str) -> str:
     """Return a card that names the model it was made from, if it did not yet."""
+    # Refuses metadata that would grow without bound.
+    parts_of(text)
     found = ModelCard(text, ignore_metadata_errors=True)
     if found.data.get("base_model") is None:
         found.data["base_model"] = base
@@ -156,9 +159,9 @@ def pretraining_card(facts: PretrainingFacts, *, name: str) -> str:
         or None,
     )
     lines = [
-        f"# {name}",
+        f"# {markdown(name)}",
         "",
-        f"A Geneformer masked-gene model, {'continued from ' + facts.started_from if facts.started_from else 'trained from random weights'}.",
+        f"A Geneformer masked-gene model, {'continued from ' + markdown(facts.started_from) if facts.started_from else 'trained from random weights'}.",
         f"{config.num_hidden_layers} layers, hidden size {config.hidden_size:,}, {config.num_attention_heads} heads, feed-forward {config.intermediate_size:,}; "
         f"{config.max_position_embeddings:,} tokens a cell; vocabulary of {config.vocab_size:,} tokens (gene table {config.vocabulary_fingerprint}).",
         "",
@@ -167,7 +170,7 @@ def pretraining_card(facts: PretrainingFacts, *, name: str) -> str:
         "| dataset | cells to train on | share of the cells shown | evaluated on |",
         "|---|---|---|---|",
         *(
-            f"| {corpus} | {n_train:,} | {share:.1%} | {n_held:,} {'cells of ' + other if other else 'held-out cells'} |"
+            f"| {markdown(corpus)} | {n_train:,} | {share:.1%} | {n_held:,} {'cells of ' + markdown(other) if other else 'held-out cells'} |"
             for corpus, n_train, n_held, share, other in facts.corpora
         ),
         "",
@@ -175,9 +178,7 @@ def pretraining_card(facts: PretrainingFacts, *, name: str) -> str:
         "",
         f"{facts.figures['steps']:,} optimiser steps, {facts.figures['epochs'] or 0:.2f} epochs; seed {facts.seed}. {_made_with()} All settings that differ from the defaults (`settings.yaml`):",
         "",
-        "```yaml",
-        yaml.safe_dump(facts.settings, sort_keys=True, allow_unicode=True).strip(),
-        "```",
+        fenced(yaml.safe_dump(facts.settings, sort_keys=True, allow_unicode=True).strip(), "yaml"),
         "",
         "## Figures",
         "",
@@ -232,8 +233,8 @@ def _figure_lines(held_out: dict[str, Any]) -> list[str]:
                 f"{base[genes]:,}", f"{before['loss' + suffix]:.3f}" if before else "", f"{after['loss' + suffix]:.3f}", f"{after['accuracy_top1' + suffix]:.3f}",
                 f"{after['accuracy_top10' + suffix]:.3f}", f"{base['gene_frequency' + suffix]:.3f}", f"{base['rank_frequency' + suffix]:.3f}",
             ]  # fmt: skip
-            lines.append(f"| {corpus} | {where} | {' | '.join(numbers)} |")
-    lines += ["", *(f"{corpus}: {verdict(found)}" for corpus, found in held_out.items())]
+            lines.append(f"| {markdown(corpus)} | {where} | {' | '.join(numbers)} |")
+    lines += ["", *(f"{markdown(corpus)}: {verdict(found)}" for corpus, found in held_out.items())]
     return lines
 
 
@@ -285,14 +286,14 @@ def finetuning_card(facts: FineTuningFacts, *, name: str) -> str:
         eval_results=results or None,
     )
     lines = [
-        f"# {name}",
+        f"# {markdown(name)}",
         "",
-        f"A {'LoRA adapter of a ' if facts.is_adapter else ''}Geneformer model that predicts {'classes of genes' if facts.of_genes else facts.what}, fine-tuned"
-        + (f" from `{facts.started_from}`." if facts.started_from else "."),
+        f"A {'LoRA adapter of a ' if facts.is_adapter else ''}Geneformer model that predicts {'classes of genes' if facts.of_genes else markdown(facts.what)}, fine-tuned"
+        + (f" from {code(facts.started_from)}." if facts.started_from else "."),
         "",
         "## Labels",
         "",
-        *(f"- {head}: {', '.join(names[:60])}{' …' if len(names) > 60 else ''}" for head, names, _ in facts.heads),
+        *(f"- {markdown(head)}: {', '.join(map(markdown, names[:60]))}{' …' if len(names) > 60 else ''}" for head, names, _ in facts.heads),
         "",
         "## Figures",
         "",
@@ -301,17 +302,15 @@ def finetuning_card(facts: FineTuningFacts, *, name: str) -> str:
         *_comparison_lines(facts),
         *_occurrence_lines(facts.figures),
         "",
-        *([f"Remarks:\n\n{chr(10).join(f'- {note}' for note in facts.figures['notes'])}\n"] if facts.figures["notes"] else []),
+        *([f"Remarks:\n\n{chr(10).join(f'- {markdown(note)}' for note in facts.figures['notes'])}\n"] if facts.figures["notes"] else []),
         "`report.html` has pictures and figures of each class; `predictions.csv` each prediction; `splits.csv` who was on which side.",
         "",
-        *(["## Split", "", *(f"- {line}" for line in facts.split_lines), ""] if facts.split_lines else []),
+        *(["## Split", "", *(f"- {markdown(line)}" for line in facts.split_lines), ""] if facts.split_lines else []),
         "## Recipe",
         "",
         f"Seed {facts.seed}. {_made_with()} All settings that differ from the defaults (`settings.yaml`):",
         "",
-        "```yaml",
-        yaml.safe_dump(facts.settings, sort_keys=True, allow_unicode=True).strip(),
-        "```",
+        fenced(yaml.safe_dump(facts.settings, sort_keys=True, allow_unicode=True).strip(), "yaml"),
         "",
         "## Use",
         "",
@@ -345,6 +344,6 @@ def _comparison_lines(facts: FineTuningFacts) -> list[str]:
     lines = []
     for head, found in facts.figures["heads"].items():
         keys = facts.compared[next(kind for name, _, kind in facts.heads if name == head)]
-        lines += ["", f"| {head} | {' | '.join(key.replace('_', ' ') for key in keys)} |", f"|---|{'---|' * len(keys)}"]
-        lines += [f"| {name} | {' | '.join(f'{float(one[key]):.3f}' for key in keys)} |" for name, one in found.items()]
+        lines += ["", f"| {markdown(head)} | {' | '.join(key.replace('_', ' ') for key in keys)} |", f"|---|{'---|' * len(keys)}"]
+        lines += [f"| {markdown(name)} | {' | '.join(f'{float(one[key]):.3f}' for key in keys)} |" for name, one in found.items()]
     return lines

@@ -17,6 +17,7 @@ from transformers import HfArgumentParser, TrainingArguments
 from transformers.trainer_pt_utils import AcceleratorConfig
 
 from ..errors import SettingError
+from ..input_files import load_yaml, read_text
 from .settings import TrainingSettings, suggestion
 
 RECIPES = "recipes"
@@ -49,16 +50,8 @@ def read_config(config: str | Path, kind: type[TrainingSettings], *, also: Seque
             raise SettingError(msg)
         text = (resources.files(__package__) / RECIPES / kind.command / f"{config}.yaml").read_text(encoding="utf-8")
     else:
-        try:
-            text = path.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            msg = f"{config} is not a text in UTF-8: {error}."
-            raise SettingError(msg) from error
-    try:
-        settings = yaml.safe_load(text) or {}
-    except yaml.YAMLError as error:
-        msg = f"{config} is not valid YAML: {' '.join(str(error).split())}"
-        raise SettingError(msg) from error
+        text = read_text(path, error=SettingError)
+    settings = load_yaml(text, str(config), error=SettingError) or {}
     if not isinstance(settings, dict):
         msg = f"{config} holds a {type(settings).__name__}; expected lines of `name: value`."
         raise SettingError(msg)

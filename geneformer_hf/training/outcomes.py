@@ -21,6 +21,7 @@ from ..models.places import repository_of, short_name
 from ..reports.cards import FineTuningFacts, finetuning_card, occurrences_in_words
 from ..reports.classification import RocCurve, figures_of, main_figure, mean_roc, per_class_table, roc_curve
 from ..reports.classification_plots import plot_calibration, plot_comparison, plot_confusion, plot_course, plot_numbers, plot_roc
+from ..reports.csv_files import write_csv
 from ..reports.figures import file_name, write_figures
 from ..reports.html import Page, Section, Table, write_page
 from .arguments import GeneformerFineTuningArguments
@@ -117,14 +118,14 @@ def _write_all(outcome: Outcome, folder: Path) -> tuple[dict[str, Any], pd.DataF
     (folder / "history.json").write_text(json.dumps(history, indent=1) + "\n", encoding="utf-8")
     predictions = _predictions(outcome, results) if results else pd.DataFrame()
     if results:
-        predictions.to_csv(folder / "predictions.csv", index=False)
-    _split_table(prepared, outcome.asked.group_column).to_csv(folder / "splits.csv", index=False)
+        write_csv(predictions, folder / "predictions.csv", index=False)
+    write_csv(_split_table(prepared, outcome.asked.group_column), folder / "splits.csv", index=False)
     for result in results:
-        per_class_table(figures["heads"][result.head.name][MODEL]).to_csv(folder / f"per_class_{file_name(result.head.name)}.csv", index=False)
+        write_csv(per_class_table(figures["heads"][result.head.name][MODEL]), folder / f"per_class_{file_name(result.head.name)}.csv", index=False)
         if result.head.kind == CLASSES:
             names = result.head.names
             confusion = pd.DataFrame(figures["heads"][result.head.name][MODEL]["confusion"], index=pd.Index(names, name="true"), columns=names)
-            confusion.to_csv(folder / f"confusion_{file_name(result.head.name)}.csv")
+            write_csv(confusion, folder / f"confusion_{file_name(result.head.name)}.csv")
     pictures = _draw(outcome, results, figures, history, folder)
     write_figures(figures, folder / "figures.json")
     settings = {name: value for name, value in resolved(outcome.asked).items() if name not in PLACES} | _names_of_places(outcome.asked)

@@ -18,6 +18,7 @@ from ..data.labelled import TEST, TRAIN, VALIDATION
 from ..errors import CheckpointError, MissingExtraError, OutputExistsError, SettingError, TrainingDivergedError
 from ..models.tokenization_geneformer import GeneformerTokenizer
 from ..outputs import require_apart
+from ..reports.csv_files import write_csv
 from ..reports.search_plots import plot_importances, plot_trials
 from .arguments import GeneformerFineTuningArguments
 from .checkpointing import LOCK_FILE, MODEL_FOLDER, only_run
@@ -106,7 +107,7 @@ def _search(
         run_in_processes(arguments, settings, given, tokenizer, missing)
     study = open_study(folder, direction, settings)
     trials = trials_table(study)
-    trials.to_csv(folder / "trials.csv", index=False)
+    write_csv(trials, folder / "trials.csv", index=False)
     finished = [trial for trial in study.trials if trial.state.name == "COMPLETE"]
     if not finished:
         msg = f"no trial of {len(study.trials)} came to its end; see {folder / 'trials.csv'}. Try other settings, or pruner: none."
