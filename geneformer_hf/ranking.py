@@ -23,7 +23,7 @@ import scipy.sparse as sp
 
 from .errors import ColumnNotFoundError, NotRawCountsError
 
-ENCODING_VERSION = "1.0.0"
+ENCODING_VERSION = "2.0.0"
 """Goes into cache keys; raise it whenever the same counts could give other tokens."""
 
 TARGET_SUM = 10_000.0

@@ -110,6 +110,10 @@ def check_config(settings: Mapping[str, Any], where: str) -> None:
         if not _is_one_of(str(value).removeprefix("torch.") if value is not None else None, NUMBER_TYPES):
             msg = f"{where}: {name} is {_short(value)}; expected one of {_listed(NUMBER_TYPES)}. Remove the field, or name the type of the weights."
             raise CheckpointError(msg)
+    for name in ("is_decoder", "add_cross_attention", "is_encoder_decoder"):
+        if settings.get(name):
+            msg = f"{where}: {name} is {_short(settings[name])}; expected false. A Geneformer is an encoder: each gene sees all others."
+            raise CheckpointError(msg)
     quantization = settings.get("quantization_config")
     if quantization is not None:
         _check_quantization(quantization if isinstance(quantization, Mapping) else getattr(quantization, "to_dict", lambda: quantization)(), where)

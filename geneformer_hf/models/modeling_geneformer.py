@@ -18,11 +18,11 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import BertForMaskedLM, BertForSequenceClassification, BertForTokenClassification, BertModel
 from transformers.modeling_outputs import MaskedLMOutput, SequenceClassifierOutput, TokenClassifierOutput
-from transformers.models.bert.modeling_bert import BertPreTrainedModel
+from transformers.models.bert.modeling_bert import BertOnlyMLMHead, BertPreTrainedModel
 from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, SettingError
 from .adapters import is_adapter, require_savable
 from .attention import PACKED_ATTENTION
 from .checkpoints import PUBLISHED_TABLES, REPOSITORY, TAGS
@@ -39,6 +39,10 @@ logger = logging.getLogger(__name__)
 def has_fused_loss() -> bool:
     """Return whether the installed torch offers a fused linear layer and cross entropy."""
     return hasattr(F, "linear_cross_entropy")
+
+
+def _head_dropout(config: GeneformerConfig) -> float:
+    return config.classifier_dropout if config.classifier_dropout is not None else config.hidden_dropout_prob
 
 
 def _mean_of(total: torch.Tensor, count: torch.Tensor | int, num_items_in_batch: torch.Tensor | int | None) -> torch.Tensor:
@@ -167,6 +171,20 @@ class GeneformerModel(_Checkpoint, BertModel):
 
     config_class = GeneformerConfig
 
+    def forward(self, *args: Any, past_key_values: Any = None, **kwargs: Any) -> Any:
+        """Return hidden states as `BertModel` does.
+
+        Raises:
+            SettingError: for `past_key_values`, which prefix tuning passes: it goes around the heads of a Geneformer.
+        """
+        if past_key_values is not None:
+            msg = (
+                "past_key_values was passed to a Geneformer, as prefix tuning (peft) does. It calls the encoder directly, so pooling, label units and class weights "
+                "of the head would not be applied. Use another adapter, such as LoRA (`add_adapter`)."
+            )
+            raise SettingError(msg)
+        return super().forward(*args, **kwargs)
+
 
 class GeneformerForMaskedLM(_Checkpoint, BertForMaskedLM):
     """Geneformer with the masked-gene head it was pretrained with."""
@@ -177,8 +195,10 @@ class GeneformerForMaskedLM(_Checkpoint, BertForMaskedLM):
     and on a CPU 1.4 times the time of a V1-10M step. Set it on a model; `has_fused_loss` says whether torch offers it."""
 
     def __init__(self, config: GeneformerConfig) -> None:
-        super().__init__(config)
+        # BERT's own constructor would build an encoder of its own first, and take `config.gradient_checkpointing` for it.
+        super(BertForMaskedLM, self).__init__(config)
         self.bert = GeneformerModel(config, add_pooling_layer=False)
+        self.cls = BertOnlyMLMHead(config)
         self.post_init()
 
     @can_return_tuple
@@ -257,9 +277,12 @@ class GeneformerForSequenceClassification(_Checkpoint, BertForSequenceClassifica
     config_class = GeneformerConfig
 
     def __init__(self, config: GeneformerConfig) -> None:
-        super().__init__(config)
+        super(BertForSequenceClassification, self).__init__(config)
+        self.num_labels = config.num_labels
         self.bert = GeneformerModel(config)
         self.attention_pool = GeneAttention(config.hidden_size) if config.pooling in ("attention", "attention_all") else None
+        self.dropout = nn.Dropout(_head_dropout(config))
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
         self.post_init()
 
     @can_return_tuple
@@ -321,8 +344,11 @@ class GeneformerForTokenClassification(_Checkpoint, BertForTokenClassification):
     config_class = GeneformerConfig
 
     def __init__(self, config: GeneformerConfig) -> None:
-        super().__init__(config)
+        super(BertForTokenClassification, self).__init__(config)
+        self.num_labels = config.num_labels
         self.bert = GeneformerModel(config, add_pooling_layer=False)
+        self.dropout = nn.Dropout(_head_dropout(config))
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
         self.post_init()
 
     @can_return_tuple
@@ -377,8 +403,7 @@ class GeneformerForMultiTaskClassification(_Checkpoint, BertPreTrainedModel):
             raise ValueError(msg)
         self.bert = GeneformerModel(config, add_pooling_layer=config.pooler)
         self.attention_pool = GeneAttention(config.hidden_size) if config.pooling in ("attention", "attention_all") else None
-        dropout = config.classifier_dropout if config.classifier_dropout is not None else config.hidden_dropout_prob
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = nn.Dropout(_head_dropout(config))
         self.classifiers = nn.ModuleList(nn.Linear(config.hidden_size, len(names)) for names in config.task_labels.values())
         self.post_init()
 

@@ -90,7 +90,7 @@ def adapted_model(name, base, quantization):
     return add_adapter(model, LoraSettings(rank=4, dropout=0.0))
 
 
-def train(model, name, batch, steps=6):
+def train(model, name, batch, steps=16):
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     losses = []
     for _ in range(steps):

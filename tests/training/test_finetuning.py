@@ -84,7 +84,7 @@ def test_auto_classes_and_plain_trainer(tune, labelled, tokenizer, base, tmp_pat
     assert isinstance(again, GeneformerForSequenceClassification)
     cells = load_cells(labelled, tokenizer=tokenizer, obs=["cell_type"]).rename_column("cell_type", "labels")
     model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=3, pooling="mean")
-    arguments = TrainingArguments(str(tmp_path / "plain"), remove_unused_columns=False, num_train_epochs=3, learning_rate=1e-2, per_device_train_batch_size=8,
+    arguments = TrainingArguments(str(tmp_path / "plain"), remove_unused_columns=False, num_train_epochs=5, learning_rate=1e-2, per_device_train_batch_size=8,
                                   report_to=[], disable_tqdm=True, use_cpu=True, save_strategy="no", dataloader_pin_memory=False)  # fmt: skip
     trainer = Trainer(model, arguments, train_dataset=cells, data_collator=DataCollatorForCells(tokenizer))
     trainer.train()
