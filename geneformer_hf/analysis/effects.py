@@ -14,7 +14,7 @@ from ..errors import SettingError
 from ..genes import GeneTable
 from .perturbation_table import rows_of
 from .readouts import CELL
-from .statistics import GeneNames, fdr_of
+from .statistics import GeneNames, fdr_of, with_resolution
 
 LEAST_UNITS = 6
 """Cells or donors below which a signed-rank test cannot come out under 0.05 and is not made."""
@@ -39,7 +39,7 @@ def perturbation_effects(
     Returns:
         `pd.DataFrame`, largest effect first: `Ensembl_ID`, `Gene_name`, `mean_value`, `effect` (mean difference to the other perturbations of the same cells), `ci_low`,
         `ci_high` (Student's t over cells or donors), `effect_size` (the effect in standard deviations over them), `n_cells`, `n_donors` (with donors), `p_paired` (Wilcoxon signed-rank test,
-        NaN below six cells or donors), `fdr_paired`, `p_permutation`, `fdr_permutation`.
+        NaN below six cells or donors), `fdr_paired`, `p_permutation`, `fdr_permutation`, `below_resolution` (the effect is smaller than what float32 can tell apart).
 
     Raises:
         SettingError: if the table has no such values, or cells without a donor.
@@ -69,6 +69,7 @@ def perturbation_effects(
     if n_permutations:
         found["p_permutation"] = _permuted(differences, cells, codes, units, len(genes), effect, n=n_permutations, seed=seed)
         found["fdr_permutation"] = _fdr(found["p_permutation"].to_numpy())
+    found = with_resolution(found, effect, always=True)
     order = np.argsort(-np.abs(np.nan_to_num(effect)), kind="stable")
     return found.iloc[order].reset_index(drop=True)
 
@@ -134,7 +135,7 @@ def cooperativity(table: Any, *, readout: str = CELL, target: str = "", confiden
 
     Returns:
         `pd.DataFrame`, largest excess first: `Ensembl_ID` and `Gene_name` of both (`_1`, `_2`), `shift_1`, `shift_2`, `sum_of_shifts`, `combined_shift`, `excess` (combined less sum), `ci_low`,
-        `ci_high`, `n_cells`, `p_paired` (Wilcoxon signed-rank test over cells), `fdr_paired`.
+        `ci_high`, `n_cells`, `p_paired` (Wilcoxon signed-rank test over cells), `fdr_paired`, `below_resolution`.
 
     Raises:
         SettingError: if there is no pair with both of its genes alone (`Perturbation.pairs`, `Perturbation.with_anchor`).
@@ -169,4 +170,5 @@ def cooperativity(table: Any, *, readout: str = CELL, target: str = "", confiden
         )  # fmt: skip
     found = pd.DataFrame(lines)
     found["fdr_paired"] = _fdr(found["p_paired"].to_numpy())
+    found = with_resolution(found, found["excess"].to_numpy(dtype=np.float64), always=True)
     return found.sort_values("excess", key=lambda column: -column.abs(), kind="stable").reset_index(drop=True)

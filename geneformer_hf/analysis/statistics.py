@@ -7,6 +7,7 @@ of a mixture for the one with an impact. Each has a remedy, off by default so th
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,8 +27,12 @@ MODES = ("goal_state_shift", "vs_null", "mixture_model", "aggregate_data", "aggr
 CELL_EMBEDDING = "cell_emb"
 """What the published tables call the cell where others name an affected gene."""
 SIGNIFICANT = 0.05
+RESOLUTION = float(np.finfo(np.float32).eps)
+"""Difference of two cosines near 1 below which float32, in which they are computed, tells nothing: 1.2e-7."""
+BELOW = "below_resolution"
 ROWS_AT_ONCE = 2_000_000
 """Values that are put together at once."""
+logger = logging.getLogger(__name__)
 _BETWEEN_GENES = "\x1f"
 
 
@@ -86,7 +91,8 @@ def perturbation_statistics(
         order_components: the component of lower mean similarity is the one with an impact, whatever its number. Recommended.
 
     Returns:
-        `pd.DataFrame` with the published columns, sorted as published.
+        `pd.DataFrame` with the published columns, sorted as published. Where effects are smaller than what float32 can tell apart, so that their
+        p-values say nothing, a further column `below_resolution` marks them.
 
     Raises:
         SettingError: if the table does not hold what the mode needs.
@@ -162,6 +168,20 @@ def rank_sums(background: np.ndarray, groups: Sequence[np.ndarray], *, leave_out
     return found
 
 
+def with_resolution(table: pd.DataFrame, effects: np.ndarray, *, always: bool = False) -> pd.DataFrame:
+    """Return a table with a column that marks effects below the resolution of float32, where there are any, and warn of them."""
+    below = np.abs(effects) < RESOLUTION
+    if below.any():
+        logger.warning(
+            "%s of %s effects are smaller than %.1e, the resolution of float32 (marked in the column %s). Their p-values are those of rounding errors, not of a perturbation.",
+            f"{int(below.sum()):,}",
+            f"{len(below):,}",
+            RESOLUTION,
+            BELOW,
+        )
+    return table.assign(**{BELOW: below}) if always or below.any() else table
+
+
 def fdr_of(p: np.ndarray) -> np.ndarray:
     """Return false discovery rates by Benjamini and Hochberg; what could not be tested counts as 1."""
     return np.asarray(false_discovery_control(np.nan_to_num(p, nan=1.0))) if len(p) else p
@@ -193,6 +213,7 @@ def _goal_state_shift(
         | {f"Alt_end_FDR_{state}": columns["fdr"][state] for state in others}
         | {"N_Detections": detections, "Sig": (columns["fdr"][goal] < SIGNIFICANT).astype(int)}
     )
+    table = with_resolution(table, columns["shift"][goal])
     return _sorted(table, ["Sig", "Shift_to_goal_end", "Goal_end_FDR"], [False, False, True])
 
 
@@ -215,6 +236,7 @@ def _vs_null(frame: pd.DataFrame, null: pd.DataFrame, named: GeneNames, donors: 
         | {"Test_avg_shift": test, "Null_avg_shift": base, "Test_vs_null_avg_shift": test - base, "Test_vs_null_pval": p, "Test_vs_null_FDR": fdr}
         | {"N_Detections_test": [len(g) for g in groups], "N_Detections_null": [len(g) for g in nulls], "Sig": (fdr < SIGNIFICANT).astype(int)}
     )
+    table = with_resolution(table, test - base)
     return _sorted(table, ["Sig", "Test_vs_null_avg_shift", "Test_vs_null_FDR"], [False, False, True])
 
 
@@ -246,6 +268,7 @@ def _mixture_model(values: _Values, named: GeneNames, *, order_components: bool)
         | {"Test_avg_shift": means, "Impact_component": has_impact(means).astype(int), "Impact_component_percent": percent}
         | {"N_Detections": [len(group) for group in groups]}
     )
+    table = with_resolution(table, 1 - means)
     return _sorted(table, ["Impact_component", "Test_avg_shift"], [False, True])
 
 

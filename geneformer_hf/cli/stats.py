@@ -171,4 +171,13 @@ def draw(table: Any, mode: str, path: Path) -> None:
         ),
     }
     x, y, label = columns[mode]
-    plot_volcano(table[x], table[y], names, path, xlabel=label, ylabel=f"-log10 {y}", title=f"{len(table):,} perturbations")
+    plot_volcano(
+        table[x],
+        table[y],
+        names,
+        path,
+        xlabel=label,
+        ylabel=f"-log10 {y}",
+        title=f"{len(table):,} perturbations",
+        below_resolution=table.get("below_resolution"),
+    )

@@ -16,9 +16,13 @@ SIGNIFICANT = 0.05
 
 
 def plot_volcano(
-    effect: Sequence[float], p: Sequence[float], names: Sequence[str], path: Path, *, xlabel: str, ylabel: str, title: str, known: Sequence[bool] | None = None
-) -> None:
-    """Draw effects against how sure they are; p-values (or false discovery rates) of zero stand at the top. Genes `known` beforehand are ringed."""
+    effect: Sequence[float], p: Sequence[float], names: Sequence[str], path: Path, *, xlabel: str, ylabel: str, title: str, known: Sequence[bool] | None = None,
+    below_resolution: Sequence[bool] | None = None,
+) -> None:  # fmt: skip
+    """Draw effects against how sure they are; p-values (or false discovery rates) of zero stand at the top. Genes `known` beforehand are ringed.
+
+    Effects below the resolution of float32 are hollow, never red and never named: their p-values say nothing.
+    """
     plt = pyplot()
     x, y = np.asarray(effect, dtype=float), np.asarray(p, dtype=float)
     found = np.isfinite(x) & np.isfinite(y)
@@ -26,8 +30,21 @@ def plot_volcano(
     smallest = y[y > 0].min() if (y > 0).any() else 1e-300
     height = -np.log10(np.maximum(y, smallest))
     figure, axes = plt.subplots(figsize=(7.5, 5.5), layout="constrained")
-    sure = y < SIGNIFICANT
-    axes.scatter(x[~sure], height[~sure], s=10, color="0.7", linewidth=0, rasterized=True)
+    below = np.zeros(len(x), dtype=bool) if below_resolution is None else np.asarray(below_resolution, dtype=bool)[found]
+    sure = (y < SIGNIFICANT) & ~below
+    plain = ~sure & ~below
+    axes.scatter(x[plain], height[plain], s=10, color="0.7", linewidth=0, rasterized=True)
+    if below.any():
+        axes.scatter(
+            x[below],
+            height[below],
+            s=12,
+            facecolor="none",
+            edgecolor="0.6",
+            linewidth=0.6,
+            rasterized=True,
+            label=f"below the resolution of float32 ({int(below.sum()):,})",
+        )
     axes.scatter(x[sure], height[sure], s=14, color="C3", linewidth=0, rasterized=True, label=f"below {SIGNIFICANT}")
     if known is not None and (ringed := np.asarray(known, dtype=bool)[found]).any():
         axes.scatter(x[ringed], height[ringed], s=42, facecolor="none", edgecolor="C0", linewidth=1.1, label="known beforehand")
@@ -37,7 +54,8 @@ def plot_volcano(
     axes.set(xlabel=xlabel, ylabel=ylabel, title=title)
     if axes.get_legend_handles_labels()[1]:
         axes.legend(fontsize=8)
-    _label(figure, axes, x, height, labels, np.argsort(-np.abs(x) * (height + 1e-9)))
+    order = np.argsort(-np.abs(x) * (height + 1e-9))
+    _label(figure, axes, x, height, labels, order[~below[order]])
     save_figure(plt, figure, path)
 
 
