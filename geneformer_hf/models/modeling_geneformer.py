@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -282,7 +282,7 @@ class GeneformerForSequenceClassification(_Checkpoint, BertForSequenceClassifica
         self.bert = GeneformerModel(config)
         self.attention_pool = GeneAttention(config.hidden_size) if config.pooling in ("attention", "attention_all") else None
         self.dropout = nn.Dropout(_head_dropout(config))
-        self.classifier = nn.Linear(config.hidden_size, config.num_labels or 2)
+        self.classifier = nn.Linear(config.hidden_size, cast(int, config.num_labels))
         self.post_init()
 
     @can_return_tuple
@@ -348,7 +348,7 @@ class GeneformerForTokenClassification(_Checkpoint, BertForTokenClassification):
         self.num_labels = config.num_labels
         self.bert = GeneformerModel(config, add_pooling_layer=False)
         self.dropout = nn.Dropout(_head_dropout(config))
-        self.classifier = nn.Linear(config.hidden_size, config.num_labels or 2)
+        self.classifier = nn.Linear(config.hidden_size, cast(int, config.num_labels))
         self.post_init()
 
     @can_return_tuple
