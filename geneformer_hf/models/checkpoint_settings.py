@@ -36,12 +36,14 @@ MODULE_PATTERNS = (
     "trainable_token_indices",
 )
 """Fields of `adapter_config.json` that name layers of the model."""
+LAYER_NUMBERS = ("rank_pattern", "alpha_pattern")
+"""Fields that give numbers to layers by their names."""
 MOST_PATTERN = 1000
 _CHOICES = {
     "peft_type": re.compile(r"[A-Z0-9_]{1,40}"),
     "task_type": re.compile(r"[A-Z0-9_]{1,40}"),
     "peft_version": re.compile(r"[\w.+@-]{1,60}"),
-    "revision": re.compile(r"[\w.-]{1,100}(/[\w.-]{1,100}){0,3}"),
+    "revision": re.compile(r"(?!.*\.\.)[\w.-]{1,100}(/[\w.-]{1,100}){0,3}"),
     "bias": re.compile(r"none|all|[a-z0-9]{1,20}_only"),
     "init_lora_weights": re.compile(r"gaussian|orthogonal|olora|pissa(_niter_\d{1,4})?"),
     "init_weights": re.compile(r"[a-z_]{1,40}"),
@@ -69,9 +71,9 @@ def check_folder(folder: Path) -> None:
     for index in sorted(folder.glob("*.index.json")):
         names = read_json_object(index, error=CheckpointError).get("weight_map")
         values = names.values() if isinstance(names, dict) else ["no weight_map"]
-        outside = next((v for v in values if not isinstance(v, str) or PurePosixPath(v).name != v or "\0" in v or "\\" in v), None)
-        if outside is not None:
-            msg = f"{index}: weight_map names the file {outside!r}; expected plain names of files in the same folder. Nothing was opened; save the model again with save_pretrained."
+        outside = [v for v in values if not isinstance(v, str) or PurePosixPath(v).name != v or "\0" in v or "\\" in v]
+        if outside:
+            msg = f"{index}: weight_map names the file {outside[0]!r}; expected plain names of files in the same folder. Nothing was opened; save the model again with save_pretrained."
             raise CheckpointError(msg)
     if (folder / "adapter_config.json").exists() and any(folder.glob("model*.safetensors")):
         msg = f"{folder} holds a complete model (model*.safetensors) and an adapter (adapter_config.json), so it is not clear which is meant. Move one of them to a folder of its own."
@@ -195,8 +197,7 @@ def _is_plain(name: str, value: Any) -> bool:
         return name in _CHOICES and _CHOICES[name].fullmatch(value) is not None
     if isinstance(value, list):
         return all(_is_plain("", v) for v in value)
-    # How much the update of each layer weighs.
-    return isinstance(value, Mapping) and all(isinstance(k, str) and _is_pattern(k) and _is_number(v) for k, v in value.items())
+    return name in LAYER_NUMBERS and isinstance(value, Mapping) and all(isinstance(k, str) and _is_pattern(k) and _is_plain("", v) for k, v in value.items())
 
 
 def _is_number(value: Any) -> bool:

@@ -1,0 +1,234 @@
+"""Checkpoints, adapters and dictionaries whose settings name code, files or other models, and pickles that harm their reader."""
+
+import json
+import os
+import pickle
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM
+
+from geneformer_hf import GeneformerForMaskedLM, GeneformerForSequenceClassification, GeneformerTokenizer, add_adapter, embed_cells, load_model, load_peft_model
+from geneformer_hf.cli.main import main
+from geneformer_hf.errors import CheckpointError, SettingError, UnsafePickleError
+from geneformer_hf.models.adapters import save_adapter
+from geneformer_hf.pickles import read_class_ids, read_dictionary, read_label_mappings, read_raw_values
+from tests.conftest import tiny_config
+
+
+@pytest.fixture
+def canary(tmp_path, monkeypatch):
+    """A module that leaves a file behind when it is imported."""
+    (tmp_path / "lib").mkdir()
+    (tmp_path / "lib" / "canary_module.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\nBertModel = AutoModel = None\n")
+    monkeypatch.syspath_prepend(str(tmp_path / "lib"))
+    yield tmp_path / "ran"
+    assert "canary_module" not in sys.modules
+    assert not (tmp_path / "ran").exists()
+
+
+def edit(path: Path, **fields) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+@pytest.fixture
+def adapter(model_folder, tmp_path) -> Path:
+    """An adapter that our code saved, on a base that is a folder of this disk."""
+    save_adapter(add_adapter(load_model(model_folder)), tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+HOSTILE_ADAPTER_FIELDS = {
+    "auto_mapping": {"base_model_class": "BertModel", "parent_library": "canary_module"},
+    "megatron_core": "canary_module",
+    "megatron_config": {"init_method": "canary_module"},
+    "loftq_config": {"loftq_bits": 4},
+    "init_lora_weights": "loftq",
+    "eva_config": {"rho": 2.0},
+    "corda_config": {"cache_file": "/etc/passwd"},
+    "lora_ga_config": {"a": "b"},
+    "arrow_config": {"top_k": 2},
+    "runtime_config": {"ephemeral_gpu_offload": True},
+    "tokenizer_name_or_path": "lab/tokenizer",
+    "layers_pattern": "../../etc/passwd",
+    "target_modules": ["query", {"a": "b"}],
+    "exclude_modules": "(a+)+$" * 3,
+    "revision": "../../main",
+    "adapters": {"0": "lab/other"},
+    "unheard_of": "canary_module",
+}
+
+
+@pytest.mark.parametrize("field", list(HOSTILE_ADAPTER_FIELDS))
+def test_fields_of_an_adapter_that_name_code_or_files_are_refused(field, adapter, model_folder, canary, capsys, tmp_path):
+    edit(adapter / "adapter_config.json", **{field: HOSTILE_ADAPTER_FIELDS[field]})
+    for door in (load_model, load_peft_model, GeneformerForMaskedLM.from_pretrained, AutoModelForMaskedLM.from_pretrained):
+        with pytest.raises(CheckpointError, match=rf"adapter_config\.json: (the field ')?{field}"):
+            door(adapter)
+    assert main(["embed", str(tmp_path / "cells.h5ad"), "--model", str(adapter), "--output", str(tmp_path / "out.parquet")]) == 1
+    assert "Traceback" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["PREFIX_TUNING", "CARTRIDGE", "ADAPTION_PROMPT"])
+def test_adapters_that_go_around_the_head_are_refused_by_name(kind, adapter):
+    edit(adapter / "adapter_config.json", peft_type=kind)
+    with pytest.raises(CheckpointError, match=f"peft_type is '{kind}'.*pooling, label units and class weights would not be applied"):
+        load_model(adapter)
+
+
+def test_prefix_tuning_of_a_model_in_memory_is_refused(tokenizer):
+    from peft import PrefixTuningConfig, get_peft_model
+
+    adapted = get_peft_model(
+        GeneformerForSequenceClassification(tiny_config(tokenizer, num_labels=1)), PrefixTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=3)
+    )
+    with pytest.raises(SettingError, match=r"past_key_values was passed .* Use another adapter, such as LoRA"):
+        adapted(input_ids=torch.tensor([[2, 5, 6, 3]]), attention_mask=torch.ones(1, 4, dtype=torch.long))
+
+
+def test_an_adapter_opens_on_the_base_whose_hash_it_records(adapter, model_folder, caplog):
+    assert isinstance(load_model(adapter), GeneformerForMaskedLM)
+    # The base is named before it is opened.
+    assert f"is an adapter of the model {model_folder}, which is opened with it" in caplog.text
+    with torch.no_grad():
+        other = load_model(model_folder)
+        other.bert.encoder.layer[0].output.dense.bias += 1
+    other.save_pretrained(model_folder)
+    with pytest.raises(
+        CheckpointError, match=r"names the base .*model, a folder of this disk, and records the hash .* so it may be another model\. Say which .* \(--base"
+    ):
+        load_model(adapter)
+    assert isinstance(load_model(adapter, base=model_folder), GeneformerForMaskedLM)
+
+
+@pytest.mark.parametrize("base", ["..", "../model", "{folder}", "{folder}/../model", "~/model", "/etc", "./."])
+def test_a_base_that_is_a_folder_and_no_recorded_one_is_refused(base, adapter, model_folder, monkeypatch):
+    monkeypatch.chdir(adapter)
+    edit(adapter / "adapter_config.json", base_model_name_or_path=base.format(folder=model_folder))
+    edit(adapter / "config.json", geneformer_base_sha256=None)
+    with pytest.raises(CheckpointError, match=r"\(--base; folder or Hub id\)"):
+        load_model(adapter)
+
+
+def test_an_adapter_beside_a_complete_model_is_ambiguous(adapter, model_folder):
+    (adapter / "model.safetensors").write_bytes((model_folder / "model.safetensors").read_bytes())
+    for door in (load_model, GeneformerForMaskedLM.from_pretrained):
+        with pytest.raises(CheckpointError, match=r"holds a complete model .* and an adapter"):
+            door(adapter)
+
+
+HOSTILE_CONFIG_FIELDS = [
+    ("attn_implementation", "kernels-community/flash-attn"),
+    ("_attn_implementation", "lab/kernel:forward"),
+    ("attn_implementation", "flash_attention_2"),
+    ("attn_implementation", {"": "lab/kernel"}),
+    ("auto_map", {"AutoModel": "lab/model--canary_module.Model"}),
+    ("auto_map", {"AutoConfig": "canary_module.Config"}),
+    ("transformers_weights", "../secret.safetensors"),
+    ("use_kernels", True),
+    ("quantization_config", {"quant_method": "gptq", "bits": 4}),
+    ("quantization_config", {"quant_method": "canary_module"}),
+    ("quantization_config", {"load_in_4bit": True, "quant_method": "bitsandbytes", "bnb_4bit_compute_dtype": "canary_module"}),
+    ("quantization_config", {"load_in_4bit": True, "llm_int8_skip_modules": ["../x"]}),
+    ("quantization_config", {}),
+    ("dtype", "canary_module.float"),
+    ("torch_dtype", "load"),
+    ("is_decoder", True),
+]
+
+
+@pytest.mark.parametrize(("field", "value"), HOSTILE_CONFIG_FIELDS, ids=lambda v: str(v)[:40])
+def test_fields_of_a_configuration_that_name_code_are_refused(field, value, model_folder, canary):
+    edit(model_folder / "config.json", **{field: value})
+    for door in (load_model, GeneformerForMaskedLM.from_pretrained, AutoConfig.from_pretrained, AutoModel.from_pretrained):
+        with pytest.raises(CheckpointError, match=rf"config\.json.*: .*{field}"):
+            door(model_folder)
+
+
+def test_a_tokenizer_that_names_code_is_refused(model_folder, canary):
+    edit(model_folder / "tokenizer_config.json", auto_map={"AutoTokenizer": ["canary_module.Tokenizer", None]})
+    with pytest.raises(CheckpointError, match=r"tokenizer_config\.json: the field 'auto_map'"):
+        GeneformerTokenizer.from_pretrained(model_folder)
+
+
+@pytest.mark.parametrize("name", ["../secret.safetensors", "/etc/passwd", "sub/model.safetensors", "a\0b", 3, None])
+def test_an_index_of_weights_that_leads_out_of_the_folder_is_refused(name, model_folder):
+    (model_folder / "model.safetensors").rename(model_folder / "model-00001-of-00001.safetensors")
+    (model_folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": {"bert.pooler.dense.weight": name}}))
+    for door in (load_model, GeneformerForMaskedLM.from_pretrained):
+        with pytest.raises(CheckpointError, match=r"weight_map names the file .* expected plain names of files in the same folder"):
+            door(model_folder)
+
+
+@pytest.mark.parametrize("name", ["config.json", "adapter_config.json"])
+@pytest.mark.parametrize("content", ["[" * 200_000, "[1, 2]", '"text"', "{", "\xff"], ids=["deep", "list", "text", "broken", "not_utf8"])
+def test_settings_that_are_no_object_are_refused(name, content, adapter, model_folder):
+    folder = adapter if name.startswith("adapter") else model_folder
+    (folder / name).write_bytes(content.encode("latin-1"))
+    with pytest.raises(CheckpointError, match=rf"{name} (nests|holds a JSON|cannot be read|is not text)"):
+        load_model(folder)
+
+
+def test_a_pipe_in_the_place_of_settings_is_refused_at_once(model_folder):
+    (model_folder / "config.json").unlink()
+    os.mkfifo(model_folder / "config.json")
+    start = time.monotonic()
+    with pytest.raises(CheckpointError, match="named pipe"):
+        load_model(model_folder)
+    assert time.monotonic() - start < 20
+
+
+def nested(opening: bytes, closing: bytes, depth: int = 200_000) -> bytes:
+    return b"\x80\x02" + opening * depth + closing * (depth - 1) + b"."
+
+
+def exponential(levels: int = 60) -> bytes:
+    """A pair of pairs of pairs …, each used twice: hashing or comparing it never ends."""
+    return b"\x80\x02)" + b"".join(b"q" + bytes([i]) + b"h" + bytes([i]) + b"\x86" for i in range(levels)) + b"."
+
+
+HOSTILE_PICKLES = {
+    "a_deep_list": nested(b"]", b"a"),
+    "a_deep_dictionary": b"\x80\x02" + b"}K\x00" * 200_000 + b"}" + b"s" * 200_000 + b".",
+    "deep_tuples": b"\x80\x02)" + b"\x85" * 200_000 + b".",
+    "a_list_in_itself": b"\x80\x02]q\x00h\x00a.",
+    "a_list_filled_later": b"\x80\x02]q\x00]q\x01h\x00ah\x00h\x01a.",
+    "pairs_of_pairs": exponential(),
+    "a_key_of_pairs_of_pairs": b"\x80\x02}" + exponential()[2:-1] + b"K\x01s.",
+    "a_memo_larger_than_memory": b"\x80\x02K\x01r\xff\xff\xff\x7f.",
+    "a_persistent_object": b"\x80\x02K\x01Q.",
+    "an_extension": b"\x80\x02\x82\x01.",
+    "a_call_of_the_system": b"cposix\nsystem\n(S'touch ran'\ntR.",
+    "cut_off": pickle.dumps({"a": 1})[:-3],
+    "nothing": b"",
+}
+
+
+@pytest.mark.parametrize("name", list(HOSTILE_PICKLES))
+@pytest.mark.parametrize("reader", [read_dictionary, read_class_ids, read_label_mappings, read_raw_values], ids=lambda f: f.__name__)
+def test_pickles_that_harm_their_reader_are_refused_before_they_are_built(name, reader, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("x.pkl").write_bytes(HOSTILE_PICKLES[name])
+    start = time.monotonic()
+    with pytest.raises((CheckpointError, UnsafePickleError), match=r"x\.pkl"):
+        reader(Path("x.pkl"))
+    assert time.monotonic() - start < 20
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["x.pkl"]
+
+
+@pytest.mark.parametrize("protocol", range(3, 6))
+def test_pickles_as_published_are_read(protocol, tmp_path):
+    shared = ["a", "b"]
+    many = {f"G{i}": np.float64(i) for i in range(3000)} | {"list": shared, "again": shared, "big": list(range(5000))}
+    (tmp_path / "x.pkl").write_bytes(pickle.dumps(many, protocol))
+    assert read_dictionary(tmp_path / "x.pkl") == many
+
+
+def test_embedding_with_a_hostile_checkpoint_opens_no_cells(model_folder, h5ad):
+    edit(model_folder / "config.json", attn_implementation="lab/kernel")
+    with pytest.raises(CheckpointError, match="may be downloaded as code"):
+        embed_cells(model_folder, h5ad)

@@ -1,0 +1,222 @@
+"""Datasets that lead out of their folder, text that changes the document it stands in, YAML that grows, answers of a Hub that is none."""
+
+import csv
+import io
+import json
+import os
+import re
+
+import datasets
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from geneformer_hf import embed_cells, load_cells, pull_folder, push_folder, stream_tokens, tokenize_corpus
+from geneformer_hf.cli.main import main
+from geneformer_hf.cli.terminal import PrintableStream
+from geneformer_hf.data.tokenized import open_tokenized
+from geneformer_hf.errors import CellFileError, CheckpointError, HubError
+from geneformer_hf.input_files import load_yaml
+from geneformer_hf.reports.cards import plain_card, with_base_model
+from geneformer_hf.reports.csv_files import write_csv
+from tests.conftest import make_cells, write
+
+
+@pytest.fixture
+def dataset(tmp_path, cells, tokenizer):
+    load_cells(cells, tokenizer=tokenizer).save_to_disk(tmp_path / "cells")
+    load_cells(make_cells(cells.var_names.tolist(), 9, seed=3), tokenizer=tokenizer).save_to_disk(tmp_path / "private")
+    return tmp_path / "cells"
+
+
+def edit_state(folder, **fields):
+    path = folder / "state.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+NAMES = ["../private/data-00000-of-00001.arrow", "/etc/passwd", "a\0b", "..", ".", "", "sub/x.arrow", "a\\b", 3, None, ["x"], {"a": 1}]
+
+
+@pytest.mark.parametrize("name", NAMES, ids=repr)
+def test_shards_outside_the_folder_are_refused_before_they_are_opened(name, dataset, model, tokenizer, tmp_path, capsys, model_folder):
+    edit_state(dataset, _data_files=[{"filename": name}])
+    for door in (open_tokenized, lambda p: embed_cells(model, p, tokenizer=tokenizer), lambda p: list(stream_tokens(p))):
+        with pytest.raises(CellFileError, match=r"state\.json, _data_files names the file .* Nothing of it was opened"):
+            door(dataset)
+    assert main(["embed", str(dataset), "--model", str(model_folder), "--output", str(tmp_path / "out.parquet")]) == 1
+    assert main(["info", str(dataset)]) == 1
+    assert "Traceback" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        pytest.param({"_data_files": None}, id="no_list"),
+        pytest.param({"_data_files": "data-00000-of-00001.arrow"}, id="text"),
+        pytest.param({"_data_files": ["data-00000-of-00001.arrow"]}, id="names_in_place_of_objects"),
+        pytest.param({"_indices_data_files": [{"filename": "../private/x.arrow"}]}, id="indices"),
+        pytest.param({"_format_type": "custom"}, id="a_format_that_calls"),
+    ],
+)
+def test_state_of_another_shape_is_refused(fields, dataset):
+    edit_state(dataset, **fields)
+    with pytest.raises(CellFileError, match=r"state\.json"):
+        open_tokenized(dataset)
+
+
+def test_linked_shards_are_refused(dataset, tmp_path):
+    shard = dataset / "data-00000-of-00001.arrow"
+    shard.unlink()
+    shard.symlink_to(tmp_path / "private" / "data-00000-of-00001.arrow")
+    with pytest.raises(CellFileError, match=r"is a link to .*private.* outside the folder"):
+        open_tokenized(dataset)
+
+
+def test_pushing_a_dataset_publishes_no_other_folder(dataset, hub):
+    edit_state(dataset, _data_files=[{"filename": NAMES[0]}])
+    with pytest.raises(CellFileError, match="names the file"):
+        push_folder(dataset, "lab/cells")
+    assert not hub.repositories
+
+
+def test_columns_that_name_files_are_refused(tmp_path, dataset):
+    (tmp_path / "secret.png").write_bytes(b"not for you")
+    columns = {"input_ids": [[2, 5, 3]], "photo": [str(tmp_path / "secret.png")]}
+    features = datasets.Features({"input_ids": datasets.List(datasets.Value("int32")), "photo": datasets.Image()})
+    hostile = datasets.Dataset.from_dict(columns, features=features)
+    hostile.save_to_disk(tmp_path / "hostile")
+    info = dict(zip(("info",), [{"features": features.to_dict()}], strict=True))
+    schema = pa.schema(
+        [("input_ids", pa.list_(pa.int32())), ("photo", features.arrow_schema.field("photo").type)], {"huggingface": json.dumps({"info": info["info"]})}
+    )
+    pq.write_table(
+        pa.table({"input_ids": columns["input_ids"], "photo": [{"bytes": None, "path": columns["photo"][0]}]}, schema=schema), tmp_path / "x.parquet"
+    )
+    for path in (tmp_path / "hostile", tmp_path / "x.parquet"):
+        for door in (open_tokenized, stream_tokens):
+            with pytest.raises(CellFileError, match="a column of type 'Image', which opens files that its values name"):
+                door(path)
+
+
+def test_a_type_that_is_no_feature_is_refused_before_it_is_made(dataset):
+    path = dataset / "dataset_info.json"
+    info = json.loads(path.read_text())
+    info["features"]["length"] = {"_type": "BytesIO"}
+    path.write_text(json.dumps(info))
+    with pytest.raises(CellFileError, match="a column of type 'BytesIO'"):
+        open_tokenized(dataset)
+
+
+def test_splits_outside_the_folder_are_refused(tmp_path, dataset, capsys):
+    (tmp_path / "several").mkdir()
+    (tmp_path / "several" / "dataset_dict.json").write_text(json.dumps({"splits": ["../private"]}))
+    with pytest.raises(CellFileError, match=r"dataset_dict\.json, splits names the file '\.\./private'"):
+        push_folder(tmp_path / "several", "lab/cells")
+    assert main(["info", str(tmp_path / "several")]) == 1
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_a_pipe_in_the_place_of_a_shard_is_refused_at_once(dataset):
+    shard = dataset / "data-00000-of-00001.arrow"
+    shard.unlink()
+    os.mkfifo(shard)
+    with pytest.raises(CellFileError, match="named pipe"):
+        open_tokenized(dataset)
+
+
+HOSTILE = "<script>alert(1)</script>\n# Owned\n[click](javascript:alert(1)) ![x](http://x/y.png) `a` | b"
+
+
+def test_names_in_a_dataset_card_stay_text(tmp_path, genes, tokenizer):
+    folder = tmp_path / "<img src=x onerror=alert(1)> | [a](javascript:b)"
+    folder.mkdir()
+    cells = make_cells(genes, 6, cell_type=["B"] * 6)
+    cells.obs[HOSTILE] = 1.0
+    path = write(cells, folder / "# cells [x](javascript:y).h5ad")
+    tokenize_corpus([path], tmp_path / "out", tokenizer=tokenizer)
+    html = rendered((tmp_path / "out" / "README.md").read_text())
+    assert "alert(1)" in html
+    assert "javascript:y" in html
+    assert not re.findall(r"<(?:script|img|a)[ >]|<h1>Owned", html)
+    assert len(re.findall(r"<tr>", html)) == 4
+
+
+def rendered(card: str) -> str:
+    """The text of a card as a forge shows it, HTML in it included."""
+    from markdown_it import MarkdownIt
+
+    return MarkdownIt("commonmark", {"html": True}).enable("table").render(card.split("---\n", 2)[2])
+
+
+def test_a_model_card_shows_hostile_names_as_text():
+    html = rendered(plain_card("model", None, name=HOSTILE, base="[b](javascript:c)"))
+    assert html.startswith("<h1>&lt;script&gt;alert(1)&lt;/script&gt; # Owned [click](javascript:alert(1)) ![x](http://x/y.png) `a` | b</h1>")
+    assert "of [b](javascript:c), shared" in html
+
+
+def test_control_characters_do_not_reach_a_terminal(tmp_path, genes, capsys):
+    name = "x\x1b[2J\x1b]0;owned\x07\u202e"
+    path = write(make_cells(genes, 6, **{name: np.arange(6.0)}), tmp_path / "cells.h5ad")
+    assert main(["info", str(path)]) == 0
+    assert main(["info", str(tmp_path / "\x1b[2Jgone.h5ad")]) == 1
+    out, err = capsys.readouterr()
+    assert "x\\x1b[2J\\x1b]0;owned\\x07\\u202e" in out
+    assert "\\x1b[2Jgone.h5ad" in err
+    assert not {"\x1b", "\x07", "\u202e"} & set(out + err)
+
+
+def test_progress_bars_still_draw_over_themselves():
+    stream = io.StringIO()
+    PrintableStream(stream).write("\r 50%|\x1b[31m|")
+    assert stream.getvalue() == "\r 50%|\\x1b[31m|"
+
+
+def test_formulas_in_csv_files_are_text(tmp_path):
+    table = pd.DataFrame(
+        {"name": ["=1+1", "+cmd|x", "-2+3", "@SUM(A1)", "\t=1", "CD4+ T", "-1.5", None], "value": [-1.0, 2, 3, 4, 5, 6, 7, 8], "=bad": 1},
+        index=pd.Index(["=a", *"bcdefgh"], name="cell"),
+    )
+    write_csv(table, tmp_path / "t.csv")
+    rows = list(csv.reader((tmp_path / "t.csv").read_text().splitlines()))
+    assert rows[0] == ["cell", "name", "value", "'=bad"]
+    assert [row[1] for row in rows[1:]] == ["'=1+1", "'+cmd|x", "'-2+3", "'@SUM(A1)", "'\t=1", "CD4+ T", "-1.5", ""]
+    assert [row[0] for row in rows[1:3]] == ["'=a", "b"]
+    assert rows[1][2] == "-1.0"
+    assert table["name"].iloc[0] == "=1+1"
+
+
+BOMB = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(f"{b}: &{b} [{','.join([f'*{a}'] * 9)}]\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True))
+
+
+@pytest.mark.parametrize("text", [BOMB, "a: &a [*a]", "[" * 100_000, "? " * 100_000], ids=["aliases", "itself", "deep", "keys"])
+def test_yaml_that_grows_without_bound_is_refused(text, tmp_path, capsys):
+    with pytest.raises(CellFileError, match="settings"):
+        load_yaml(text, "settings")
+    (tmp_path / "run.yaml").write_text(text)
+    for command in ("pretrain", "finetune", "benchmark"):
+        assert main([command, "--config", str(tmp_path / "run.yaml"), "--output_dir" if command != "benchmark" else "--output", str(tmp_path / "out")]) == 1
+        error = capsys.readouterr().err
+        assert "run.yaml" in error
+        assert "Traceback" not in error
+
+
+def test_yaml_with_a_few_aliases_is_read():
+    assert load_yaml("a: &a {x: 1}\nb: *a\nc: [*a, *a]", "settings") == {"a": {"x": 1}, "b": {"x": 1}, "c": [{"x": 1}, {"x": 1}]}
+
+
+def test_front_matter_that_grows_is_refused():
+    with pytest.raises(CheckpointError, match=r"values, .* levels deep, once its aliases"):
+        with_base_model(f"---\n{BOMB}---\n\ntext\n", "lab/base")
+
+
+def test_an_answer_of_the_hub_without_an_id_is_refused(hub, model_folder, tmp_path, monkeypatch):
+    push_folder(model_folder, "lab/model")
+    import huggingface_hub.hf_api as client
+
+    real = client.ModelInfo.__init__
+    monkeypatch.setattr(client.ModelInfo, "__init__", lambda self, **fields: real(self, **{k: v for k, v in fields.items() if k != "id"}))
+    with pytest.raises(HubError, match=r"lab/model .*: the answer of the Hub lacks what the client expects \(KeyError: 'id'\)"):
+        pull_folder("lab/model", tmp_path / "pulled")
+    assert not (tmp_path / "pulled").exists()

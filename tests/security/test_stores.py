@@ -1,0 +1,275 @@
+"""HDF5 files, zarr stores, 10x folders and scDL archives that reach outside themselves, name code, or declare absurd sizes."""
+
+import gzip
+import json
+import os
+import shutil
+import time
+from pathlib import Path
+
+import anndata
+import h5py
+import numpy as np
+import pytest
+import scipy.io
+import scipy.sparse as sp
+
+from geneformer_hf import load_cells, stream_cells
+from geneformer_hf.cli.main import main
+from geneformer_hf.data.readers import open_cells
+from geneformer_hf.errors import CellFileError, UnsafePickleError
+from tests.conftest import make_cells, write
+from tests.formats.files import write_zarr
+
+SECRET = np.arange(1.0, 31.0)
+
+
+@pytest.fixture
+def secret(tmp_path) -> Path:
+    """Another file of this disk, whose content nobody asked for."""
+    path = tmp_path / "secret.h5"
+    with h5py.File(path, "w") as file:
+        file["values"] = SECRET
+    (tmp_path / "secret.bin").write_bytes(SECRET.tobytes())
+    return path
+
+
+def replace_obs_column(path: Path, put) -> Path:
+    """Put something hostile in the place of obs['age'], a column of 30 numbers."""
+    with h5py.File(path, "r+") as file:
+        del file["obs/age"]
+        put(file["obs"])
+    return path
+
+
+def external_link(obs, secret):
+    obs["age"] = h5py.ExternalLink(str(secret), "/values")
+
+
+def external_storage(obs, secret):
+    obs.create_dataset("age", (30,), "f8", external=[(str(secret.with_suffix(".bin")), 0, h5py.h5f.UNLIMITED)])
+
+
+def virtual_dataset(obs, secret):
+    layout = h5py.VirtualLayout((30,), "f8")
+    layout[:] = h5py.VirtualSource(str(secret), "values", shape=(30,))
+    obs.create_virtual_dataset("age", layout)
+
+
+def soft_link_through_an_external_one(obs, secret):
+    obs["door"] = h5py.ExternalLink(str(secret), "/")
+    obs["age"] = h5py.SoftLink("/obs/door/values")
+
+
+@pytest.mark.parametrize("put", [external_link, external_storage, virtual_dataset, soft_link_through_an_external_one], ids=lambda f: f.__name__)
+def test_an_h5ad_that_reads_another_file_is_refused(put, secret, tmp_path, genes, tokenizer, model_folder, capsys):
+    path = write(make_cells(genes, age=np.arange(30.0)), tmp_path / "cells.h5ad")
+    replace_obs_column(path, lambda obs: put(obs, secret))
+    for door in (open_cells, lambda p: load_cells(p, tokenizer=tokenizer, cache_dir=tmp_path), lambda p: stream_cells(p, tokenizer=tokenizer)):
+        with pytest.raises(
+            CellFileError, match=r"cells\.h5ad: 'obs/(age|door)' (is a link into another file|keeps its values in another|is a virtual dataset)"
+        ):
+            door(path)
+    assert main(["tokenize", str(path), "--model", str(model_folder), "--output", str(tmp_path / "out")]) == 1
+    assert "Only data inside the file itself is read" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_categories_behind_a_reference_are_looked_at_too(tmp_path, genes, secret):
+    path = write(make_cells(genes, age=np.arange(30.0)), tmp_path / "cells.h5ad")
+
+    def put(obs):
+        obs["codes"] = np.zeros(30, dtype="i1")
+        layout = h5py.VirtualLayout((30,), "f8")
+        layout[:] = h5py.VirtualSource(str(secret), "values", shape=(30,))
+        # Reachable by its reference alone.
+        hidden = obs.create_virtual_dataset("hidden", layout)
+        obs["codes"].attrs["categories"] = hidden.ref
+        obs.move("codes", "age")
+
+    with pytest.raises(CellFileError, match="'obs/hidden' is a virtual dataset"):
+        open_cells(replace_obs_column(path, put))
+
+
+def test_filters_that_are_not_known_are_refused_by_number(tmp_path, genes):
+    path = write(make_cells(genes), tmp_path / "cells.h5ad")
+    with h5py.File(path, "r+") as file:
+        creation = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+        creation.set_chunk((10,))
+        # Optional, so that the file can be written where the filter is not there.
+        creation.set_filter(32_001, h5py.h5z.FLAG_OPTIONAL, ())
+        creation.set_filter(40_000, h5py.h5z.FLAG_OPTIONAL, ())
+        h5py.h5d.create(file.id, b"uns/odd", h5py.h5t.NATIVE_FLOAT, h5py.h5s.create_simple((10,)), creation)
+    with pytest.raises(CellFileError, match=r"'uns/odd' is compressed by (blosc, which needs the package hdf5plugin|the filter 40000)"):
+        open_cells(path)
+
+
+@pytest.mark.parametrize("compression", [None, "gzip", "lzf"])
+def test_filters_of_ordinary_files_are_read(compression, tmp_path, genes, cells):
+    cells.write_h5ad(tmp_path / "cells.h5ad", compression=compression)
+    assert open_cells(tmp_path / "cells.h5ad").n_cells == 30
+
+
+def test_chunks_larger_than_memory_are_refused_before_they_are_read(tmp_path, genes):
+    store = write_zarr(make_cells(genes), tmp_path / "cells.zarr", 2)
+    metadata = json.loads((store / "X" / "data" / ".zarray").read_text())
+    (store / "X" / "data" / ".zarray").write_text(json.dumps(metadata | {"chunks": [10**12], "shape": [10**12]}))
+    with pytest.raises(CellFileError, match=r"X/data/\.zarray declares chunks of 4,000\.0 GB; expected chunks of at most 4\.3 GB"):
+        open_cells(store)
+
+
+def test_declared_numbers_of_cells_are_refused_before_allocation(tmp_path, genes):
+    path = write(make_cells(genes), tmp_path / "cells.h5ad")
+    with h5py.File(path, "r+") as file:
+        for name in ("obs/_index", "X/indptr"):
+            del file[name]
+        # Declared, and nowhere stored.
+        file.create_dataset("obs/_index", (10**12,), h5py.string_dtype(), chunks=(1024,))
+        file.create_dataset("X/indptr", (10**12 + 1,), "i8", chunks=(1024,))
+        file["X"].attrs["shape"] = np.array([10**12, 60])
+    start = time.monotonic()
+    with pytest.raises(CellFileError, match=r"its index of 1,000,000,000,000 cells would take 16,000\.0 GB of memory; expected at most"):
+        open_cells(path)
+    assert time.monotonic() - start < 30
+
+
+class Canary:
+    """Unpickled, it would leave a file behind."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("version", [2, 3])
+@pytest.mark.parametrize("place", ["compressor", "filters", "inside_a_shard"])
+def test_codecs_that_run_code_are_refused_by_name(version, place, tmp_path, genes):
+    store = write_zarr(make_cells(genes), tmp_path / "cells.zarr", version)
+    name = ".zarray" if version == 2 else "zarr.json"
+    path = store / "obs" / "_index" / name
+    metadata = json.loads(path.read_text())
+    if version == 2:
+        metadata |= {"compressor": {"id": "pickle", "protocol": 5}} if place == "compressor" else {"filters": [{"id": "pickle"}]}
+    else:
+        codec = {"name": "numcodecs.pickle", "configuration": {"protocol": 5}}
+        metadata["codecs"] = [codec] if place != "inside_a_shard" else [{"name": "sharding_indexed", "configuration": {"chunk_shape": [1], "codecs": [codec]}}]
+    path.write_text(json.dumps(metadata))
+    for chunk in [p for p in (store / "obs" / "_index").rglob("*") if p.is_file() and p.name != name and not p.name.startswith(".z")]:
+        import pickle
+
+        chunk.write_bytes(pickle.dumps(Canary(tmp_path / "ran")))
+    with pytest.raises(CellFileError, match=r"names the codec '(numcodecs\.)?pickle', which is not one of those that are read .* nothing of it was executed"):
+        open_cells(store).read_obs([])
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("version", [2, 3])
+def test_stores_of_anndata_are_read(version, tmp_path, genes, cells):
+    assert open_cells(write_zarr(cells, tmp_path / "cells.zarr", version)).cell_ids == list(cells.obs_names)
+
+
+def test_symbolic_links_among_chunks_are_refused(tmp_path, genes, secret):
+    store = write_zarr(make_cells(genes), tmp_path / "cells.zarr", 2)
+    chunk = next(p for p in (store / "X" / "data").iterdir() if not p.name.startswith("."))
+    chunk.unlink()
+    chunk.symlink_to(secret.with_suffix(".bin"))
+    with pytest.raises(CellFileError, match=r"is a symbolic link .*secret\.bin\)\. Only data inside the folder itself is read"):
+        open_cells(store)
+
+
+@pytest.mark.parametrize("place", ["file", "chunk", "mtx", "table"])
+def test_pipes_are_refused_at_once(place, tmp_path, genes, tokenizer):
+    cells = make_cells(genes)
+    if place == "file":
+        path = tmp_path / "cells.h5ad"
+        os.mkfifo(path)
+    elif place == "chunk":
+        path = write_zarr(cells, tmp_path / "cells.zarr", 2)
+        os.mkfifo(path / "X" / "data" / "9")
+    else:
+        path = tenx_folder(cells, tmp_path / "cells")
+        part = path / ("matrix.mtx" if place == "mtx" else "barcodes.tsv")
+        part.unlink()
+        os.mkfifo(part)
+    start = time.monotonic()
+    with pytest.raises(CellFileError, match=r"named pipe|no file of cells|neither a zarr store nor a 10x folder|has no barcodes"):
+        load_cells(path, tokenizer=tokenizer, cache_dir=tmp_path / "cache")
+    assert time.monotonic() - start < 20
+
+
+def test_loops_of_links_are_refused(tmp_path, tokenizer):
+    (tmp_path / "a.h5ad").symlink_to(tmp_path / "b.h5ad")
+    (tmp_path / "b.h5ad").symlink_to(tmp_path / "a.h5ad")
+    with pytest.raises(CellFileError, match=r"a\.h5ad' cannot be opened: .*(symbolic links|loop)"):
+        load_cells(tmp_path / "a.h5ad", tokenizer=tokenizer)
+
+
+def tenx_folder(cells: anndata.AnnData, folder: Path) -> Path:
+    folder.mkdir()
+    scipy.io.mmwrite(folder / "matrix.mtx", sp.coo_matrix(cells.X.T.astype(int)))
+    (folder / "barcodes.tsv").write_text("\n".join(cells.obs_names) + "\n")
+    (folder / "features.tsv").write_text("".join(f"{gene}\tS{i}\tGene Expression\n" for i, gene in enumerate(cells.var_names)))
+    return folder
+
+
+@pytest.mark.parametrize("name", ["barcodes.tsv", "features.tsv", "matrix.mtx"])
+def test_a_gzip_file_that_unpacks_to_more_than_its_header_says_is_refused(name, tmp_path, genes):
+    folder = tenx_folder(make_cells(genes), tmp_path / "cells")
+    text = (folder / name).read_bytes()
+    (folder / name).unlink()
+    with gzip.open(folder / f"{name}.gz", "wb") as file:
+        file.write(text.rstrip(b"\n"))
+        # One line of 200 MB in a file of 200 kB.
+        for _ in range(200):
+            file.write(b"1" * (1 << 20))
+    with pytest.raises(CellFileError, match=r"unpacks to a line of more than 65,536 bytes, which does not fit the size in its header"):
+        source = open_cells(folder)
+        list(source.iter_blocks())
+
+
+def test_many_lines_more_than_the_header_says_are_refused(tmp_path, genes):
+    folder = tenx_folder(make_cells(genes), tmp_path / "cells")
+    text = (folder / "barcodes.tsv").read_bytes()
+    (folder / "barcodes.tsv").unlink()
+    with gzip.open(folder / "barcodes.tsv.gz", "wb") as file:
+        file.write(text)
+        for _ in range(50):
+            file.write(b"\n" * (1 << 20))
+    with pytest.raises(CellFileError, match=r"unpacks to more than .* bytes of text, which does not fit the size in its header"):
+        open_cells(folder)
+
+
+@pytest.mark.parametrize("size", ["60 30 99999999999", "60 30 -1", "-60 -30 10"])
+def test_a_matrix_of_more_entries_than_it_holds_is_refused(size, tmp_path, genes):
+    folder = tenx_folder(make_cells(genes), tmp_path / "cells")
+    lines = (folder / "matrix.mtx").read_text().splitlines()
+    place = next(i for i, line in enumerate(lines) if not line.startswith("%"))
+    (folder / "matrix.mtx").write_text("\n".join([*lines[:place], size, *lines[place + 1 :]]))
+    with pytest.raises(CellFileError, match="more than they hold or fewer than none"):
+        open_cells(folder)
+
+
+def test_labels_of_an_scdl_archive_are_not_unpickled(tmp_path, genes):
+    pytest.importorskip("bionemo.scdl", reason="needs bionemo-scdl")
+    from geneformer_hf import write_scdl
+
+    archive = write_scdl(open_cells(make_cells(genes)), tmp_path / "archive")
+    assert open_cells(archive).n_cells == 30
+    for labels in archive.rglob("labels.npy"):
+        np.save(labels, np.array([Canary(tmp_path / "ran")], dtype=object), allow_pickle=True)
+    with pytest.raises(UnsafePickleError, match=r"labels\.npy: the pickle asks for pathlib.*nothing of it was executed"):
+        open_cells(archive)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_links_in_an_scdl_archive_are_refused(tmp_path, genes):
+    pytest.importorskip("bionemo.scdl", reason="needs bionemo-scdl")
+    from geneformer_hf import write_scdl
+
+    archive = write_scdl(open_cells(make_cells(genes)), tmp_path / "archive")
+    shutil.move(archive / "data.npy", tmp_path / "data.npy")
+    (archive / "data.npy").symlink_to(tmp_path / "data.npy")
+    with pytest.raises(CellFileError, match=r"data\.npy is a symbolic link"):
+        open_cells(archive)
