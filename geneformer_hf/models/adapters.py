@@ -448,7 +448,13 @@ def load_adapter(
         with warnings.catch_warnings():
             # peft asks transformers by an old name.
             warnings.filterwarnings("ignore", category=FutureWarning)
+            # What is missing is named below.
+            warnings.filterwarnings("ignore", message="Found missing adapter keys")
             adapted = peft.PeftModel.from_pretrained(model, str(folder), is_trainable=is_trainable)
+    except KeyError as error:
+        # A module that is saved as a whole, such as a head, is not among the weights.
+        require_weights([str(error.args[0])], f"the adapter in {folder}")
+        raise
     except (RuntimeError, ValueError, OSError, SafetensorError) as error:
         msg = f"the adapter in {folder} does not fit {base}: {str(error).splitlines()[0]} Use the base it was trained on."
         raise CheckpointError(msg) from error

@@ -23,6 +23,7 @@ from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
 
 from ..errors import CheckpointError, SettingError
+from ..input_files import read_json_object
 from .adapters import is_adapter, require_savable
 from .attention import PACKED_ATTENTION
 from .checkpoints import PUBLISHED_TABLES, REPOSITORY, TAGS
@@ -114,10 +115,11 @@ class _Checkpoint:
         wants_info = kwargs.pop("output_loading_info", False)
         model, info = super().from_pretrained(str(folder), *args, **kwargs, output_loading_info=True)  # type: ignore[misc]
         if is_wrapped(info["missing_keys"], info["unexpected_keys"]):
-            model, info = cls._without_wrappers(folder, place, model.config, info, *args, **kwargs)
+            model, info = cls._without_wrappers(folder, place, info, args, kwargs | {"config": model.config})
         if not allow_missing_weights:
             require_weights(encoder_weights(info["missing_keys"]), str(place), of=" of its encoder")
-            if "config" not in kwargs and "num_hidden_layers" not in kwargs:
+            if read_json_object(folder / "config.json", error=CheckpointError).get("num_hidden_layers") == model.config.num_hidden_layers:
+                # Whoever passes another number wants the first layers.
                 require_no_more(info["unexpected_keys"], model.config.num_hidden_layers, str(place))
         found = (model, info) if wants_info else model
         model.place = replace(place, name=str(Path(place.name).resolve())) if place.is_local else place
@@ -129,13 +131,13 @@ class _Checkpoint:
         return found
 
     @classmethod
-    def _without_wrappers(cls, folder: Path, place: Place, config: Any, info: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+    def _without_wrappers(cls, folder: Path, place: Place, info: dict[str, Any], args: Any, kwargs: dict[str, Any]) -> Any:
         """Open a checkpoint whose weights carry the prefixes of wrapped or compiled models, which are taken off."""
         state = {without_wrappers(name): tensor for name, tensor in read_weights(folder).items()}
         logger.warning(
             "%s: the names of its weights carry %s, of a wrapped or compiled model, which was taken off.", place, wrapper_names(info["unexpected_keys"])
         )
-        return super().from_pretrained(None, *args, **(kwargs | {"config": config, "state_dict": state}), output_loading_info=True)  # type: ignore[misc]
+        return super().from_pretrained(None, *args, **(kwargs | {"state_dict": state}), output_loading_info=True)  # type: ignore[misc]
 
     @classmethod
     def _from_adapter(cls, place: Place, *, device: Any, **options: Any) -> Any:

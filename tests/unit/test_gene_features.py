@@ -44,7 +44,22 @@ def with_features(cells, names, counts, **columns):
 
 OTHER = ["Antibody Capture", "ADT", "adt", "AB", "ab", "Protein", "protein", "prot", "antibody", "Antibodies", "CRISPR Guide Capture", "guides", "sgRNA", "Peaks", "ATAC", "HTO",
          "Multiplexing Capture", "Custom", "hashtag", "CITE-seq", "cell_hashing", "Negative Control Probe", "Antigen Capture"]  # fmt: skip
-RNA = ["Gene Expression", "gene expression", "GEX", "gex", "RNA", "rna", "Gene", "gene", "mRNA", "Gene Expression\tchr1", "protein_coding", "lncRNA", "Gene-Expression", "scRNA"]
+RNA = [
+    "Gene Expression",
+    "gene expression",
+    "GEX",
+    "gex",
+    "RNA",
+    "rna",
+    "Gene",
+    "gene",
+    "mRNA",
+    "Gene Expression\tchr1",
+    "protein_coding",
+    "lncRNA",
+    "Gene-Expression",
+    "scRNA",
+]
 
 
 @pytest.mark.parametrize("name", OTHER)
@@ -57,7 +72,10 @@ def test_types_of_genes(name):
     assert kind_of_feature(name) == "gene"
 
 
-@pytest.mark.parametrize("column", ["feature_types", "feature_type", "feature_types-0", "Feature Type", "featureType", "modality", "Modality", "feature_types_x", "feature_types-1-0", "kind"])
+@pytest.mark.parametrize(
+    "column",
+    ["feature_types", "feature_type", "feature_types-0", "Feature Type", "featureType", "modality", "Modality", "feature_types_x", "feature_types-1-0", "kind"],
+)
 @pytest.mark.parametrize("other", ["Antibody Capture", "prot", "ADT"])
 def test_only_rna_is_ranked_through_every_door(column, other, genes, tokenizer, tmp_path):
     cells = make_cells(genes, 12)
@@ -106,7 +124,10 @@ def test_a_file_of_nothing_but_other_features_is_refused(genes, model_folder, tm
     assert not (tmp_path / "out.h5ad").exists()
 
 
-@pytest.mark.parametrize("template", ["hg38_1,{id},{symbol}", "{symbol}_{id}", "{id}-{symbol}", "{id}:{symbol}", "{symbol}|{id}.7", "{id}|{symbol}|x", "gene:{id}", "{id}.3_{symbol}"])
+@pytest.mark.parametrize(
+    "template",
+    ["hg38_1,{id},{symbol}", "{symbol}_{id}", "{id}-{symbol}", "{id}:{symbol}", "{symbol}|{id}.7", "{id}|{symbol}|x", "gene:{id}", "{id}.3_{symbol}"],
+)
 def test_ids_inside_names_are_found(template, genes, tokenizer, tmp_path):
     cells = make_cells(genes, 12)
     expected = tokens_of(cells, tokenizer)
@@ -203,7 +224,10 @@ def mixture(genes, style="hg19_{}|mm10_{}", where="both", n_mouse=4):
     human, mouse = human.multiply((1 + 19 * scale)[:, None]), mouse.multiply((1 + 19 * (1 - scale))[:, None])
     x = sp.csr_matrix(sp.hstack([human, mouse]), dtype=np.float32)
     ours, theirs = style.split("|")
-    names, symbols = [ours.format(g) for g in genes] + [theirs.format(g) for g in MOUSE], [ours.format(f"SYM{i}") for i in range(60)] + [theirs.format(f"Sym{i}") for i in range(60)]
+    names, symbols = (
+        [ours.format(g) for g in genes] + [theirs.format(g) for g in MOUSE],
+        [ours.format(f"SYM{i}") for i in range(60)] + [theirs.format(f"Sym{i}") for i in range(60)],
+    )
     var = {"both": pd.DataFrame({"gene_ids": names}, index=symbols), "ids": pd.DataFrame(index=names), "symbols": pd.DataFrame(index=symbols)}[where]
     obs = pd.DataFrame(index=[f"cell{i}" for i in range(12)])
     return anndata.AnnData(x, obs, var), anndata.AnnData(sp.csr_matrix(human, dtype=np.float32), obs.copy(), pd.DataFrame(index=genes))
@@ -218,7 +242,9 @@ def test_a_mixture_of_genomes_is_read_by_name(style, where, genes, tokenizer, tm
     cells, human = mixture(genes, style, where)
     expected = tokens_of(human, tokenizer)[:8]
     genome = style.split("|")[0].rstrip("{}_-")
-    with pytest.raises(GeneIdError, match=rf"its genes are of 2 genomes: {genome} \(60 genes\), .* Name the one to read with `genome='{genome}'` \(`--genome {genome}`\)"):
+    with pytest.raises(
+        GeneIdError, match=rf"its genes are of 2 genomes: {genome} \(60 genes\), .* Name the one to read with `genome='{genome}'` \(`--genome {genome}`\)"
+    ):
         open_cells(cells)
     for name in (genome, genome.upper(), "human"):
         found = dataset_of(cells, tokenizer, tmp_path, genome=name)
