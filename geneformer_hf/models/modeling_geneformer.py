@@ -118,8 +118,9 @@ class _Checkpoint:
             model, info = cls._without_wrappers(folder, place, info, args, kwargs | {"config": model.config})
         if not allow_missing_weights:
             require_weights(encoder_weights(info["missing_keys"]), str(place), of=" of its encoder")
-            if read_json_object(folder / "config.json", error=CheckpointError).get("num_hidden_layers") == model.config.num_hidden_layers:
-                # Whoever passes another number wants the first layers.
+            said = read_json_object(folder / "config.json", error=CheckpointError).get("num_hidden_layers")
+            # Whoever passes a number wants the first layers.
+            if said == model.config.num_hidden_layers and "num_hidden_layers" not in kwargs:
                 require_no_more(info["unexpected_keys"], model.config.num_hidden_layers, str(place))
         found = (model, info) if wants_info else model
         model.place = replace(place, name=str(Path(place.name).resolve())) if place.is_local else place
