@@ -21,7 +21,7 @@ from ..outputs import require_apart
 from ..reports.csv_files import write_csv
 from ..reports.search_plots import plot_importances, plot_trials
 from .arguments import GeneformerFineTuningArguments
-from .checkpointing import LOCK_FILE, MODEL_FOLDER, only_run
+from .checkpointing import MODEL_FOLDER
 from .configs import resolved
 from .finetuning import FineTuningRun, finetune, settle
 from .preparing import Prepared, prepare
@@ -79,14 +79,8 @@ def search(
     if settings.backend == "ray":
         require_ray()
     _require_free(arguments, settings)
-    with only_run(folder, is_main=True):
-        return _search(arguments, settings, folder, train_data, validation_data, test_data, tokenizer)
-
-
-def _search(
-    arguments: GeneformerFineTuningArguments, settings: SearchSettings, folder: Path, train_data: Any, validation_data: Any, test_data: Any, tokenizer: Any
-) -> SearchRun:
-    """Search in a folder that this run holds."""
+    # Not locked: the same command in other shells takes part in the search.
+    folder.mkdir(parents=True, exist_ok=True)
     given = {TRAIN: train_data, VALIDATION: validation_data, TEST: test_data}
     in_memory = [cells for cells in given.values() if cells is not None and not isinstance(cells, (str, Path, list))]
     if settings.n_jobs > 1 and in_memory and settings.backend != "ray":
@@ -168,8 +162,8 @@ def _require_same_search(folder: Path, arguments: GeneformerFineTuningArguments,
             if ours[part].get(name) != theirs.get(part, {}).get(name)
         ]
         if different and overwrite:
-            for old in [one for one in folder.iterdir() if one.name != LOCK_FILE]:
-                shutil.rmtree(old) if old.is_dir() else old.unlink()
+            shutil.rmtree(folder)
+            folder.mkdir()
         elif different:
             msg = f"{folder} holds trials of another search: {'; '.join(different[:6])}. Choose another output_dir, or pass overwrite to begin anew."
             raise CheckpointError(msg)
