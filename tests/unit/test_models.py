@@ -226,3 +226,33 @@ print(type(model).__name__, type(tokenizer).__name__)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.stdout.split() == ["GeneformerForMaskedLM", "GeneformerTokenizer"], done.stderr
+
+
+@pytest.mark.parametrize(
+    ("cls", "fields"),
+    [
+        (gf.GeneformerModel, {}),
+        (gf.GeneformerForMaskedLM, {}),
+        (gf.GeneformerForSequenceClassification, {"num_labels": 3}),
+        (gf.GeneformerForTokenClassification, {"num_labels": 2}),
+        (gf.GeneformerForMultiTaskClassification, {"task_labels": {"a": ["x", "y"]}}),
+    ],
+    ids=lambda v: getattr(v, "__name__", ""),
+)
+def test_gradient_checkpointing_of_the_configuration_is_in_force_and_each_head_has_one_encoder(cls, fields, tokenizer, monkeypatch):
+    from transformers.models.bert import modeling_bert
+
+    built = []
+    real = modeling_bert.BertEncoder.__init__
+    monkeypatch.setattr(modeling_bert.BertEncoder, "__init__", lambda self, config: (built.append(1), real(self, config))[1])
+    config = tiny_config(tokenizer, **fields)
+    config.gradient_checkpointing = True
+    model = cls(config)
+    assert len(built) == 1
+    assert [layer.gradient_checkpointing for layer in model.base_model.encoder.layer] == [True] * 3
+    batch = torch.tensor([[2, 5, 6, 7, 3]])
+    model.train()
+    outputs = model(batch)
+    values = outputs.logits if hasattr(outputs, "logits") else outputs.last_hidden_state
+    (values[0] if isinstance(values, tuple) else values).sum().backward()
+    assert model.base_model.encoder.layer[0].output.dense.weight.grad is not None

@@ -13,6 +13,7 @@ from geneformer_hf.analysis.effects import cooperativity, perturbation_effects
 from geneformer_hf.analysis.perturbation_table import SCHEMA, rows_of
 from geneformer_hf.analysis.statistics import perturbation_statistics, rank_sums
 from geneformer_hf.errors import CellFileError, SettingError
+from geneformer_hf.reports.perturbation_plots import plot_volcano
 from tests.conftest import ensembl
 
 
@@ -184,3 +185,43 @@ def test_a_table_of_several_readouts_says_what_it_has(values, tmp_path):
     assert rows_of([path, frame, whole], "cell")["value"].tolist() == 3 * rows_of(path, "cell")["value"].tolist()
     with pytest.raises(SettingError, match=r"no values of readout 'state' for 'c'\. It has: gene, cell, state of a, state of b\."):
         rows_of(path, "state", "c")
+
+
+def test_effects_below_the_resolution_of_float32_are_marked_and_warned_of(caplog, tmp_path):
+    rng = np.random.default_rng(0)
+    genes = [f"ENSG{i:011d}" for i in range(40)]
+    rows = [
+        {
+            "cell_id": f"c{cell}",
+            "kind": "delete",
+            "genes": [gene],
+            "target": "",
+            "readout": "cell",
+            "value": np.float64(1.0 - (1e-9 if i < 30 else 1e-3) * rng.random()),
+            "n_genes": 40,
+        }
+        for cell in range(10)
+        for i, gene in enumerate(genes)
+    ]
+    table = pd.DataFrame(rows)
+    small = table[[genes.index(g[0]) < 30 for g in table["genes"]]]
+    found = perturbation_effects(small, n_permutations=20)
+    assert found["below_resolution"].all()
+    assert "30 of 30 effects are smaller than 1.2e-07, the resolution of float32" in caplog.text
+    assert found["p_paired"].notna().any()
+    mixed = perturbation_effects(table, n_permutations=0)
+    assert not mixed["below_resolution"].any()
+    null = perturbation_statistics(small, "vs_null", null=small.assign(value=small["value"] + 1e-10))
+    assert null["below_resolution"].all()
+    assert list(null.columns[:-1]) == list(perturbation_statistics(table, "vs_null", null=table.assign(value=table["value"] - 0.1)).columns)
+    plot_volcano(
+        found["effect"],
+        found["fdr_paired"],
+        found["Ensembl_ID"],
+        tmp_path / "v.png",
+        xlabel="x",
+        ylabel="y",
+        title="t",
+        below_resolution=found["below_resolution"],
+    )
+    assert (tmp_path / "v.png").stat().st_size > 1000
