@@ -14,7 +14,7 @@ from tests.conftest import make_cells, write
 
 @pytest.fixture
 def path(genes, tmp_path):
-    cells = make_cells(genes, 6, cell_type=["B", "T", "NK"] * 2, n=np.arange(6))
+    cells = make_cells(genes, 6, cell_type=["B", "T", "NK"] * 2, age=np.arange(6))
     found = write(cells, tmp_path / "cells.h5ad")
     with h5py.File(found, "r+") as file:
         del file["obs/cell_type"]
@@ -29,7 +29,7 @@ def test_levels_take_the_place_of_codes(path, tokenizer, tmp_path):
     assert source.read_obs(["cell_type"], 1, 3)["cell_type"].tolist() == ["T", "NK"]
     found = load_cells(path, tokenizer=tokenizer, cache_dir=tmp_path)
     assert found.features["cell_type"].names == ["B", "NK", "T"]
-    assert found["n"][:] == list(range(6))
+    assert found["age"][:] == list(range(6))
 
 
 @pytest.mark.parametrize("missing", [-1, -(2**31)])
