@@ -15,6 +15,7 @@ from functools import cached_property, lru_cache
 from importlib import resources
 
 import numpy as np
+import scipy.sparse as sp
 
 from .errors import ColumnNotFoundError, GeneIdError
 from .feature_types import MISSING, FeatureTypes, feature_types
@@ -27,6 +28,8 @@ INDEX = "index"
 """What a user calls the index of var."""
 _INDEX = "\0index"
 """Its place among the columns, where no column can be."""
+LEAST_OF_CELL = 0.5
+"""Fraction of a cell's counts in the genome that is read, in a file that mixes genomes: less is a cell of another species."""
 LEAST_OF_GENOME = 0.05
 """Fraction of the genes that a genome must hold to count as one of a mixture."""
 
@@ -105,6 +108,8 @@ def id_inside(name: str) -> str | None:
         >>> id_inside("hg38_1,ENSG00000010610.10,CD4"), id_inside("ENSG00000010610|CD4"), id_inside("CD4")
         ('ENSG00000010610.10', 'ENSG00000010610', None)
     """
+    if ENSEMBL.fullmatch(name):
+        return name
     if "ENS" not in name and "ens" not in name.lower():
         return None
     found = {canonical(match): match.group() for match in _INSIDE.finditer(name)}
@@ -235,10 +240,10 @@ class GeneFeatures:
                 "Geneformer reads genes; give the file with gene expression, or correct the types ('Gene Expression')."
             )
             raise GeneIdError(msg)
-        texts = {**{str(name): [str(values[i]).strip() for i in kept.tolist()] for name, values in columns.items()}}
-        texts[_INDEX] = [str(index[i]).strip() for i in kept.tolist()]
+        rows = kept.tolist()
+        texts = {name: [str(values[i]).strip() for i in rows] for name, values in {_INDEX: index, **columns}.items() if self._may_name_genes(name, values)}
         self._index_name, self._prefixed = index_name, ""
-        genomes = self._genomes_of(texts, [str(name) for name in columns])
+        genomes = self._genomes_of(texts)
         self.genomes = {name: n for name, n in _count(name for name in genomes if name).items() if n >= max(1, LEAST_OF_GENOME * len(genomes))}
         self.genome = self._chosen(genome, texts)
         of_others = np.zeros(len(kept), dtype=bool)
@@ -252,30 +257,36 @@ class GeneFeatures:
         """int64: columns of genes known to be of the genome, among `columns`; None where genomes are not mixed."""
         if self.other_columns is not None:
             self.mixed_columns = kept[np.array([name == self.genome for name in genomes])]
-        self._texts = {name: [text for text, other in zip(values, of_others.tolist(), strict=True) if not other] for name, values in texts.items()}
+        own = np.flatnonzero(~of_others).tolist()
+        self._texts = {name: [values[i] for i in own] for name, values in texts.items()}
 
-    def _genomes_of(self, texts: dict[str, list[str]], names: list[str]) -> list[str]:
+    def _may_name_genes(self, name: str, values: Sequence[str]) -> bool:
+        """Return whether a column is worth reading: it is called so, or some of its values look like ids or carry a genome."""
+        if name in (_INDEX, self._named, *SYMBOL_COLUMNS) or name.lower() in GENOME_COLUMNS:
+            return True
+        return any("ENS" in text.upper() or _GENOME.match(text) for text in map(str, _sample(values)))
+
+    def _genomes_of(self, texts: dict[str, list[str]]) -> list[str]:
         """Return the genome of each gene, empty where it is not known, and take prefixes of genomes off all texts."""
         found: list[str] = [""] * len(texts[_INDEX])
-        for name in (_INDEX, *names):
-            matches = [_GENOME.fullmatch(text) for text in texts[name]]
-            n_named = sum(text.lower() not in MISSING for text in texts[name])
-            if not n_named or sum(match is not None for match in matches) < 0.5 * n_named or any(id_inside(t) == t for t in texts[name][:100]):
+        for name in texts:
+            some = [text for text in _sample(texts[name]) if text.lower() not in MISSING]
+            if sum(_GENOME.fullmatch(text) is not None for text in some) < max(1, 0.5 * len(some)):
                 continue
+            matches = [_GENOME.fullmatch(text) for text in texts[name]]
             self._prefixed = self._prefixed or _shown(name)
             texts[name] = [match["rest"] if match else text for match, text in zip(matches, texts[name], strict=True)]
             found = [old or (match["genome"] if match else "") for old, match in zip(found, matches, strict=True)]
         if not self._prefixed:
-            for name in (n for column in GENOME_COLUMNS for n in names if n.lower() == column):
+            for name in (n for column in GENOME_COLUMNS for n in texts if n.lower() == column):
                 values = ["" if text.lower() in MISSING else text for text in texts[name]]
                 if len(set(filter(None, values))) > 1:
                     return values
         if len(set(filter(None, found))) < 2:
-            by_id = [_prefix_of(next((i for n in (_INDEX, *names) if (i := id_inside(texts[n][row]))), "")) for row in range(len(found))]
-            species = [_species_name(prefix) if prefix else "" for prefix in by_id]
-            counts = _count(filter(None, species))
-            if len([n for n in counts.values() if n >= LEAST_OF_GENOME * len(species)]) > 1:
-                return species
+            for name in texts:
+                species = [_species_name(prefix) if (prefix := _prefix_of(id_inside(text) or "")) else "" for text in texts[name]]
+                if len([n for n in _count(filter(None, species)).values() if n >= LEAST_OF_GENOME * len(species)]) > 1:
+                    return species
         return found
 
     def _chosen(self, genome: str | None, texts: dict[str, list[str]]) -> str | None:
@@ -342,6 +353,26 @@ class GeneFeatures:
             raise GeneIdError(msg)
         return NamedGenes(list(self._texts[column]), f"symbols in {_shown(column, of=True)}", notes=notes)
 
+    def select(self, counts_ng: sp.csr_array) -> tuple[sp.csr_array, np.ndarray | None]:
+        """Return the counts of the genes that are read, and the fraction of each cell's counts in the genome that is read.
+
+        A cell with less than half of its counts in that genome is of another species; it keeps no counts, so that ambient RNA does not
+        make it a cell of this one. The fractions, float64 of shape `(n,)`, are None where genomes are not mixed.
+        """
+        of_genes = counts_ng if self.columns is None else counts_ng[:, self.columns]
+        fractions = self.genome_fractions(counts_ng)
+        if fractions is not None and (others := fractions < LEAST_OF_CELL).any():
+            of_genes = sp.csr_array(of_genes, copy=True)
+            of_genes.data[np.repeat(others, np.diff(of_genes.indptr))] = 0
+        return of_genes, fractions
+
+    def genome_fractions(self, counts_ng: sp.csr_array) -> np.ndarray | None:
+        """Return the fraction of the counts of each cell in genes of the genome that is read, among those of all genomes; None for one genome."""
+        if self.other_columns is None:
+            return None
+        own, others = (np.asarray(counts_ng[:, some].sum(axis=1, dtype=np.float64)).ravel() for some in (self.mixed_columns, self.other_columns))
+        return np.divide(own, own + others, out=np.zeros(len(own)), where=own + others > 0)
+
     @property
     def symbols(self) -> list[str]:
         """What else the genes are called: a column of symbols, or the index."""
@@ -360,6 +391,11 @@ class GeneFeatures:
         if self.other_columns is not None:
             return f"{len(self.other_columns):,} genes of other genomes than {self.genome} left out"
         return f"prefix {self.genome!r} taken off the names in {self._prefixed}" if self._prefixed else ""
+
+
+def _sample(values: Sequence[str]) -> Sequence[str]:
+    """Return at most some hundreds of values, spread over all."""
+    return values[:: max(1, len(values) // 500)]
 
 
 def _filled(text: str, symbol: str, is_known: Callable[[str], bool] | None) -> str:

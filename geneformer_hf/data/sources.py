@@ -19,7 +19,7 @@ import pandas as pd
 import scipy.sparse as sp
 
 from ..errors import CellFileError, ColumnNotFoundError
-from ..gene_ids import GeneFeatures
+from ..gene_ids import LEAST_OF_CELL, GeneFeatures
 from ..genes import GeneColumns, GeneTable
 from ..ranking import check_counts, choose_counts, stored_values
 from . import matrices
@@ -33,8 +33,6 @@ logger = logging.getLogger(__name__)
 TOTAL_COLUMNS = ("n_counts", "total_counts")
 CELL_BYTES = 16
 """Memory of a cell in what is held of all cells: where its counts begin, and whether it passes."""
-LEAST_OF_CELL = 0.5
-"""Fraction of a cell's counts in the genome that is read, in a file that mixes genomes: less is a cell of another species."""
 
 
 @dataclass(frozen=True)
@@ -143,11 +141,7 @@ class CellSource(ABC):
         """
         for counts, first in self._iter_counts(start, self.n_cells if stop is None else stop):
             check_counts(counts.data, f"{self.name}: {self.counts} (cells {first:,} to {first + counts.shape[0] - 1:,})")
-            of_genes = counts if self.gene_columns is None else counts[:, self.gene_columns]
-            fractions = None
-            if self.features.other_columns is not None:
-                fractions = self._genome_fractions(counts)
-                of_genes = without_rows(of_genes, fractions < LEAST_OF_CELL)
+            of_genes, fractions = self.features.select(counts)
             yield CellBlock(of_genes, first, fractions)
 
     @property
@@ -161,13 +155,6 @@ class CellSource(ABC):
             self._matched[table.fingerprint] = table.match(self.features, where=self.name)
         return self._matched[table.fingerprint]
 
-    def _genome_fractions(self, counts: sp.csr_array) -> np.ndarray:
-        """Return the fraction of the counts of each cell that is in genes of the genome that is read, among those of all genomes."""
-        own, others = (
-            np.asarray(counts[:, columns].sum(axis=1, dtype=np.float64)).ravel() for columns in (self.features.mixed_columns, self.features.other_columns)
-        )
-        return np.divide(own, own + others, out=np.zeros(len(own)), where=own + others > 0)
-
     @cached_property
     def genome_fractions(self) -> np.ndarray | None:
         """float32 of shape `(n,)`: fraction of the counts of each cell that is in genes of the genome read; None for a file of one genome.
@@ -176,7 +163,8 @@ class CellSource(ABC):
         """
         if self.features.other_columns is None:
             return None
-        return np.concatenate([np.zeros(0), *(self._genome_fractions(counts) for counts, _ in self._iter_counts(0, self.n_cells))]).astype(np.float32)
+        parts = [np.asarray(self.features.genome_fractions(counts)) for counts, _ in self._iter_counts(0, self.n_cells)]
+        return np.concatenate([np.zeros(0), *parts]).astype(np.float32)
 
     def describe_genome(self) -> str | None:
         """Return which cells of a file that mixes genomes are of another one than is read, for people; None where there are none."""
@@ -420,15 +408,6 @@ class FileSource(CellSource):
         with self._open() as store:
             matrix = self._rows if self._rows is not None else self._matrix(store)
             yield from matrices.iter_rows(matrix, self.layout, (self.n_cells, self.n_columns), start, stop, where=f"{self.name}: {self.counts}")
-
-
-def without_rows(counts_ng: sp.csr_array, empty_n: np.ndarray) -> sp.csr_array:
-    """Return counts in which some rows hold nothing."""
-    if not empty_n.any():
-        return counts_ng
-    kept = sp.csr_array(counts_ng, copy=True)
-    kept.data[np.repeat(empty_n, np.diff(kept.indptr))] = 0
-    return kept
 
 
 def sums_of(block: CellBlock) -> np.ndarray:

@@ -297,12 +297,7 @@ class GeneformerTokenizer(PreTrainedTokenizerFast):
         """Rank the genes among the columns of checked counts; cells of other genomes than the one that is read hold none."""
         check_counts(counts_ng.data, "counts_ng")
         columns = self._gene_table.match(features)
-        of_genes = counts_ng if features.columns is None else counts_ng[:, features.columns]
-        if features.other_columns is not None:
-            own, others = (np.asarray(counts_ng[:, some].sum(axis=1, dtype=np.float64)).ravel() for some in (features.mixed_columns, features.other_columns))
-            of_genes = sp.csr_array(of_genes, copy=True)
-            of_genes.data[np.repeat(own < others, np.diff(of_genes.indptr))] = 0
-        return self.encode_block(of_genes, columns).split()
+        return self.encode_block(features.select(counts_ng)[0], columns).split()
 
     def encode_block(
         self, counts_ng: sp.csr_array, columns: GeneColumns, *, totals_n: np.ndarray | None = None, crop: bool = True, special_tokens: bool = True
