@@ -269,13 +269,13 @@ class GeneFeatures:
     def _genomes_of(self, texts: dict[str, list[str]]) -> list[str]:
         """Return the genome of each gene, empty where it is not known, and take prefixes of genomes off all texts."""
         found: list[str] = [""] * len(texts[_INDEX])
-        for name in texts:
-            some = [text for text in _sample(texts[name]) if text.lower() not in MISSING]
+        for name, values in list(texts.items()):
+            some = [text for text in _sample(values) if text.lower() not in MISSING]
             if sum(_GENOME.fullmatch(text) is not None for text in some) < max(1, 0.5 * len(some)):
                 continue
-            matches = [_GENOME.fullmatch(text) for text in texts[name]]
+            matches = [_GENOME.fullmatch(text) for text in values]
             self._prefixed = self._prefixed or _shown(name)
-            texts[name] = [match["rest"] if match else text for match, text in zip(matches, texts[name], strict=True)]
+            texts[name] = [match["rest"] if match else text for match, text in zip(matches, values, strict=True)]
             found = [old or (match["genome"] if match else "") for old, match in zip(found, matches, strict=True)]
         if not self._prefixed:
             for name in (n for column in GENOME_COLUMNS for n in texts if n.lower() == column):
@@ -283,8 +283,8 @@ class GeneFeatures:
                 if len(set(filter(None, values))) > 1:
                     return values
         if len(set(filter(None, found))) < 2:
-            for name in texts:
-                species = [_species_name(prefix) if (prefix := _prefix_of(id_inside(text) or "")) else "" for text in texts[name]]
+            for values in texts.values():
+                species = [_species_name(prefix) if (prefix := _prefix_of(id_inside(text) or "")) else "" for text in values]
                 if len([n for n in _count(filter(None, species)).values() if n >= LEAST_OF_GENOME * len(species)]) > 1:
                     return species
         return found

@@ -29,7 +29,7 @@ from ..input_files import require_regular
 from ..models.tokenization_geneformer import GeneformerTokenizer
 from .collators import KEY
 from .columns import ObsColumns, ObsHead
-from .dataset_folders import require_plain_types, shards_of
+from .dataset_folders import require_plain_schema, shards_of
 from .encoder import CellEncoder, EncodingOptions, features_of
 from .files import find_files
 from .readers import FileSource, open_cells
@@ -323,18 +323,17 @@ def stream_tokens(
     for path in paths:
         if path.endswith(".parquet"):
             file = _open_parquet(path)
-            found = datasets.Features.from_arrow_schema(file.schema_arrow)
+            found = _features_of(file.schema_arrow, path)
             pieces += [(path, group, 0) for group in range(file.num_row_groups)]
         else:
             table = _open_arrow(path)
-            found = datasets.Features.from_arrow_schema(table.schema)
+            found = _features_of(table.schema, path)
             pieces += [(path, start, min(start + shard_cells, len(table))) for start in range(0, len(table), shard_cells)]
         if features is not None and features != found:
             differing = [name for name in dict.fromkeys([*features, *found]) if features.get(name) != found.get(name)]
             msg = f"{path} holds other columns than {paths[0]}: {', '.join(differing)} differ in type, in classes or in being there. Tokenize the files together, so that a class has one number."
             raise CellFileError(msg)
         features = found
-        require_plain_types(found.to_dict(), path)
     if features is None or not pieces:
         msg = f"{files}: no tokenized cells there; expected a dataset folder or .parquet files."
         raise CellFileError(msg)
@@ -346,6 +345,20 @@ def stream_tokens(
     features = datasets.Features({name: features[name] for name in names})
     sizes = [(Path(path).name, _size_of(Path(path))) for path in paths]
     return _stream(TokenShards(sizes, pieces, features, names, range(len(pieces)), _key_of(seed, shuffle=shuffle), mix), cell_keys=cell_keys)
+
+
+def _features_of(schema: pa.Schema, path: str) -> datasets.Features:
+    """Return the columns of a file, after looking whether they simply hold values.
+
+    Raises:
+        CellFileError
+    """
+    require_plain_schema(schema, path)
+    try:
+        return datasets.Features.from_arrow_schema(schema)
+    except (ValueError, TypeError, KeyError, pa.ArrowException) as error:
+        msg = f"{path} cannot be read: {str(error).splitlines()[0]}. Tokenize the cells again."
+        raise CellFileError(msg) from error
 
 
 def _token_files(item: str) -> list[str]:

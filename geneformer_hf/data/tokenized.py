@@ -13,7 +13,7 @@ import pyarrow as pa
 from ..errors import CellFileError, VocabularyMismatchError
 from ..input_files import require_regular
 from ..models.tokenization_geneformer import GeneformerTokenizer
-from .dataset_folders import open_dataset_folder, require_plain_features, splits_of
+from .dataset_folders import open_dataset_folder, require_plain_features, require_plain_schema, schema_of, splits_of
 
 REPOSITORY = "repository"
 """Key of the report."""
@@ -43,8 +43,9 @@ def open_tokenized(path: str | Path) -> datasets.Dataset:
         if files and all(file.suffix == ".parquet" for file in files):
             for file in files:
                 require_regular(file)
+                require_plain_schema(schema_of(file), str(file))
             return require_plain_features(datasets.Dataset.from_parquet([str(file) for file in files]), str(path))
-    except (OSError, ValueError, KeyError, pa.ArrowInvalid, datasets.exceptions.DatasetGenerationError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, pa.ArrowException, datasets.exceptions.DatasetGenerationError) as error:
         if isinstance(error, CellFileError):
             raise
         msg = f"{path} cannot be read: {str(error).splitlines()[0] if str(error) else type(error).__name__}. It is damaged or incomplete: tokenize the cells again."

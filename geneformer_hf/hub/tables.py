@@ -11,7 +11,7 @@ from pathlib import Path
 import datasets
 
 from ..data.dataset_cards import dataset_card, report_in_card, without_folders
-from ..data.dataset_folders import require_plain_features, splits_of
+from ..data.dataset_folders import require_plain_features, require_plain_schema, schema_of, splits_of
 from ..data.tokenized import REPOSITORY, open_tokenized, report_of
 from ..errors import CellFileError
 from .folders import REPORT
@@ -76,6 +76,8 @@ def read_tables(folder: Path, output: Path, repository: str) -> None:
     for one in sorted(folder.rglob("*.parquet")):
         shard = re.fullmatch(r"(\w+)-\d+-of-\d+.*", one.stem)
         files.setdefault(shard[1] if shard else "train", []).append(str(one))
+    for name in (path for paths in files.values() for path in paths):
+        require_plain_schema(schema_of(Path(name)), name)
     with tempfile.TemporaryDirectory(dir=folder) as cache:
         try:
             splits = datasets.load_dataset("parquet", data_files=files, cache_dir=cache)

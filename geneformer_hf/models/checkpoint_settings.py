@@ -26,6 +26,17 @@ QUANTIZATION_TEXTS = {
     "bnb_4bit_compute_dtype": ("float32", "float16", "bfloat16"),
     "bnb_4bit_quant_storage": ("uint8", "float32", "float16", "bfloat16"),
 }
+LARGEST = {
+    "num_hidden_layers": 1000,
+    "hidden_size": 1 << 17,
+    "num_attention_heads": 4096,
+    "intermediate_size": 1 << 20,
+    "max_position_embeddings": 1 << 24,
+    "vocab_size": 1 << 24,
+    "type_vocab_size": 1 << 16,
+    "num_labels": 1 << 20,
+}
+"""Sizes beyond any model; building one would fill memory or take forever."""
 CODE_FIELDS = ("auto_map", "custom_pipelines", "transformers_weights", "use_kernels", "kernel_config", "custom_generate")
 """Fields of `config.json` and `tokenizer_config.json` that name code, or files of weights elsewhere."""
 
@@ -111,6 +122,11 @@ def check_config(settings: Mapping[str, Any], where: str) -> None:
         value = settings.get(name)
         if not _is_one_of(str(value).removeprefix("torch.") if value is not None else None, NUMBER_TYPES):
             msg = f"{where}: {name} is {_short(value)}; expected one of {_listed(NUMBER_TYPES)}. Remove the field, or name the type of the weights."
+            raise CheckpointError(msg)
+    for name, most in LARGEST.items():
+        value = settings.get(name)
+        if value is not None and not (isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= most):
+            msg = f"{where}: {name} is {_short(value)}; expected a whole number from 0 to {most:,}. Correct config.json, or download it again."
             raise CheckpointError(msg)
     for name in ("is_decoder", "add_cross_attention", "is_encoder_decoder"):
         if settings.get(name):

@@ -188,10 +188,11 @@ def refusals(model: Any) -> Iterator[None]:
     except UnpicklingError as error:
         msg = f"{model} cannot be opened: its weights are a pickle that asks for more than tensors. It was refused and nothing of it was executed. Ask its owner for safetensors."
         raise UnsafePickleError(msg) from error
-    except (OSError, ValueError, SafetensorError) as error:
-        if isinstance(error, GeneformerError):
+    except (OSError, ValueError, SafetensorError, RuntimeError, KeyError, TypeError, AttributeError, AssertionError, ArithmeticError) as error:
+        if isinstance(error, (GeneformerError, torch.OutOfMemoryError)):
             raise
-        msg = f"{model} cannot be opened as a Geneformer checkpoint: {str(error).splitlines()[0]}"
+        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        msg = f"{model} cannot be opened as a Geneformer checkpoint: {first}"
         raise CheckpointError(msg) from error
 
 

@@ -220,3 +220,49 @@ def test_an_answer_of_the_hub_without_an_id_is_refused(hub, model_folder, tmp_pa
     with pytest.raises(HubError, match=r"lab/model .*: the answer of the Hub lacks what the client expects \(KeyError: 'id'\)"):
         pull_folder("lab/model", tmp_path / "pulled")
     assert not (tmp_path / "pulled").exists()
+
+
+HOSTILE_TYPES = {
+    "a_function_of_pyarrow": {"dtype": "show_info", "_type": "Value"},
+    "another_one": {"dtype": "get_library_dirs", "_type": "Value"},
+    "no_text": {"dtype": 5, "_type": "Value"},
+    "a_list": {"dtype": ["string"], "_type": "Value"},
+    "a_file_of_labels": {"names_file": "/etc/passwd", "_type": "ClassLabel"},
+    "no_labels": {"_type": "ClassLabel"},
+    "labels_twice": {"names": ["a", "a"], "_type": "ClassLabel"},
+    "an_image_in_a_list": {"feature": {"_type": "Image"}, "_type": "List"},
+    "a_list_of_nothing": {"_type": "List"},
+    "an_unknown_type": {"_type": "Nope"},
+    "a_type_that_is_a_list": {"_type": ["Value"]},
+    "text": "int32",
+}
+
+
+@pytest.mark.parametrize("name", list(HOSTILE_TYPES))
+def test_types_that_call_functions_or_open_files_are_refused_wherever_they_stand(name, dataset, tmp_path, capfd):
+    description = {"info": {"features": {"input_ids": {"feature": {"dtype": "int32", "_type": "Value"}, "_type": "List"}, "odd": HOSTILE_TYPES[name]}}}
+    table = pa.table({"input_ids": [[2, 5, 3]], "odd": ["a"]}).replace_schema_metadata({"huggingface": json.dumps(description)})
+    pq.write_table(table, tmp_path / "x.parquet")
+    info = json.loads((dataset / "dataset_info.json").read_text())
+    (dataset / "dataset_info.json").write_text(json.dumps(info | {"features": description["info"]["features"]}))
+    described = tmp_path / "described"
+    described.mkdir()
+    (described / "state.json").write_text((dataset / "state.json").read_text())
+    with pa.OSFile(str(described / "data-00000-of-00001.arrow"), "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
+        writer.write_table(table)
+    for path in (tmp_path / "x.parquet", dataset, described):
+        for door in (open_tokenized, stream_tokens):
+            with pytest.raises(CellFileError, match="odd"):
+                door(path)
+    # pyarrow's show_info prints.
+    assert "pyarrow" not in capfd.readouterr().out
+
+
+def test_types_that_hold_values_are_read(tmp_path):
+    features = datasets.Features(
+        {"input_ids": datasets.List(datasets.Value("uint16")), "time": datasets.Value("timestamp[us, tz=Europe/Berlin]"), "x": {"y": datasets.Value("decimal128(10, 2)")},
+         "kind": datasets.ClassLabel(names=["a"]), "day": datasets.Value("date32"), "m": datasets.Array2D((1, 2), "float32"), "_type": datasets.Value("bool")}
+    )  # fmt: skip
+    row = {"input_ids": [1], "time": None, "x": {"y": None}, "kind": 0, "day": None, "m": [[1.0, 2.0]], "_type": True}
+    datasets.Dataset.from_list([row], features=features).save_to_disk(tmp_path / "a")
+    assert open_tokenized(tmp_path / "a").features == features
