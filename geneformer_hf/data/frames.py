@@ -81,6 +81,10 @@ class GroupFrame(Frame):
         self._group, self._where, self.name = group, where, name_of(group)
         self.index_name = attribute(group, "_index")
         self.columns = decoded(group.attrs.get("column-order", ())).tolist()
+        if len(set(self.columns)) < len(self.columns):
+            twice = sorted({name for name in self.columns if self.columns.count(name) > 1}) if len(self.columns) < 1000 else ["…"]
+            msg = f"{where}: {self.name} lists columns more than once: {', '.join(twice[:3])}. The file is damaged; write it again."
+            raise CellFileError(msg)
         missing = [name for name in self.columns if name not in group]
         if missing:
             msg = f"{where}: {self.name} lists columns that are not there: {', '.join(missing[:3])}. The file is damaged; write it again."

@@ -171,7 +171,7 @@ def _check_array_metadata(root: Path, path: Path, where: str) -> None:
         return
     for name in _codec_names(metadata):
         known = name.removeprefix("numcodecs.") if isinstance(name, str) else name
-        if known not in ZARR_CODECS:
+        if not isinstance(known, str) or known not in ZARR_CODECS:
             msg = (
                 f"{root}: {where} names the codec {name!r}, which is not one of those that are read ({', '.join(sorted(ZARR_CODECS))}). "
                 "It was refused and nothing of it was executed. Write the store again with anndata (`adata.write_zarr(...)`)."
@@ -210,6 +210,8 @@ def _chunk_bytes(metadata: dict[str, Any]) -> int | None:
     if shape is None and isinstance(grid, dict) and isinstance(grid.get("configuration"), dict):
         shape = grid["configuration"].get("chunk_shape")
     if not isinstance(shape, list) or not all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in shape):
+        return None
+    if 0 in shape and 0 not in (metadata.get("shape") or [1]):
         return None
     size, total = 8, 1
     kind = metadata.get("dtype", metadata.get("data_type"))

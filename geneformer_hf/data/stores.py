@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,9 +16,11 @@ from ..input_files import require_regular
 from ..pickles import is_lfs_pointer
 from .store_checks import check_h5, check_zarr, require_memory
 
-DAMAGE = (OSError, ValueError, KeyError, IndexError, RuntimeError, TypeError, OverflowError)
+DAMAGE = (OSError, EOFError, ValueError, KeyError, IndexError, RuntimeError, TypeError, AttributeError, AssertionError, ArithmeticError, zlib.error)
 """What reading a damaged store may raise: a missing part, cut-off bytes, numbers that do not fit together."""
 ZARR_MARKS = ("zarr.json", ".zgroup")
+MOST_EMPTY_CHUNKS = 1000
+"""Chunks of a zarr array from which on those that are there are counted."""
 TEXT_BYTES = 64
 """Memory of a short text in Python, for the bound on what is read at once."""
 
@@ -119,6 +122,10 @@ def read_values(array: Any, start: int = 0, stop: int | None = None) -> np.ndarr
     """
     n = len(range(*slice(start, stop).indices(int(array.shape[0]))))
     require_memory(n * (TEXT_BYTES if is_text(array) else array.dtype.itemsize), f"{name_of(array)}, which has {n:,} entries,")
+    n_chunks = getattr(array, "nchunks", 0)
+    if n_chunks > MOST_EMPTY_CHUNKS and n_chunks > 2 * array.nchunks_initialized:
+        msg = f"{name_of(array)} declares {n_chunks:,} chunks, and {array.nchunks_initialized:,} are there. The store is incomplete; write or copy it again."
+        raise CellFileError(msg)
     if not is_text(array):
         return np.asarray(array[start:stop])
     return decoded(array[start:stop])

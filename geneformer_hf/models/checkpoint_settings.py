@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ..errors import CheckpointError
-from ..input_files import read_json_object
+from ..input_files import read_json_object, require_regular
 from .attention import PACKED_ATTENTION
 
 ATTENTION = (None, "eager", "sdpa", "flex_attention", PACKED_ATTENTION)
@@ -72,6 +72,9 @@ def check_folder(folder: Path) -> None:
     """
     if not folder.is_dir():
         return
+    for path in folder.iterdir():
+        # Weights among them: opening a pipe would wait without end.
+        require_regular(path, error=CheckpointError)
     for name, check in (
         ("config.json", check_config),
         ("tokenizer_config.json", check_code_fields),

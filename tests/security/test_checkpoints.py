@@ -232,3 +232,26 @@ def test_embedding_with_a_hostile_checkpoint_opens_no_cells(model_folder, h5ad):
     edit(model_folder / "config.json", attn_implementation="lab/kernel")
     with pytest.raises(CheckpointError, match="may be downloaded as code"):
         embed_cells(model_folder, h5ad)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin", "more.safetensors"])
+def test_pipes_in_the_place_of_weights_are_refused_at_once(name, model_folder):
+    (model_folder / "model.safetensors").unlink()
+    os.mkfifo(model_folder / name)
+    start = time.monotonic()
+    for door in (load_model, GeneformerForMaskedLM.from_pretrained):
+        with pytest.raises(CheckpointError, match=r"named pipe"):
+            door(model_folder)
+    assert time.monotonic() - start < 20
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("num_hidden_layers", 10**9), ("hidden_size", -1), ("vocab_size", "64"), ("num_attention_heads", [2]), ("max_position_embeddings", 1e300)],
+)
+def test_sizes_of_no_model_are_refused_before_it_is_built(field, value, model_folder):
+    edit(model_folder / "config.json", **{field: value})
+    start = time.monotonic()
+    with pytest.raises(CheckpointError, match=rf"{field} is .*; expected a whole number from 0 to"):
+        load_model(model_folder)
+    assert time.monotonic() - start < 20

@@ -273,3 +273,30 @@ def test_links_in_an_scdl_archive_are_refused(tmp_path, genes):
     (archive / "data.npy").symlink_to(tmp_path / "data.npy")
     with pytest.raises(CellFileError, match=r"data\.npy is a symbolic link"):
         open_cells(archive)
+
+
+@pytest.mark.parametrize("codec", [["pickle"], {"a": 1}, 5, None, "Pickle", "numcodecs.numcodecs.pickle"], ids=str)
+def test_codecs_of_another_shape_are_refused(codec, tmp_path, genes):
+    store = write_zarr(make_cells(genes), tmp_path / "cells.zarr", 2)
+    path = store / "X" / "data" / ".zarray"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"filters": [{"id": codec}]}))
+    with pytest.raises(CellFileError, match=r"X/data/\.zarray names the codec"):
+        open_cells(store)
+
+
+def test_a_store_that_declares_what_is_not_there_is_refused_soon(tmp_path, genes):
+    store = write_zarr(make_cells(genes), tmp_path / "cells.zarr", 2)
+    path = store / "var" / "_index" / ".zarray"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"shape": [31_000_000]}))
+    start = time.monotonic()
+    with pytest.raises(CellFileError, match=r"var/_index declares 516,667 chunks, and 1 are there"):
+        open_cells(store)
+    assert time.monotonic() - start < 20
+
+
+def test_columns_that_are_listed_twice_are_refused(tmp_path, genes):
+    path = write(make_cells(genes), tmp_path / "cells.h5ad")
+    with h5py.File(path, "r+") as file:
+        file["obs"].attrs["column-order"] = np.array(["cell_type"] * 5000, dtype=object)
+    with pytest.raises(CellFileError, match="obs lists columns more than once"):
+        open_cells(path).obs_columns  # noqa: B018 - it is read then

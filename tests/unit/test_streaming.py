@@ -201,7 +201,7 @@ def test_trainer_learns_from_a_stream(make, tokenizer, tmp_path):
     torch.manual_seed(0)
     model = GeneformerForMaskedLM(tiny_config(tokenizer, initializer_range=0.02))
     arguments = TrainingArguments(
-        output_dir=tmp_path, max_steps=12, per_device_train_batch_size=16, learning_rate=1e-2, logging_steps=4, save_strategy="no", report_to=[],
+        output_dir=tmp_path, max_steps=48, per_device_train_batch_size=16, learning_rate=1e-2, logging_steps=12, save_strategy="no", report_to=[],
         remove_unused_columns=False, use_cpu=True, disable_tqdm=True, dataloader_pin_memory=False,
     )  # fmt: skip
     trainer = Trainer(model=model, args=arguments, train_dataset=make(shuffle=True), data_collator=DataCollatorForMaskedGenes(tokenizer))
