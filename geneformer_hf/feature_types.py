@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-TYPE_COLUMN = re.compile(r"(feature|assay|library|var)[\W_]*(types?|class|modality)|modalit(y|ies)", re.IGNORECASE)
+TYPE_COLUMN = re.compile(r"features?[\W_]*types?|(feature[\W_]*)?modalit(y|ies)", re.IGNORECASE)
 """Columns of var that say what was counted, without the suffix that joining tables adds (`feature_types-0`)."""
 _SUFFIX = re.compile(r"([\W_]+(\d+|[xy]|rna|gex|adt|prot|batch\d*))+$", re.IGNORECASE)
 MISSING = frozenset({"", "nan", "none", "<na>", "na", "n/a", "null", "-", "."})
@@ -40,6 +40,7 @@ _GENE_TYPES = frozenset(
         *("rrna", "rrna pseudogene", "ribozyme", "srna", "scarna", "snorna", "vault rna", "vaultrna", "translated processed pseudogene"),
         *("transcribed processed pseudogene", "transcribed unitary pseudogene", "transcribed unprocessed pseudogene", "unitary pseudogene"),
         *("unprocessed pseudogene", "non coding", "3prime overlapping ncrna", "bidirectional promoter lncrna", "macro lncrna", "ncrna", "scrna gene"),
+        *("retained intron", "nonsense mediated decay", "non stop decay", "pseudo", "c region", "d segment", "j segment", "v segment", "c gene segment"),
     }
 )
 """Names of RNA in 10x, muon and Seurat files, and biotypes of GENCODE, which some files keep in a column `feature_type`."""
@@ -98,12 +99,12 @@ def kind_of_feature(name: str) -> str:
     if text in MISSING:
         return "missing"
     plain = " ".join(re.split(r"[\W_]+", text)).strip()
-    if plain in _GENE_TYPES:
+    if plain in _GENE_TYPES or plain.startswith("protein coding"):
         return "gene"
     words = set(plain.split())
     if words & _OTHER_WORDS:
         return "other"
-    return "gene" if words & _RNA_WORDS else "unknown"
+    return "gene" if words & _RNA_WORDS or plain.endswith(("pseudogene", "rna")) else "unknown"
 
 
 @dataclass(frozen=True)
@@ -118,38 +119,40 @@ class FeatureTypes:
     """Other types and their numbers of features."""
     unknown: tuple[str, ...]
     """Those of them that are not known to be genes or anything else."""
+    n_untyped: int = 0
+    """Features without a type, which are taken for genes."""
 
     def describe(self) -> str:
         """Return one phrase for people; empty where all features are genes."""
         if not self.left_out:
             return ""
         counted = ", ".join(f"{kind} {n:,}" for kind, n in self.left_out.items())
-        return f"{sum(self.left_out.values()):,} features that are not genes left out, by {self.source} ({counted})"
+        untyped = f", and {self.n_untyped:,} without a type taken for genes" if self.n_untyped else ""
+        return f"{sum(self.left_out.values()):,} features that are not genes left out, by {self.source} ({counted}){untyped}"
 
 
 def feature_types(columns: Mapping[str, Sequence[str]], n_features: int) -> FeatureTypes | None:
     """Return which features are genes; None where no column of the table says what was counted.
 
     A column counts by its name (`feature_types`, `modality`, with or without a suffix), or because every value is a known
-    type and both RNA and something else are among them. Where several do, the first that has a value decides. Features
-    without a type are taken for genes.
+    type and both genes and something else are among them. Where several do, a feature is a gene only if none of them says
+    otherwise. Features without a type are taken for genes.
 
     Args:
         columns: the text columns of var.
         n_features (`int`): its rows.
     """
-    named = [name for name in columns if TYPE_COLUMN.fullmatch(_SUFFIX.sub("", name))]
-    found = named or [name for name, values in columns.items() if _holds_types(values)][:1]
+    found = [name for name in columns if (TYPE_COLUMN.fullmatch(_SUFFIX.sub("", name)) and _holds_values(columns[name])) or _holds_types(columns[name])]
     if not found:
         return None
-    types = ["" for _ in range(n_features)]
     kinds: dict[str, str] = {}
+    types: list[str] = [""] * n_features
     for name in found:
         for row, value in enumerate(columns[name]):
-            if not types[row]:
-                text = str(value)
-                if kinds.setdefault(text, kind_of_feature(text)) != "missing":
-                    types[row] = text
+            text = str(value)
+            kind = kinds.setdefault(text, kind_of_feature(text))
+            if kind != "missing" and (not types[row] or (kinds[types[row]] == "gene" and kind != "gene")):
+                types[row] = text
     is_gene = np.array([not text or kinds[text] == "gene" for text in types], dtype=bool)
     left_out: dict[str, int] = {}
     for text, gene in zip(types, is_gene.tolist(), strict=True):
@@ -157,16 +160,20 @@ def feature_types(columns: Mapping[str, Sequence[str]], n_features: int) -> Feat
             shown = text.split("\t", maxsplit=1)[0].strip()
             left_out[shown] = left_out.get(shown, 0) + 1
     unknown = tuple(dict.fromkeys(text.split("\t", maxsplit=1)[0].strip() for text in types if text and kinds[text] == "unknown"))
-    return FeatureTypes(is_gene, " and ".join(f"var[{name!r}]" for name in found), left_out, unknown)
+    return FeatureTypes(is_gene, " and ".join(f"var[{name!r}]" for name in found), left_out, unknown, types.count(""))
+
+
+def _holds_values(values: Sequence[str]) -> bool:
+    """Return whether anything stands in a column."""
+    return any(kind_of_feature(text) != "missing" for text in {str(value) for value in values})
 
 
 def _holds_types(values: Sequence[str]) -> bool:
-    """Return whether a column without a telling name holds types of features: known ones alone, RNA and others among them."""
+    """Return whether a column without a telling name holds types of features: known ones alone, genes and others among them."""
     distinct: set[str] = set()
     for value in values:
         distinct.add(str(value))
         if len(distinct) > 20:
             return False
     kinds = {kind_of_feature(value) for value in distinct}
-    rna = {"gene expression", "gex", "rna", "gene"}
-    return "unknown" not in kinds and "other" in kinds and any(value.strip().lower() in rna for value in distinct)
+    return "unknown" not in kinds and {"gene", "other"} <= kinds

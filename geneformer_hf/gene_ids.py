@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import csv
 import gzip
+import logging
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from importlib import resources
+from typing import TypeVar
 
 import numpy as np
 import scipy.sparse as sp
@@ -20,10 +22,22 @@ import scipy.sparse as sp
 from .errors import ColumnNotFoundError, GeneIdError
 from .feature_types import MISSING, FeatureTypes, feature_types
 
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
 # In the order in which they win where several hold as many ids; the last of each is what loom files use.
 ENSEMBL_COLUMNS = ("ensembl_id", "gene_ids", "feature_id", "\0index", "Accession")
-SYMBOL_COLUMNS = ("gene_symbol", "feature_name", "Gene", "gene_name", "gene_symbols", "gene_short_name", "hgnc_symbol", "symbol")
+SYMBOL_COLUMNS = ("gene_symbol", "feature_name", "Gene", "gene_name")
+"""How columns of symbols are usually called; other spellings are known too."""
+_SYMBOL_COLUMN = re.compile(r"(hgnc|gene|genes|feature|features|external|official|approved|original|short)*(symbols?|names?)|genes?|hgnc")
+_ID_COLUMN = re.compile(
+    r"(ensembl|ens|stable|gene|genes|feature|features|accession)+(ids?|stableids?|accessions?|identifiers?)?|ids?|stableids?|identifiers?|human"
+)
+"""Names of columns, without case and punctuation, whose ids are believed where the symbols of the file say otherwise."""
 GENOME_COLUMNS = ("genome", "species", "organism")
+UNPREFIXED = "unprefixed"
+"""Genome of the genes without a prefix, where the others carry one."""
 INDEX = "index"
 """What a user calls the index of var."""
 _INDEX = "\0index"
@@ -34,16 +48,16 @@ LEAST_OF_GENOME = 0.05
 """Fraction of the genes that a genome must hold to count as one of a mixture."""
 
 # ENSG00000141510, ENSG00000141510.18, ENSGR0000265658 (Y copy, Ensembl 75), ENSG00000182378.15_PAR_Y (GENCODE), ENSMUSG00000059552
-ENSEMBL = re.compile(r"(?P<id>ENS(?P<species>[A-Z]{3,4})?G(?:R\d{10}|\d{11}))(?P<version>\.\d+)?(?P<par>_PAR_Y)?", re.IGNORECASE)
+ENSEMBL = re.compile(r"(?P<id>ENS(?P<species>[A-Z]{3,4})?G(?:R\d{10}|\d{11}))(?P<version>\.\d+)?(?P<par>[_-]PAR[_-]Y)?", re.IGNORECASE)
 _INSIDE = re.compile(rf"(?<![A-Za-z0-9]){ENSEMBL.pattern}(?![A-Za-z0-9])", re.IGNORECASE)
 _GENOME = re.compile(
-    r"(?P<genome>(?:grc[a-z]\d{1,3}|t2t-?chm13|hg\d{1,2}|mm\d{1,2}|rn\d{1,2}|rgsc\d|danrer\d+|rhemac\d+|susscr\d+|galgal\d+|bostau\d+|sscrofa\d+"
+    r"(?:refdata[-_](?:gex|cellranger)[-_])?(?P<genome>(?:grc[a-z]\d{1,3}|(?:t2t[-_]?)?chm13(?:v\d[\d.]*)?|b37|hs37d5|hg\d{1,2}|mm\d{1,2}|rn\d{1,2}|rgsc\d|danrer\d+|rhemac\d+|susscr\d+|galgal\d+|bostau\d+|sscrofa\d+"
     r"|homo[ _]?sapiens|mus[ _]?musculus|rattus[ _]?norvegicus|human|mouse|rat|pig|zebrafish|macaque)"
-    r"(?:[-.](?:premrna|ensembl|gencode|gex|[a-z]|p?\d+(?:-[a-z])?))*)[_\-:|. ]+(?P<rest>.+)",
+    r"(?:[-._](?:premrna|ensembl|gencode|gex|p\d+|\d{4}-[a-z]|\d{4}))*)[_\-:|. ]+(?P<rest>.+)",
     re.IGNORECASE | re.DOTALL,
 )
 _SPECIES_OF_GENOME = (
-    (re.compile(r"grch|hg\d|homo|human|t2t", re.IGNORECASE), "human"),
+    (re.compile(r"grch|hg\d|homo|human|t2t|chm13|b37|hs37", re.IGNORECASE), "human"),
     (re.compile(r"grcm|mm\d|mus[ _]?musculus|mouse", re.IGNORECASE), "mouse"),
     (re.compile(r"rn\d|rgsc|rattus|rat$", re.IGNORECASE), "rat"),
     (re.compile(r"danrer|grcz|zebrafish", re.IGNORECASE), "zebrafish"),
@@ -51,7 +65,7 @@ _SPECIES_OF_GENOME = (
 )
 _DATE = re.compile(
     r"\d{1,2}[-/. ](?:jan|feb|mar|apr|may|jun|jul|aug|sep|sept|oct|nov|dec)[a-z]*|(?:mar|march|sep|sept|dec|oct|nov|apr|feb|jan)[-/ ]\d{1,2}"
-    r"|\d{4}-\d{2}-\d{2}(?:[ T].*)?|\d{1,2}/\d{1,2}/\d{2,4}",
+    r"|\d{4}-\d{2}-\d{2}(?:[ T].*)?|\d{1,2}/\d{1,2}/\d{2,4}|4[0-9]{4}",
     re.IGNORECASE,
 )
 
@@ -195,6 +209,15 @@ class NamedGenes:
     notes: tuple[str, ...] = ()
     """What else was done with the features, for people."""
 
+    def describe(self) -> str:
+        """Return one line for people."""
+        parts = [f"{len(self.names):,} genes, by {self.source}"]
+        if self.n_inside:
+            parts.append(f"{self.n_inside:,} Ensembl ids found inside longer names")
+        if self.n_filled:
+            parts.append(f"{self.n_filled:,} genes without an Ensembl id there named by symbol")
+        return "; ".join([*parts, *self.notes])
+
 
 class GeneFeatures:
     """The table of features of one file: which of them are genes, of which genome, and what they are called.
@@ -243,7 +266,7 @@ class GeneFeatures:
         rows = kept.tolist()
         texts = {name: [str(values[i]).strip() for i in rows] for name, values in {_INDEX: index, **columns}.items() if self._may_name_genes(name, values)}
         self._index_name, self._prefixed = index_name, ""
-        genomes = self._genomes_of(texts)
+        genomes = _one_per_species(self._genomes_of(texts))
         self.genomes = {name: n for name, n in _count(name for name in genomes if name).items() if n >= max(1, LEAST_OF_GENOME * len(genomes))}
         self.genome = self._chosen(genome, texts)
         of_others = np.zeros(len(kept), dtype=bool)
@@ -262,7 +285,7 @@ class GeneFeatures:
 
     def _may_name_genes(self, name: str, values: Sequence[str]) -> bool:
         """Return whether a column is worth reading: it is called so, or some of its values look like ids or carry a genome."""
-        if name in (_INDEX, self._named, *SYMBOL_COLUMNS) or name.lower() in GENOME_COLUMNS:
+        if name in (_INDEX, self._named) or _SYMBOL_COLUMN.fullmatch(_plain(name)) or name.lower() in GENOME_COLUMNS:
             return True
         return any("ENS" in text.upper() or _GENOME.match(text) for text in map(str, _sample(values)))
 
@@ -271,22 +294,24 @@ class GeneFeatures:
         found: list[str] = [""] * len(texts[_INDEX])
         for name, values in list(texts.items()):
             some = [text for text in _sample(values) if text.lower() not in MISSING]
-            if sum(_GENOME.fullmatch(text) is not None for text in some) < max(1, 0.5 * len(some)):
+            if sum(_GENOME.fullmatch(text) is not None for text in some) < max(1, LEAST_OF_GENOME * len(some)):
                 continue
             matches = [_GENOME.fullmatch(text) for text in values]
             self._prefixed = self._prefixed or _shown(name)
             texts[name] = [match["rest"] if match else text for match, text in zip(matches, values, strict=True)]
             found = [old or (match["genome"] if match else "") for old, match in zip(found, matches, strict=True)]
-        if not self._prefixed:
-            for name in (n for column in GENOME_COLUMNS for n in texts if n.lower() == column):
-                values = ["" if text.lower() in MISSING else text for text in texts[name]]
-                if len(set(filter(None, values))) > 1:
-                    return values
-        if len(set(filter(None, found))) < 2:
-            for values in texts.values():
-                species = [_species_name(prefix) if (prefix := _prefix_of(id_inside(text) or "")) else "" for text in values]
-                if len([n for n in _count(filter(None, species)).values() if n >= LEAST_OF_GENOME * len(species)]) > 1:
-                    return species
+        if self._prefixed:
+            bare = found.count("")
+            # Some spike-ins and transgenes have no prefix; many genes without one are those of another genome.
+            return [name or UNPREFIXED for name in found] if bare >= LEAST_OF_GENOME * len(found) else found
+        for name in (n for column in GENOME_COLUMNS for n in texts if n.lower() == column):
+            values = ["" if text.lower() in MISSING else text for text in texts[name]]
+            if name.lower() == "genome" or all(species_of_genome(value) for value in set(filter(None, values))):
+                return values
+        for values in texts.values():
+            species = [_species_name(prefix) if (prefix := _prefix_of(id_inside(text) or "")) else "" for text in values]
+            if len([n for n in _count(filter(None, species)).values() if n >= LEAST_OF_GENOME * len(species)]) > 1:
+                return species
         return found
 
     def _chosen(self, genome: str | None, texts: dict[str, list[str]]) -> str | None:
@@ -299,14 +324,20 @@ class GeneFeatures:
         if genome is None:
             if len(self.genomes) < 2:
                 return next(iter(self.genomes), None)
-            example = next(iter(self.genomes))
+            example = next((name for name in self.genomes if name != UNPREFIXED), UNPREFIXED)
             msg = (
                 f"{self._where}its genes are of {len(self.genomes)} genomes: {listed}. Name the one to read with `genome={example!r}` (`--genome {example}`); "
                 "cells with less than half of their counts in it are then left without genes."
             )
             raise GeneIdError(msg)
+        species = {known for _, known in _SPECIES_OF_GENOME}
         found = [name for name in self.genomes if name.lower() == genome.lower()]
         found = found or [name for name in self.genomes if species_of_genome(name) == genome.lower()]
+        if not found and genome.lower() in species and UNPREFIXED in self.genomes:
+            found = [UNPREFIXED]
+        if not found and not self.genomes and genome.lower() in species:
+            # A file of one genome that does not say which.
+            return None
         if len(found) != 1:
             msg = f"{self._where}no genome {genome!r}. Found: {listed or 'no genome, neither in prefixes of names nor in a column'}. {'Name one of these' if listed else 'Leave genome out'}."
             raise GeneIdError(msg)
@@ -328,30 +359,68 @@ class GeneFeatures:
         Raises:
             GeneIdError: if nothing names genes, for instance where the index only counts the columns.
         """
-        chosen = self._named
-        if chosen is None and self._ids:
-            weights = {name: [sum(i is not None and (is_known is None or is_known(i)) for i in ids), sum(map(bool, ids))] for name, ids in self._ids.items()}
-            chosen = max(weights, key=lambda name: weights[name])
-        ids = self._ids.get(chosen or "", [None] * len(self._texts[_INDEX]))
         notes = tuple(note for note in (self.types.describe() if self.types else "", self._genome_note()) if note)
-        if chosen is not None and (any(ids) or self._named is not None):
-            texts, symbols = self._texts[chosen], self._texts[self._symbol_column(chosen)]
-            if not any(ids):
-                return NamedGenes(list(texts), _shown(chosen), notes=notes)
-            names = [i or _filled(text, symbol, is_known) for i, text, symbol in zip(ids, texts, symbols, strict=True)]
-            n_filled = sum(i is None and name != text for i, name, text in zip(ids, names, texts, strict=True))
-            n_inside = sum(i is not None and i != text for i, text in zip(ids, texts, strict=True))
-            return NamedGenes(names, _shown(chosen), n_filled, n_inside, notes)
-        column = self._symbol_column(None)
-        if column == _INDEX and not any(name[:1].isalpha() for name in self._texts[_INDEX][:1000]):
-            found = sorted(name for name in self._texts if name != _INDEX)
-            msg = (
-                f"{self._where}nothing in var names the genes: its index reads {_some(self._texts[_INDEX])} and its text columns are {found}. "
-                f"Expected Ensembl ids in any column or the index, or symbols in one of {list(SYMBOL_COLUMNS)} or the index; "
-                "or name the column with `gene_ids=` (`--gene-ids`)."
-            )
-            raise GeneIdError(msg)
-        return NamedGenes(list(self._texts[column]), f"symbols in {_shown(column, of=True)}", notes=notes)
+        chosen = self._named or self._best_ids(is_known)
+        if chosen is None:
+            column = self._symbol_columns(is_known)[0]
+            if column == _INDEX and not any(name[:1].isalpha() for name in self._texts[_INDEX][:1000]):
+                found = sorted(name for name in self._texts if name != _INDEX)
+                msg = (
+                    f"{self._where}nothing in var names the genes: its index reads {_some(self._texts[_INDEX])} and its text columns are {found}. "
+                    f"Expected Ensembl ids in any column or the index, or symbols in one of {list(SYMBOL_COLUMNS)} or the index; "
+                    "or name the column with `gene_ids=` (`--gene-ids`)."
+                )
+                raise GeneIdError(msg)
+            names, n_filled = self._filled(column, is_known)
+            return NamedGenes(names, f"symbols in {_shown(column, of=True)}", n_filled, notes=notes)
+        names, n_filled = self._filled(chosen, is_known)
+        ids = self._ids.get(chosen, [])
+        n_inside = sum(i is not None and i != text for i, text in zip(ids, self._texts[chosen], strict=bool(ids)))
+        return NamedGenes(names, _shown(chosen), n_filled, n_inside, notes)
+
+    def _best_ids(self, is_known: Callable[[str], bool] | None) -> str | None:
+        """Return the column that holds most Ensembl ids of the vocabulary; None where symbols name more genes, or contradict them.
+
+        A column of another meaning (the nearest gene, an orthologue) holds ids as well. Unless its name is that of a column of ids, it is
+        believed only where the symbols of the file, as far as both are known, lead to the same genes.
+        """
+        best, most = None, 0
+        symbols = self._texts[self._symbol_columns(is_known)[0]]
+        n_symbols = sum(map(is_known, _sample(symbols))) if is_known is not None else 0
+        for name, ids in self._ids.items():
+            some = _sample(ids)
+            n = sum(i is not None and (is_known is None or is_known(i)) for i in some)
+            if n <= most or 2 * n < n_symbols or (is_known is None and 2 * n < len(some) and not self._is_id_column(name)):
+                continue
+            if not self._is_id_column(name) and _contradict(some, _sample(symbols)):
+                logger.warning(
+                    "%s%s holds Ensembl ids of other genes than the symbols of the file, and is not used. If it names the genes, pass gene_ids=%r (--gene-ids).",
+                    self._where, _shown(name), name,
+                )  # fmt: skip
+                continue
+            best, most = name, n
+        return best
+
+    def _is_id_column(self, name: str) -> bool:
+        return name == _INDEX or _ID_COLUMN.fullmatch(_plain(name)) is not None
+
+    def _filled(self, chosen: str, is_known: Callable[[str], bool] | None) -> tuple[list[str], int]:
+        """Return the names in a column, and in the other columns of names where it has none, with the number of those."""
+        texts = self._texts[chosen]
+        ids = self._ids.get(chosen, [None] * len(texts))
+        others = [name for name in (*self._symbol_columns(is_known), *(n for n in self._ids if self._is_id_column(n))) if name != chosen]
+        names, n_filled = [], 0
+        for row, (found, text) in enumerate(zip(ids, texts, strict=True)):
+            name = found or text
+            if found is None and (text.lower() in MISSING or (is_known is not None and not is_known(text))):
+                further = [(self._ids.get(other, texts)[row] if self._ids.get(other) else None) or self._texts[other][row] for other in others]
+                further = [one for one in further if one.lower() not in MISSING]
+                better = next((one for one in further if is_known is not None and is_known(one)), None)
+                better = better or (further[0] if further and text.lower() in MISSING else None)
+                if better is not None and better != name:
+                    name, n_filled = better, n_filled + 1
+            names.append(name)
+        return names, n_filled
 
     def select(self, counts_ng: sp.csr_array) -> tuple[sp.csr_array, np.ndarray | None]:
         """Return the counts of the genes that are read, and the fraction of each cell's counts in the genome that is read.
@@ -376,14 +445,23 @@ class GeneFeatures:
     @property
     def symbols(self) -> list[str]:
         """What else the genes are called: a column of symbols, or the index."""
-        return self._texts[self._symbol_column(None)]
+        return self._texts[self._symbol_columns(None)[0]]
 
-    def _symbol_column(self, besides: str | None) -> str:
-        """Return the column of symbols: one that is called so and mostly filled, else the index."""
-        for name in SYMBOL_COLUMNS:
-            if name in self._texts and name != besides and sum(t.lower() not in MISSING for t in self._texts[name]) >= 0.5 * len(self._texts[name]):
-                return name
-        return _INDEX
+    def _symbol_columns(self, is_known: Callable[[str], bool] | None) -> list[str]:
+        """Return the columns of symbols and the index, the one first that names most genes of the vocabulary, or is filled most."""
+        named = [name for name in self._texts if name != _INDEX and _SYMBOL_COLUMN.fullmatch(_plain(name))]
+        usual = {name: place for place, name in enumerate(SYMBOL_COLUMNS)}
+        named.sort(key=lambda name: usual.get(name, len(usual)))
+
+        def count(name: str) -> int:
+            some = _sample(self._texts[name])
+            return sum(is_known(text) for text in some) if is_known is not None else sum(text.lower() not in MISSING for text in some)
+
+        counts = {name: count(name) for name in named}
+        if is_known is not None:
+            return sorted([*named, _INDEX], key=lambda name: -(counts[name] if name != _INDEX else count(_INDEX)))
+        filled = [name for name in named if 2 * counts[name] >= len(_sample(self._texts[name]))]
+        return [*filled, _INDEX, *(name for name in named if name not in filled)]
 
     def _genome_note(self) -> str:
         if self.genome is None:
@@ -393,16 +471,30 @@ class GeneFeatures:
         return f"prefix {self.genome!r} taken off the names in {self._prefixed}" if self._prefixed else ""
 
 
-def _sample(values: Sequence[str]) -> Sequence[str]:
+def _sample(values: Sequence[T]) -> Sequence[T]:
     """Return at most some hundreds of values, spread over all."""
     return values[:: max(1, len(values) // 500)]
 
 
-def _filled(text: str, symbol: str, is_known: Callable[[str], bool] | None) -> str:
-    """Return the name of a gene that has no Ensembl id in the column of ids: what stands there, if that is a name, else its symbol."""
-    if text.lower() in MISSING:
-        return symbol if symbol.lower() not in MISSING else text
-    return symbol if is_known is not None and not is_known(text) and is_known(symbol) else text
+def _contradict(ids: Sequence[str | None], symbols: Sequence[str]) -> bool:
+    """Return whether most ids are of other genes than the symbols beside them, by the packaged table."""
+    human = human_genes().ids_of_symbol
+    both = [(canonical_id(i), human[symbol]) for i, symbol in zip(ids, symbols, strict=True) if i is not None and symbol in human]
+    return len(both) >= 3 and 2 * sum(i in known for i, known in both) < len(both)
+
+
+def _plain(name: str) -> str:
+    """Return the name of a column without case and punctuation."""
+    return re.sub(r"[\W_]+", "", name).lower()
+
+
+def _one_per_species(genomes: list[str]) -> list[str]:
+    """Return genomes in which two assemblies of one species have the name of the more frequent one."""
+    counts = _count(filter(None, genomes))
+    name_of: dict[str, str] = {}
+    for name in sorted(counts, key=lambda n: -counts[n]):
+        name_of.setdefault(species_of_genome(name) or name, name)
+    return [name_of[species_of_genome(name) or name] if name else "" for name in genomes]
 
 
 def species_of_genome(genome: str) -> str | None:

@@ -5,10 +5,10 @@ Long work is resumable: `unfinished` keeps the finished parts of an output besid
 
 from __future__ import annotations
 
-import glob
 import json
 import logging
 import os
+import re
 import shutil
 import tempfile
 import uuid
@@ -32,7 +32,7 @@ MARK = ".geneformer_hf.json"
 """In every folder that a command of ours made: which command, of what, and the files it wrote."""
 LOCK = "lock"
 CONTENT = "content"
-CACHES = ("cache-*.arrow", "tmp*.arrow", "*.lock", ".cache")
+CACHES = ("cache-*.arrow", ".cache")
 """Files that `datasets` and huggingface_hub add to folders of ours."""
 
 
@@ -57,6 +57,9 @@ def require_free(output: Path, *, overwrite: bool = False, made_by: str | None =
         raise OutputExistsError(msg)
     if output.is_dir():
         require_ours(output, str(made_by), of)
+    elif made_by is not None and os.path.lexists(output):
+        msg = f"{output} is a file, and a folder is to be written there. Choose another output."
+        raise OutputExistsError(msg)
     existing = next(p for p in (output, *output.parents) if p.exists())
     if existing != output and not (existing.is_dir() and os.access(existing, os.W_OK)):
         msg = f"cannot write {output}: {existing} is {'a folder without write permission' if existing.is_dir() else 'not a folder'}. Choose another output."
@@ -145,6 +148,7 @@ def new_file(output: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
     with _temporary_beside(output) as folder:
         folder.mkdir()
         yield folder / output.name
+        require_free(output, overwrite=overwrite)
         put(folder / output.name, output, overwrite=overwrite)
 
 
@@ -266,7 +270,7 @@ def _locked_folder(output: Path) -> tuple[Path, FileLock]:
 
 def _remove_leftovers(output: Path) -> None:
     """Remove what killed runs left beside an output, and put back an output that one had moved aside."""
-    for folder in output.parent.glob(f".{glob.escape(output.name)}.*.partial"):
+    for folder in _left_beside(output, ".partial"):
         lock = FileLock(folder / LOCK)
         try:
             if not (folder / LOCK).is_file():
@@ -278,11 +282,25 @@ def _remove_leftovers(output: Path) -> None:
         logger.warning("Removing %s, which a run that was killed left there.", folder)
         lock.release()
         shutil.rmtree(folder, ignore_errors=True)
-    for folder in output.parent.glob(f".{glob.escape(output.name)}.*.old"):
+    for folder in _left_beside(output, ".old"):
+        lock = FileLock(folder / LOCK)
+        try:
+            if not (folder / LOCK).is_file():
+                continue
+            lock.acquire(timeout=0)
+        except (Timeout, OSError):
+            continue
         if (folder / output.name).exists() and not os.path.lexists(output):
             logger.warning("Putting back %s, which a run that was killed had moved aside.", output)
             (folder / output.name).rename(output)
+        lock.release()
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _left_beside(output: Path, suffix: str) -> list[Path]:
+    """Return the temporary folders of an output by their names, as `tempfile` makes them: not those of `NAME.more`."""
+    pattern = re.compile(rf"\.{re.escape(output.name)}\.[a-z0-9_]{{8}}{re.escape(suffix)}")
+    return [path for path in output.parent.iterdir() if pattern.fullmatch(path.name) and path.is_dir() and not path.is_symlink()]
 
 
 def put(finished: Path, output: Path, *, overwrite: bool) -> None:
@@ -292,6 +310,8 @@ def put(finished: Path, output: Path, *, overwrite: bool) -> None:
         OutputExistsError: if the name is taken by now.
     """
     try:
+        if overwrite and output.is_dir() and not finished.is_dir():
+            raise FileExistsError
         if overwrite:
             _replace(finished, output)
         elif finished.is_dir():
@@ -325,6 +345,8 @@ def _replace(partial: Path, output: Path) -> None:
         partial.replace(output)
         return
     old = Path(tempfile.mkdtemp(prefix=f".{output.name}.", suffix=".old", dir=output.parent))
+    lock = FileLock(old / LOCK)
+    lock.acquire(timeout=0)
     output.rename(old / output.name)
     try:
         partial.rename(output)
@@ -332,4 +354,5 @@ def _replace(partial: Path, output: Path) -> None:
         (old / output.name).rename(output)
         raise
     finally:
+        lock.release()
         shutil.rmtree(old, ignore_errors=True)

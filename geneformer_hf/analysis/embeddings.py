@@ -19,7 +19,7 @@ import torch
 from tqdm.auto import tqdm
 
 from ..device import resolve_device, resolve_dtype
-from ..errors import LayerError, SettingError, VocabularyMismatchError
+from ..errors import CheckpointError, LayerError, SettingError, VocabularyMismatchError
 from ..genes import GeneTable
 from ..models.configuration_geneformer import GeneformerConfig
 from ..models.encoding import PackedEncoder
@@ -323,7 +323,12 @@ class Embedder:
             for part in parts:
                 pooled = torch.stack([self._pool(part, first, last) for _, first, last in part.cells()])
                 vectors[np.array(part.rows) - chunk.start] = pooled.float().cpu().numpy()
-            n_empty += int(np.isnan(vectors[:, 0]).sum())
+            is_empty = chunk.n_genes(self.config) == 0
+            n_lost = int((np.isnan(vectors[:, 0]) & ~is_empty).sum())
+            if n_lost:
+                msg = f"the embeddings of {n_lost:,} of {chunk.n_cells:,} cells are not numbers (NaN), though they have genes: the weights are damaged, or too large for half precision. Compute in fp32, or save or download the model again."
+                raise CheckpointError(msg)
+            n_empty += int(is_empty.sum())
             yield chunk, vectors
         if n_empty:
             logger.warning("%s of %s cells hold no gene of the vocabulary; their embeddings are NaN.", f"{n_empty:,}", f"{tokens.n_cells:,}")

@@ -7,7 +7,7 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
 from ..errors import CellFileError, CheckpointError, NotRawCountsError
-from .command import Command
+from .command import Command, add_reading
 
 
 class Info(Command):
@@ -19,6 +19,7 @@ class Info(Command):
     def add_arguments(self, parser: ArgumentParser) -> None:
         parser.add_argument("what", metavar="MODEL|DATASET|FILE", help="checkpoint (folder, Hub id or preset name), dataset folder, or file of cells")
         parser.add_argument("--model", help="for a file: also say how many of its genes this model's tokenizer knows")
+        add_reading(parser)
 
     def run(self, args: Namespace) -> int:
         from ..data.files import KINDS, is_cells_folder
@@ -26,7 +27,7 @@ class Info(Command):
 
         path = Path(args.what)
         if path.is_file() or is_cells_folder(path):
-            self._file(path, args.model)
+            self._file(path, args)
         elif path.suffix in KINDS and not path.exists():
             msg = f"{path} does not exist; expected a file of cells."
             raise CellFileError(msg)
@@ -50,7 +51,7 @@ class Info(Command):
             self._model(args.what)
         return 0
 
-    def _file(self, path: Path, model: str | None) -> None:
+    def _file(self, path: Path, args: Namespace) -> None:
         import numpy as np
 
         from ..data.anndata_files import AnnDataFileSource, stored_matrices
@@ -69,7 +70,7 @@ class Info(Command):
             )
             return
         try:
-            source = open_cells(path)
+            source = open_cells(path, gene_ids=args.gene_ids, counts_layer=args.counts_layer, genome=args.genome)
         except NotRawCountsError:
             # What there is helps to find the right layer; the error follows.
             if kind_of(path) is AnnDataFileSource:
@@ -82,12 +83,15 @@ class Info(Command):
         print(f"Raw counts: in {source.counts_described}, stored as {source.layout}")
         species = f"{species_of(source.gene_names)} Ensembl ids in " if is_ensembl_id(source.gene_names[0]) else ""
         print(f"Genes: {species}{source.gene_names_from}, for instance {', '.join([name for name in source.gene_names[:100] if name.strip()][:3])}")
+        described, is_plain = source.describe_genes()
+        if not is_plain:
+            print(f"Read as genes: {described}")
         print(f"obs: {', '.join(source.obs_columns) or 'no columns'}")
         if source.passing is not None:
             print(f"filter_pass: {int(np.sum(source.passing)):,} of {source.n_cells:,} cells")
-        if model is not None:
-            tokenizer = load_tokenizer(model)
-            print(f"With {model}: {source.match_genes(tokenizer.gene_table).report.describe()}")
+        if args.model is not None:
+            tokenizer = load_tokenizer(args.model)
+            print(f"With {args.model}: {source.match_genes(tokenizer.gene_table).report.describe()}")
 
     def _dataset(self, path: Path) -> None:
         from ..data.dataset_folders import SPLITS, splits_of

@@ -131,6 +131,8 @@ class Qc(Command):
     def _print(self, quality: Any, output: Path, beside: list[Path]) -> None:
         from ..data.quality import REASONS
 
+        for name, genes in quality.genes.items():
+            print(f"{name}: {genes}.")
         for name, row in quality.summary.iterrows():
             found = ", ".join(f"{reason} {int(row[reason]):,}" for reason in REASONS if row[reason])
             print(f"{name}: {int(row['passing']):,} of {int(row['cells']):,} cells pass{f' (failing, some for several reasons: {found})' if found else ''}.")

@@ -100,6 +100,8 @@ class CellDatasetBuilder(datasets.ArrowBasedBuilder):
                     Path(self._cache_dir_root).mkdir(parents=True, exist_ok=True)
                     self._work_dir = tempfile.TemporaryDirectory(prefix="geneformer-hf-", dir=self._cache_dir_root)
                 source.prepare(Path(self._work_dir.name))
+                # Of a mixture of genomes, while its rows are there.
+                _ = source.genome_fractions
             ranges += [(number, start, stop) for start, stop in row_ranges(source.n_cells)]
         return [datasets.SplitGenerator(name=datasets.Split.TRAIN, gen_kwargs={"ranges": ranges})]
 

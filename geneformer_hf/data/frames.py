@@ -103,7 +103,8 @@ class GroupFrame(Frame):
         values = read_values(_values_of(item), start, stop)
         if not is_group(item):
             if (categories := self._categories_of(item)) is not None:
-                return pd.Categorical.from_codes(np.where(values == R_MISSING, -1, values), read_values(categories))
+                levels = read_values(categories)
+                return pd.Categorical.from_codes(_codes(values, len(levels)), levels)
             return values
         if "codes" in item:
             return pd.Categorical.from_codes(values, read_values(_values_of(item["categories"])), ordered=bool(item.attrs.get("ordered", False)))
@@ -127,14 +128,17 @@ class GroupFrame(Frame):
             return categories
         # zarr has no references; anndata 0.7 wrote the path within the frame.
         if isinstance(reference, str):
-            return self._group[reference.removeprefix(f"{self.name}/")]
+            return self._group[reference.removeprefix("/").removeprefix(f"{self.name}/")]
         # SeuratDisk writes the levels of factors where anndata 0.7 does, without a reference to them.
         name = name_of(item).rsplit("/", 1)[-1]
         levels = self._group.get("__categories")
-        if levels is None or name not in levels or item.dtype.kind not in "iu":
+        if levels is None or name not in levels or item.dtype.kind not in "iuf":
             return None
-        codes, n = read_values(item), int(levels[name].shape[0])
-        codes = codes[codes != R_MISSING]
+        values, n = read_values(item), int(levels[name].shape[0])
+        if values.dtype.kind == "f" and (np.trunc(values[np.isfinite(values)]) != values[np.isfinite(values)]).any():
+            # Numbers, whatever else has their name.
+            return None
+        codes = _codes(values, n)
         if len(codes) and not -1 <= int(codes.min()) <= int(codes.max()) < n:
             msg = f"{self._where}: {self.name}/{name} holds the codes {int(codes.min())} to {int(codes.max())} for {n:,} levels of a factor; expected 0 to {n - 1}. Write the file again from Seurat, with the column as text."
             raise CellFileError(msg)
@@ -202,6 +206,16 @@ class ArraysFrame(Frame):
     def holds_text(self, name: str) -> bool:
         """Return True for a column of text."""
         return is_text(self._arrays[name])
+
+
+def _codes(values: np.ndarray, n_levels: int) -> np.ndarray:
+    """Return codes of categories, -1 where R, or a type without negative numbers, keeps a missing value."""
+    if values.dtype.kind == "f":
+        values = np.where(np.isfinite(values), values, -1).astype(np.int64)
+    if values.dtype.kind == "u":
+        highest = np.iinfo(values.dtype).max
+        return values if n_levels > highest else np.where(values == highest, -1, values.astype(np.int64))
+    return np.where(values == R_MISSING, -1, values)
 
 
 def _values_of(item: Any) -> Any:

@@ -94,6 +94,8 @@ def fit_gene_table(
             sketched = [_sketch_memory(open_cells(files, **vars(options)), parts)]
         else:
             sketched = _sketch_files(find_files(files), options, parts, num_proc, dask, skip_bad_files=skip_bad_files, progress=progress)
+        for file in sketched:
+            logger.log(logging.INFO if file.genes_are_plain else logging.WARNING, "%s: %s.", file.name, file.genes)
         return _merge(sketched, parts, biotypes, gene_biotypes, special_tokens=special_tokens)
 
 
@@ -110,6 +112,8 @@ class SketchedFile:
     n_passing: int
     holds_rows: bool
     totals_from: str | None
+    genes: str
+    genes_are_plain: bool
     parts: tuple[str, ...] = ()
 
 
@@ -137,7 +141,7 @@ def _sketch_memory(source: CellSource, parts: Path) -> SketchedFile:
 def _about(source: CellSource, path: str, content: str, ids: tuple[str, ...], totals_from: str | None) -> SketchedFile:
     n_passing = source.n_cells if source.passing is None else int(source.passing.sum())
     holds_rows = not isinstance(source, FileSource) or source.holds_rows
-    return SketchedFile(source.name, path, content, ids, source.n_cells, n_passing, holds_rows, totals_from)
+    return SketchedFile(source.name, path, content, ids, source.n_cells, n_passing, holds_rows, totals_from, *source.describe_genes())
 
 
 def _sketch_files(

@@ -89,6 +89,7 @@ class MeasuredFile:
     totals_from: str | None
     has_mitochondrial: bool
     has_biotypes: bool
+    genes: str = ""
     parts: tuple[str, ...] = ()
     scores: str | None = None
 
@@ -99,10 +100,12 @@ class Quality:
 
     Args:
         summary (`DataFrame`): a row a dataset: cells, passing cells, cells by reason, mean, SD and bounds.
+        genes (`dict[str, str]`): for each file, which of its features were read as genes, and by what name.
     """
 
     files: list[str]
     summary: pd.DataFrame
+    genes: dict[str, str]
     _frames: dict[str, Path]
 
     def cells(self, file: str | None = None) -> pd.DataFrame:
@@ -187,8 +190,9 @@ def _measure_memory(source: CellSource, parts: Path, rules: QualityRules, gene_b
     genes = GeneKinds.of(source, gene_biotypes)
     _write_measures(source, genes, rules, 0, source.n_cells, parts / "0.parquet")
     file = MeasuredFile(
-        source.name, source.name, "memory", source.n_cells, True, source.totals_from, genes.has_mitochondrial, genes.has_biotypes, ("0.parquet",)
-    )
+        source.name, source.name, "memory", source.n_cells, True, source.totals_from, genes.has_mitochondrial, genes.has_biotypes,
+        source.describe_genes()[0], ("0.parquet",),
+    )  # fmt: skip
     if not rules.doublets:
         return file
     file = _with_scores(file, rules, seed)
@@ -229,7 +233,9 @@ def describe_file(path: str, name: str, options: SourceOptions, rules: QualityRu
     _require_columns(source, rules)
     genes = GeneKinds.of(source, None if gene_biotypes is None else dict(gene_biotypes))
     holds_rows = not isinstance(source, FileSource) or source.holds_rows
-    return MeasuredFile(name, path, content_hash(path), source.n_cells, holds_rows, source.totals_from, genes.has_mitochondrial, genes.has_biotypes)
+    return MeasuredFile(
+        name, path, content_hash(path), source.n_cells, holds_rows, source.totals_from, genes.has_mitochondrial, genes.has_biotypes, source.describe_genes()[0]
+    )
 
 
 def _with_parts(file: MeasuredFile, options: SourceOptions, rules: QualityRules, biotypes: tuple[tuple[str, str], ...] | None, seed: int) -> MeasuredFile:
@@ -455,7 +461,7 @@ def _judge(files: Sequence[MeasuredFile], parts: Path, rules: QualityRules) -> Q
             )
     table = pd.DataFrame.from_dict({name: row | bounds[name] for name, row in summary.items()}, orient="index")
     table.index.name = "dataset"
-    return Quality([f.name for f in files], table, frames)
+    return Quality([f.name for f in files], table, {f.name: f.genes for f in files}, frames)
 
 
 def _bounds(files: Sequence[MeasuredFile], parts: Path, rules: QualityRules) -> dict[str, dict[str, float]]:

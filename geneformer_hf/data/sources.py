@@ -175,6 +175,15 @@ class CellSource(ABC):
         names = ", ".join(ids[i] for i in low[:10].tolist()) + (f", and {len(low) - 10:,} more" if len(low) > 10 else "")
         return f"{len(low):,} of {self.n_cells:,} cells have less than half of their counts in genes of {self.features.genome} and are read as cells without genes ({names})"
 
+    def describe_genes(self) -> tuple[str, bool]:
+        """Return which features are read as genes and by what name, for people, and whether that was anything but one plain column.
+
+        Takes a pass over the counts of a file that mixes genomes.
+        """
+        named, of_others = self.features.named(), self.describe_genome()
+        is_plain = not (named.n_filled or named.n_inside or named.notes or of_others)
+        return "; ".join([named.describe(), *([of_others] if of_others else [])]), is_plain
+
     @cached_property
     def _matched(self) -> dict[str, GeneColumns]:
         return {}
@@ -195,7 +204,9 @@ class CellSource(ABC):
             return None
         values = self.read_obs(["filter_pass"])["filter_pass"]
         try:
-            numbers = pd.to_numeric(values.astype(object).map(lambda v: {"True": 1, "False": 0}.get(v, v)), errors="raise").to_numpy(dtype=float)
+            numbers = pd.to_numeric(values.astype(object).map(lambda v: {"True": 1, "False": 0, "TRUE": 1, "FALSE": 0}.get(v, v)), errors="raise").to_numpy(
+                dtype=float
+            )
         except (ValueError, TypeError):
             numbers = np.full(len(values), np.nan)
         bad = ~np.isin(numbers, (0, 1))

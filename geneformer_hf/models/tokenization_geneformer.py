@@ -179,19 +179,19 @@ class GeneformerTokenizer(PreTrainedTokenizerFast):
         """The genes of the vocabulary: Ensembl ids, token ids, medians, symbols and aliases."""
         return self._gene_table
 
-    def __call__(self, text: Any = None, *args: Any, gene_ids: Any = None, **kwargs: Any) -> BatchEncoding:
+    def __call__(self, text: Any = None, *args: Any, gene_ids: Any = None, genome: str | None = None, **kwargs: Any) -> BatchEncoding:
         """Encode genes (as any tokenizer) or cells: an AnnData, or counts of shape `(n, g)` with `gene_ids`.
 
         Cells are ranked, cut to `model_max_length` and padded as `padding` and `return_tensors` ask.
         """
         if hasattr(text, "obs") and hasattr(text, "var"):
-            cells = self.encode_anndata(text, gene_ids=gene_ids, counts_layer=kwargs.pop("counts_layer", None), genome=kwargs.pop("genome", None))
+            cells = self.encode_anndata(text, gene_ids=gene_ids, counts_layer=kwargs.pop("counts_layer", None), genome=genome)
             return self._pad_cells(cells, **kwargs)
         if sp.issparse(text) or (isinstance(text, np.ndarray) and text.dtype.kind in "buif"):
             if gene_ids is None:
                 msg = "Counts need the names of their columns: pass `gene_ids=` with one Ensembl id or symbol per column."
                 raise ValueError(msg)
-            return self._pad_cells(self.encode_counts(text, gene_ids), **kwargs)
+            return self._pad_cells(self.encode_counts(text, gene_ids, genome=genome), **kwargs)
         return super().__call__(text, *args, **kwargs)
 
     def _encode_plus(self, text: Any, text_pair: Any = None, *args: Any, **kwargs: Any) -> BatchEncoding:
@@ -253,7 +253,7 @@ class GeneformerTokenizer(PreTrainedTokenizerFast):
         """A short text that changes whenever the same counts could give other tokens."""
         return f"{ENCODING_VERSION}-{self._gene_table.fingerprint}-{self.model_max_length}-{self.cls_token_id}-{self.eos_token_id}"
 
-    def encode_counts(self, counts_ng: Any, gene_ids: Sequence[str], totals_n: np.ndarray | None = None) -> list[np.ndarray]:
+    def encode_counts(self, counts_ng: Any, gene_ids: Sequence[str], totals_n: np.ndarray | None = None, *, genome: str | None = None) -> list[np.ndarray]:
         """Rank cells and return their token ids, special tokens included.
 
         Args:
@@ -261,6 +261,7 @@ class GeneformerTokenizer(PreTrainedTokenizerFast):
             gene_ids (`Sequence[str]` of length g): Ensembl ids or symbols, matched by the gene table.
             totals_n (`np.ndarray` of shape `(n,)`, *optional*):
                 Counts per cell over all genes. They cannot change the order and are only checked against the counts.
+            genome (`str`, *optional*): the genome to read where the names carry the prefixes of several; cells of others hold no genes.
 
         Returns:
             `list[np.ndarray]`: int32, one per cell, at most `model_max_length` long. Empty cells hold special tokens only.
@@ -276,7 +277,7 @@ class GeneformerTokenizer(PreTrainedTokenizerFast):
         if totals_n is not None and (np.asarray(totals_n) < np.asarray(counts.sum(axis=1)).ravel()).any():
             msg = "totals_n lies below the counts of some cells, so it belongs to another matrix. Pass totals over all genes, or leave it out."
             raise NotRawCountsError(msg)
-        return self._encode_features(counts, GeneFeatures({}, list(gene_ids), gene_ids="index"))
+        return self._encode_features(counts, GeneFeatures({}, list(gene_ids), gene_ids="index", genome=genome))
 
     def encode_anndata(self, adata: Any, *, gene_ids: str | None = None, counts_layer: str | None = None, genome: str | None = None) -> list[np.ndarray]:
         """Rank the cells of an AnnData: `encode_counts` on the counts and gene ids found by the rules of this package."""

@@ -61,3 +61,19 @@ def test_what_is_written_of_such_a_file_holds_the_levels(path, tmp_path, model_f
     written = anndata.read_h5ad(tmp_path / "out.h5ad")
     assert isinstance(written.obs["cell_type"].dtype, pd.CategoricalDtype)
     assert written.obs["cell_type"].tolist() == ["B", "T", "NK"] * 2
+
+
+@pytest.mark.parametrize(("dtype", "missing"), [("f8", np.nan), ("f4", -1), ("u1", 255), ("u4", 2**32 - 1)])
+def test_codes_of_other_types(dtype, missing, path):
+    with h5py.File(path, "r+") as file:
+        del file["obs/cell_type"]
+        file["obs/cell_type"] = np.array([0, 2, missing] * 2, dtype=dtype)
+    found = open_cells(path).read_obs(["cell_type"])["cell_type"]
+    assert [str(v) for v in found] == ["B", "T", "nan"] * 2
+
+
+def test_numbers_that_share_the_name_of_levels_stay_numbers(path):
+    with h5py.File(path, "r+") as file:
+        del file["obs/cell_type"]
+        file["obs/cell_type"] = np.array([0.5, 2, 1] * 2)
+    assert open_cells(path).read_obs(["cell_type"])["cell_type"].tolist() == [0.5, 2, 1] * 2

@@ -120,6 +120,14 @@ def test_bf16_is_close_and_comes_as_float32(model, dataset, quiet):
     np.testing.assert_allclose(half, full, atol=BF16)
 
 
+def test_weights_that_are_not_numbers_are_no_cells_without_genes(model, tokenizer, genes, quiet):
+    broken = copy.deepcopy(model)
+    with torch.no_grad():
+        next(p for n, p in broken.named_parameters() if n.endswith("layer.0.output.dense.weight"))[0, 0] = float("nan")
+    with pytest.raises(CheckpointError, match=r"the embeddings of 5 of 5 cells are not numbers \(NaN\), though they have genes: the weights are damaged"):
+        embed_cells(broken, make_cells(genes, 5), tokenizer=tokenizer, **quiet)
+
+
 def test_cells_without_genes_are_nan_and_counted(model, tokenizer, genes, caplog, quiet):
     cells = make_cells(genes, 5)
     cells.X = with_row(cells.X, 2, 0)

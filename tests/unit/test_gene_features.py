@@ -105,6 +105,21 @@ def test_the_first_column_with_a_value_decides():
     assert found.is_gene.tolist() == [True, False, False]
 
 
+def test_a_feature_is_no_gene_if_any_column_of_types_says_so(genes, tokenizer, tmp_path):
+    mixed = with_features(
+        make_cells(genes, 12), ["SYM0"], 1000, feature_types=["Gene Expression"] * 61, modality=["rna"] * 60 + ["prot"]
+    )  # fmt: skip
+    assert dataset_of(mixed, tokenizer, tmp_path)["input_ids"][:] == tokens_of(make_cells(genes, 12), tokenizer)
+
+
+def test_features_without_a_type_are_counted(genes):
+    mixed = with_features(make_cells(genes, 12), ["SYM0"], 1000, feature_types=["Gene Expression"] * 50 + [None] * 10 + ["ADT"])
+    assert (
+        open_cells(mixed).features.types.describe()
+        == "1 features that are not genes left out, by var['feature_types'] (ADT 1), and 10 without a type taken for genes"
+    )
+
+
 def test_biotypes_are_genes_and_prose_is_no_column_of_types(genes, tokenizer, tmp_path):
     cells = make_cells(genes, 12)
     cells.var["feature_type"] = ["protein_coding", "lncRNA", "IG_V_gene"] * 20
@@ -186,6 +201,34 @@ def test_gaps_in_a_column_that_the_user_names_are_filled_too(genes, tokenizer, t
     cells.var_names = [f"SYM{i}" for i in range(60)]
     cells.var["mine"] = [None if i < 7 else gene for i, gene in enumerate(genes)]
     assert dataset_of(cells, tokenizer, tmp_path, gene_ids="mine")["input_ids"][:] == expected
+
+
+def test_any_column_of_symbols_fills_the_gaps(genes, tokenizer, tmp_path):
+    cells = make_cells(genes, 12)
+    expected = tokens_of(cells, tokenizer)
+    cells.var_names = [str(i) for i in range(60)]
+    cells.var["Approved symbol"] = [f"SYM{i}" if i % 10 == 0 else "" for i in range(60)]
+    cells.var["original_gene_symbols"] = [f"SYM{i}" for i in range(60)]
+    cells.var["ensembl_id"] = [None if i % 5 == 0 else gene for i, gene in enumerate(genes)]
+    assert dataset_of(cells, tokenizer, tmp_path)["input_ids"][:] == expected
+
+
+def test_a_few_ids_do_not_outweigh_the_symbols_of_all_genes(genes, tokenizer, tmp_path):
+    cells = make_cells(genes, 12)
+    expected = tokens_of(cells, tokenizer)
+    cells.var_names = [f"SYM{i}" for i in range(60)]
+    # The nearest gene of some features, say.
+    cells.var["note"] = [gene if i < 5 else "" for i, gene in enumerate(reversed(genes))]
+    found = dataset_of(cells, tokenizer, tmp_path)
+    assert found["input_ids"][:] == expected
+    assert json.loads(found.info.description)["files"][0]["gene_names"]["source"] == "symbols in the index of var"
+
+
+def test_ids_that_contradict_the_symbols_are_not_used_without_a_word(caplog):
+    named = GeneFeatures({"nearest": [GAPDH, SEPTIN2, TP53]}, ["TP53", "GAPDH", "SEPTIN2"]).named()
+    assert (named.names, named.source) == (["TP53", "GAPDH", "SEPTIN2"], "symbols in the index of var")
+    assert "var['nearest'] holds Ensembl ids of other genes than the symbols of the file, and is not used" in caplog.text
+    assert GeneFeatures({"nearest": [GAPDH, SEPTIN2, TP53]}, ["TP53", "GAPDH", "SEPTIN2"], gene_ids="nearest").named().names == [GAPDH, SEPTIN2, TP53]
 
 
 def human_table() -> GeneTable:
@@ -293,6 +336,49 @@ def test_a_genome_that_is_not_there_is_refused(genes):
         open_cells(mixture(genes)[0], genome="mm9")
     with pytest.raises(GeneIdError, match=r"no genome 'hg19'. Found: no genome, neither in prefixes of names nor in a column. Leave genome out"):
         open_cells(make_cells(genes), genome="hg19")
+
+
+def test_a_species_may_be_named_for_a_file_of_one_genome_that_does_not_say_which(genes, tokenizer, tmp_path):
+    cells = make_cells(genes, 12)
+    assert dataset_of(cells, tokenizer, tmp_path, genome="human")["input_ids"][:] == tokens_of(cells, tokenizer)
+
+
+def test_genes_without_a_prefix_beside_another_genome(genes, tokenizer, tmp_path):
+    cells, human = mixture(genes, "{}|mm10_{}", "symbols")
+    with pytest.raises(GeneIdError, match=r"its genes are of 2 genomes: unprefixed \(60 genes\), mm10 \(60 genes\)"):
+        open_cells(cells)
+    assert dataset_of(cells, tokenizer, tmp_path, genome="human")["input_ids"][:] == tokens_of(human, tokenizer)[:8]
+
+
+def test_counts_of_a_mixture_take_the_genome_too(genes, tokenizer):
+    cells, human = mixture(genes, where="ids")
+    with pytest.raises(GeneIdError, match="2 genomes"):
+        tokenizer(cells.X, gene_ids=list(cells.var_names))
+    found = tokenizer(cells.X, gene_ids=list(cells.var_names), genome="hg19")["input_ids"]
+    assert found[:8] == tokens_of(human, tokenizer)[:8]
+    assert [len(cell) for cell in found[8:]] == [tokenizer.n_special_tokens] * 4
+
+
+def test_a_mixture_stored_by_columns(genes, tokenizer, tmp_path):
+    cells, human = mixture(genes)
+    cells.X = cells.X.tocsc()
+    write(cells, tmp_path / "cells.h5ad")
+    found = load_cells(tmp_path / "cells.h5ad", tokenizer=tokenizer, cache_dir=tmp_path / "cache", genome="hg19")
+    assert found["input_ids"][:] == tokens_of(human, tokenizer)[:8]
+
+
+def test_qc_medians_and_info_say_which_genes_they_read(genes, tmp_path, capsys, caplog):
+    cells, _ = mixture(genes)
+    path = str(write(cells, tmp_path / "cells.h5ad"))
+    said = "60 genes, by var['gene_ids']; 60 genes of other genomes than hg19 left out; 4 of 12 cells have less than half of their counts in genes of hg19"
+    assert main(["info", path]) == 1
+    assert "--genome hg19" in capsys.readouterr().err
+    assert main(["info", path, "--genome", "hg19"]) == 0
+    assert f"Read as genes: {said}" in capsys.readouterr().out
+    assert main(["qc", path, "--genome", "hg19", "--no-doublets", "--output", str(tmp_path / "qc.h5ad")]) == 0
+    assert f"{path}: {said}" in capsys.readouterr().out
+    assert main(["medians", path, "--genome", "hg19", "--output", str(tmp_path / "genes.json")]) == 0
+    assert f"{path}: {said}" in caplog.text
 
 
 def test_spike_ins_and_a_virus_are_no_mixture(genes, tokenizer, tmp_path):

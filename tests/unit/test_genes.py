@@ -63,6 +63,7 @@ def test_an_ambiguous_symbol_is_left_out_and_named():
 
 def test_the_copy_on_y_is_found_under_its_older_spelling():
     table = GeneTable(["ENSGR0000182378", "ENSG00000182378"], [2, 3], [1, 1])
+    assert table.resolve(["ENSG00000182378.15-PAR-Y", "ENSG00000182378.15"], source="x").token_of_column.tolist() == [2, 3]
     assert table.resolve(["ENSG00000182378.15_PAR_Y", "ENSG00000182378.15"], source="x").token_of_column.tolist() == [2, 3]
 
 

@@ -246,8 +246,9 @@ def test_leftovers_of_a_killed_run_go_and_those_of_a_live_one_stay(kind, tmp_pat
 
 
 def test_an_output_that_a_killed_run_had_moved_aside_is_put_back(tmp_path, ours):
-    moved = tmp_path / ".ours.abc.old"
+    moved = tmp_path / ".ours.abcd1234.old"
     moved.mkdir()
+    (moved / "lock").touch()
     ours.rename(moved / "ours")
     with pytest.raises(OutputExistsError), new_folder(tmp_path / "ours", made_by="evaluate"):
         pass
@@ -293,3 +294,28 @@ def test_a_run_that_is_refused_leaves_no_folder(tmp_path):
     with pytest.raises(RuntimeError), only_run(tmp_path / "run", is_main=True):
         raise RuntimeError
     assert not (tmp_path / "run").exists()
+
+
+def test_folders_of_the_user_with_like_names_stay(tmp_path):
+    for name in (".out.backup.old", ".out.v2.abcd1234.old", ".out.abcd1234.old", ".out.mine.partial"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "precious").write_text("1")
+    with new_folder(tmp_path / "out", made_by="test"):
+        pass
+    assert len(list(tmp_path.glob(".out*/precious"))) == 4
+
+
+@pytest.mark.parametrize("what", ["folder", "file"])
+def test_overwriting_a_file_does_not_remove_a_folder_that_appeared(what, tmp_path):
+    with pytest.raises(OutputExistsError, match="is a folder"), new_file(tmp_path / "out", overwrite=True) as partial:
+        partial.write_text("ours")
+        (tmp_path / "out").mkdir()
+        if what == "file":
+            (tmp_path / "out" / "precious").write_text("1")
+    assert inside(tmp_path / "out") == (["precious"] if what == "file" else [])
+
+
+def test_a_file_in_the_place_of_a_folder_is_refused_before_the_work(tmp_path):
+    (tmp_path / "out").write_text("1")
+    with pytest.raises(OutputExistsError, match="out is a file, and a folder is to be written there"):
+        require_free(tmp_path / "out", overwrite=True, made_by="tokenize")
