@@ -366,7 +366,7 @@ class GeneFeatures:
             if column == _INDEX and not any(name[:1].isalpha() for name in self._texts[_INDEX][:1000]):
                 found = sorted(name for name in self._texts if name != _INDEX)
                 msg = (
-                    f"{self._where}nothing in var names the genes: its index reads {_some(self._texts[_INDEX])} and its text columns are {found}. "
+                    f"{self._where}nothing in var names the genes: its index reads {some_of(self._texts[_INDEX])} and its text columns are {found}. "
                     f"Expected Ensembl ids in any column or the index, or symbols in one of {list(SYMBOL_COLUMNS)} or the index; "
                     "or name the column with `gene_ids=` (`--gene-ids`)."
                 )
@@ -513,10 +513,10 @@ def _shown(column: str, *, of: bool = False) -> str:
     return f"var[{column!r}]"
 
 
-def _some(names: Iterable[str], most: int = 3) -> str:
-    """Name the first few and count the rest."""
+def some_of(names: Iterable[str], most: int = 3) -> str:
+    """Name the first few, the start of long ones, and count the rest."""
     names = list(names)
-    shown = ", ".join(names[:most])
+    shown = ", ".join(name if len(name) <= 100 else f"{name[:100]}…" for name in names[:most])
     return shown if len(names) <= most else f"{shown}, and {len(names) - most:,} more"
 
 

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from .errors import CheckpointError, GeneIdError, UnknownGeneError
-from .gene_ids import ENSEMBL, GeneFeatures, NamedGenes, canonical, human_genes, looks_like_a_date, species_of
+from .gene_ids import ENSEMBL, GeneFeatures, NamedGenes, canonical, human_genes, looks_like_a_date, some_of, species_of
 from .input_files import read_text
 
 FORMAT = "geneformer_hf.gene_table"
@@ -92,15 +92,15 @@ class GeneReport:
         if self.n_summed:
             parts.append(f"{self.n_summed:,} columns summed into another of the same gene")
         if self.ambiguous:
-            parts.append(f"{len(self.ambiguous):,} ambiguous symbols left out ({_some(self.ambiguous)})")
+            parts.append(f"{len(self.ambiguous):,} ambiguous symbols left out ({some_of(self.ambiguous)})")
         unknown = [name for name in self.unknown if name]
         if len(unknown) < len(self.unknown):
             parts.append(f"{len(self.unknown) - len(unknown):,} columns without a gene name left out")
         if unknown:
-            parts.append(f"{len(unknown):,} not in the vocabulary left out ({_some(unknown)})")
+            parts.append(f"{len(unknown):,} not in the vocabulary left out ({some_of(unknown)})")
         dates = [name for name in unknown if looks_like_a_date(name)]
         if dates:
-            parts.append(f"{len(dates):,} of these are dates ({_some(dates)}), which a spreadsheet makes of symbols such as SEPT2 and MARCH1")
+            parts.append(f"{len(dates):,} of these are dates ({some_of(dates)}), which a spreadsheet makes of symbols such as SEPT2 and MARCH1")
         strange = [name for name in self.unknown if (match := ENSEMBL.fullmatch(name)) and (match["species"] or "") != self.species_code]
         if strange:
             parts.append(f"{len(strange):,} of these are {species_of(strange)} Ensembl ids")
@@ -186,19 +186,19 @@ class GeneTable:
             if len(set(values)) != g:
                 seen: set[Any] = set()
                 twice = [v for v in values if v in seen or seen.add(v)]  # type: ignore[func-returns-value]
-                msg = f"A gene table needs distinct {name}; {len(twice)} repeat: {_some(map(str, twice))}."
+                msg = f"A gene table needs distinct {name}; {len(twice)} repeat: {some_of(map(str, twice))}."
                 raise ValueError(msg)
         if g == 0:
             msg = "A gene table needs at least one gene."
             raise ValueError(msg)
         astray = [old for old, new in self.aliases.items() if new not in self.row_of]
         if astray:
-            msg = f"{len(astray)} aliases lead to genes that are not in the table: {_some(astray)}. Leave them out."
+            msg = f"{len(astray)} aliases lead to genes that are not in the table: {some_of(astray)}. Leave them out."
             raise ValueError(msg)
         bad = ~(np.isfinite(self.medians) & (self.medians > 0))
         if bad.any():
             names = [self.ensembl_ids[i] for i in np.flatnonzero(bad).tolist()]
-            msg = f"{len(names)} of {g} medians are not positive numbers: {_some(names)}. Leave these genes out."
+            msg = f"{len(names)} of {g} medians are not positive numbers: {some_of(names)}. Leave these genes out."
             raise ValueError(msg)
 
     def __len__(self) -> int:
@@ -252,7 +252,7 @@ class GeneTable:
         if missing:
             msg = (
                 f"{len(missing)} of {len(names)} genes are not in this vocabulary of {len(self):,} {self.species} genes "
-                f"(or their symbol is ambiguous): {_some(missing, most=10)}. Check the spelling, or use Ensembl ids."
+                f"(or their symbol is ambiguous): {some_of(missing, most=10)}. Check the spelling, or use Ensembl ids."
             )
             raise UnknownGeneError(msg)
         return self.token_ids[np.array(rows, dtype=np.int64)]
@@ -383,19 +383,19 @@ class GeneTable:
         species = species_of(report.unknown)
         if species is not None and species != self.species:
             msg = (
-                f"{prefix}only {found}: these are {species} Ensembl ids ({_some(report.unknown)}). "
+                f"{prefix}only {found}: these are {species} Ensembl ids ({some_of(report.unknown)}). "
                 f"Map them to {self.species} orthologues first, or use a model trained on {species} cells."
             )
         elif sum(name.capitalize() == name for name in report.unknown) > len(report.unknown) / 2 and species is None:
-            msg = f"{prefix}only {found}: the names look like mouse or rat symbols ({_some(report.unknown)}). Map them to {self.species} orthologues first."
+            msg = f"{prefix}only {found}: the names look like mouse or rat symbols ({some_of(report.unknown)}). Map them to {self.species} orthologues first."
         elif species is not None:
             msg = (
                 f"{prefix}only {found}; expected at least {MIN_OVERLAP:.0%}. They are {species} Ensembl ids, but not those of this vocabulary "
-                f"({_some(report.unknown)}): a small panel, or a model whose vocabulary is another one."
+                f"({some_of(report.unknown)}): a small panel, or a model whose vocabulary is another one."
             )
         else:
             msg = (
-                f"{prefix}only {found}; expected at least {MIN_OVERLAP:.0%}. Not found: {_some(report.unknown)}. "
+                f"{prefix}only {found}; expected at least {MIN_OVERLAP:.0%}. Not found: {some_of(report.unknown)}. "
                 "Name the column of var that holds Ensembl ids or gene symbols with `gene_ids=` (`--gene-ids`)."
             )
         raise GeneIdError(msg)
@@ -462,10 +462,3 @@ class GeneTable:
         names = symbols if symbols is not None else (human_genes().symbol_of if species == "human" else {})
         token_ids = range(first_token_id, first_token_id + len(ids))
         return cls(ids, token_ids, [medians[i] for i in ids], [names.get(i, "") for i in ids], {}, species, source)
-
-
-def _some(names: Iterable[str], most: int = 3) -> str:
-    """Name the first few and count the rest."""
-    names = list(names)
-    shown = ", ".join(names[:most])
-    return shown if len(names) <= most else f"{shown}, and {len(names) - most:,} more"

@@ -107,12 +107,14 @@ def require_apart(output: str | Path, inputs: Iterable[str | Path | None]) -> No
     Raises:
         OutputError
     """
-    place = Path(output).resolve()
+    # Path.resolve raises in a loop of symbolic links, which whoever opens the input refuses.
+    place = Path(os.path.realpath(output))
     for path in inputs:
         if path is None or (isinstance(path, str) and not os.path.lexists(path)):
             continue
-        if Path(path).resolve().is_relative_to(place):
-            msg = f"{output} {'is' if Path(path).resolve() == place else 'holds'} the input {path}, which writing there would replace. Choose another output."
+        real = Path(os.path.realpath(path))
+        if real.is_relative_to(place):
+            msg = f"{output} {'is' if real == place else 'holds'} the input {path}, which writing there would replace. Choose another output."
             raise OutputError(msg)
 
 

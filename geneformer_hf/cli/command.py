@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from pathlib import Path
 from typing import Any
 
 from ..errors import CellFileError
+from ..input_files import read_text
 
 KINDS = "files of cells (.h5ad, .zarr, .loom, 10x .h5 or folder, scDL archive)"
 
@@ -120,12 +122,9 @@ def listed_genes(text: str, option: str = "--genes") -> list[str]:
         CellFileError
     """
     path = Path(text)
-    if path.is_file():
-        try:
-            lines = path.read_text(encoding="utf-8").splitlines()
-        except UnicodeDecodeError as error:
-            msg = f"{option} {path}: expected a text file with one gene a line ({error})."
-            raise CellFileError(msg) from error
+    # A long list is no name of a file.
+    if os.path.lexists(text) and not os.path.isdir(text):  # noqa: PTH112 - Path.is_dir raises for a name that is too long
+        lines = read_text(path).removeprefix("\ufeff").splitlines()
     elif path.suffix in (".txt", ".csv", ".tsv"):
         msg = f"{option} {path} does not exist."
         raise CellFileError(msg)

@@ -74,17 +74,16 @@ def read_biotypes(path: Path) -> dict[str, str]:
     """Read Ensembl id to biotype from a CSV file.
 
     Raises:
+        CellFileError: if it cannot be read.
         ColumnNotFoundError: if it has other columns.
     """
-    import csv
-
+    from ..data.tables import read_text_table
     from ..gene_ids import canonical_id
 
-    # Excel writes a byte order mark.
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        rows = csv.DictReader(file)
-        missing = [name for name in ("ensembl_id", "biotype") if name not in (rows.fieldnames or ())]
-        if missing:
-            msg = f"{path} has no column {' or '.join(missing)}. Found: {', '.join(rows.fieldnames or ()) or 'nothing'}. Expected a CSV file with a header."
-            raise ColumnNotFoundError(msg)
-        return {canonical_id(row["ensembl_id"].strip()) or row["ensembl_id"].strip(): row["biotype"].strip() for row in rows}
+    rows = read_text_table(path)
+    missing = [name for name in ("ensembl_id", "biotype") if name not in rows]
+    if missing:
+        msg = f"{path} has no column {' or '.join(missing)}. Found: {', '.join(map(str, rows.columns[:20]))}. Expected a CSV file with a header."
+        raise ColumnNotFoundError(msg)
+    rows = rows[["ensembl_id", "biotype"]].dropna()
+    return {canonical_id(gene.strip()) or gene.strip(): biotype.strip() for gene, biotype in zip(rows["ensembl_id"], rows["biotype"], strict=True)}

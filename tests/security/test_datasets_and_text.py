@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from geneformer_hf import embed_cells, load_cells, pull_folder, push_folder, stream_tokens, tokenize_corpus
+from geneformer_hf.cli.command import listed_genes
 from geneformer_hf.cli.main import main
 from geneformer_hf.cli.terminal import PrintableStream
 from geneformer_hf.data.tokenized import open_tokenized
@@ -266,3 +267,38 @@ def test_types_that_hold_values_are_read(tmp_path):
     row = {"input_ids": [1], "time": None, "x": {"y": None}, "kind": 0, "day": None, "m": [[1.0, 2.0]], "_type": True}
     datasets.Dataset.from_list([row], features=features).save_to_disk(tmp_path / "a")
     assert open_tokenized(tmp_path / "a").features == features
+
+
+DAMAGES = {
+    "fifo": (os.mkfifo, r"is a named pipe \(FIFO\)"),
+    "loop": (lambda path: path.symlink_to(path.name), "Too many levels of symbolic links"),
+    "device": (lambda path: path.symlink_to("/dev/zero"), "is a character device"),
+    "binary": (lambda path: path.write_bytes(b"\xff\xfe\0"), "utf-8"),
+    "wide": (lambda path: path.write_bytes(b"x," * 20_000), "20,001 columns in its first line|holds a list|expected|not in"),
+    "empty": (lambda path: path.write_bytes(b""), "empty|No columns|no genes|expected"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("door", ["medians", "qc", "stats", "perturb", "benchmark"])
+def test_files_beside_the_cells_are_checked_too(door, damage, genes, model_folder, tmp_path, capsys):
+    make, expected = DAMAGES[damage]
+    cells, side, output = str(write(make_cells(genes, 4), tmp_path / "cells.h5ad")), tmp_path / "side.csv", tmp_path / "out.csv"
+    make(side)
+    pq.write_table(pa.table({"a": [1]}), tmp_path / "table.parquet")
+    arguments = {
+        "medians": ["medians", cells, "--gene-biotypes", str(side), "--output", str(tmp_path / "out.json")],
+        "qc": ["qc", cells, "--no-doublets", "--gene-biotypes", str(side), "--output", str(output)],
+        "stats": ["stats", str(tmp_path / "table.parquet"), "--mode", "effects", "--donors", str(side), "--output", str(output)],
+        "perturb": ["perturb", cells, "--model", str(model_folder), "--kind", "delete", "--genes", str(side), "--plan-only"],
+        "benchmark": ["benchmark", "--config", str(side), "--output", str(output)],
+    }
+    before = set(tmp_path.rglob("*"))
+    assert main(arguments[door]) == 1
+    assert re.search(expected, message := capsys.readouterr().err), message
+    assert len(message) < 3000
+    assert set(tmp_path.rglob("*")) == before
+
+
+def test_a_list_of_genes_longer_than_a_file_name(genes):
+    assert listed_genes(",".join(genes)) == genes
