@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import stat
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ MOST_YAML_NODES = 100_000
 """Nodes of a YAML document with every alias written out."""
 MOST_DEPTH = 100
 """Lists and mappings inside each other, in JSON and YAML."""
+
+_NUL = re.compile(r"(?<!\\)(?:\\\\)*\\u0000")
 
 _KINDS = (
     (stat.S_ISFIFO, "a named pipe (FIFO)"),
@@ -72,8 +75,13 @@ def read_json(path: Path, *, error: type[GeneformerError] = CellFileError) -> An
         GeneformerError: of the class given, saying where the text stops being JSON.
         OSError: if it cannot be read.
     """
+    text = read_text(path, error=error)
     try:
-        return json.loads(read_text(path, error=error))
+        content = json.loads(text)
+        if "\\u" in text and not _is_writable(content):
+            msg = f"{path} holds a text with NUL (\\u0000) or half of a character (\\ud800 to \\udfff alone), which no table can hold. Correct it, or download it again."
+            raise error(msg)
+        return content
     except RecursionError:
         msg = f"{path} nests lists or objects too deeply to be read. It is damaged, or was made to do harm; write or download it again."
         raise error(msg) from None
@@ -82,6 +90,16 @@ def read_json(path: Path, *, error: type[GeneformerError] = CellFileError) -> An
             raise
         msg = f"{path} cannot be read: it is not JSON ({problem}). Write or download it again."
         raise error(msg) from problem
+
+
+def _is_writable(content: Any) -> bool:
+    """Return whether every text of a JSON document can be written into a table or a file of cells."""
+    plain = json.dumps(content, ensure_ascii=False)
+    try:
+        plain.encode()
+    except UnicodeEncodeError:
+        return False
+    return _NUL.search(plain) is None
 
 
 def read_json_object(path: Path, *, error: type[GeneformerError] = CellFileError) -> dict[str, Any]:

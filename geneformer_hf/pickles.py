@@ -251,8 +251,12 @@ def require_plain_objects(path: Path) -> None:
         with path.open("rb") as file:
             version = np.lib.format.read_magic(file)
             read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-            kind = read_header(file)[2]
+            shape, _, kind = read_header(file)
             if not kind.hasobject:
+                n_bytes = math.prod(shape) * kind.itemsize
+                if file.tell() + n_bytes > path.stat().st_size:
+                    msg = f"its header declares {n_bytes:,} bytes of values, more than the file has"
+                    raise ValueError(msg)
                 return
             content = file.read(MOST_BYTES + 1)
         require_bounded(content)

@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from ..errors import CellFileError, ColumnNotFoundError, GeneformerError, MissingExtraError, NotRawCountsError
+from ..input_files import read_json, read_json_object
 from ..outputs import new_folder
 from ..pickles import require_plain_objects
 from ..ranking import check_counts
@@ -85,9 +86,13 @@ class ScdlSource(FileSource):
         try:
             if self._store is None:
                 for file in files_of(self.path):
-                    if file.name == "labels.npy":
-                        # bionemo-scdl lets numpy unpickle it.
+                    # bionemo-scdl lets numpy unpickle labels.npy, and trusts the sizes that headers declare.
+                    if file.name == "labels.npy" or (file.suffix == ".npy" and _begins_as_npy(file)):
                         require_plain_objects(file)
+                    elif file.name == "metadata.json":
+                        read_json_object(file)
+                    elif file.suffix == ".json":
+                        read_json(file)
                 # Opening reads all of obs; once is enough.
                 self._store = scdl_dataset(data_path=str(self.path))
             yield self._store
@@ -224,6 +229,12 @@ def write_scdl(cells: CellSource, output: str | Path, *, obs: Sequence[str] | No
             part.rename(partial / part.name)
         target.rmdir()
     return Path(output)
+
+
+def _begins_as_npy(path: Path) -> bool:
+    """Return whether a file has numpy's header; most of an archive are bare numbers, whatever their names."""
+    with path.open("rb") as file:
+        return file.read(6) == b"\x93NUMPY"
 
 
 def _joined(blocks: Sequence[Any]) -> np.ndarray:

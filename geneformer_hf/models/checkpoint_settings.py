@@ -37,6 +37,8 @@ LARGEST = {
     "num_labels": 1 << 20,
 }
 """Sizes beyond any model; building one would fill memory or take forever."""
+LARGEST_RANK = 8192
+"""Rank of an adapter, beyond which it is larger than any base."""
 CODE_FIELDS = ("auto_map", "custom_pipelines", "transformers_weights", "use_kernels", "kernel_config", "custom_generate")
 """Fields of `config.json` and `tokenizer_config.json` that name code, or files of weights elsewhere."""
 
@@ -79,6 +81,9 @@ def check_folder(folder: Path) -> None:
         ("config.json", check_config),
         ("tokenizer_config.json", check_code_fields),
         ("adapter_config.json", check_adapter_config),
+        ("tokenizer.json", _check_nothing_more),
+        ("special_tokens_map.json", _check_nothing_more),
+        ("added_tokens.json", _check_nothing_more),
     ):
         if (folder / name).exists():
             check(read_json_object(folder / name, error=CheckpointError), str(folder / name))
@@ -92,6 +97,10 @@ def check_folder(folder: Path) -> None:
     if (folder / "adapter_config.json").exists() and any(folder.glob("model*.safetensors")):
         msg = f"{folder} holds a complete model (model*.safetensors) and an adapter (adapter_config.json), so it is not clear which is meant. Move one of them to a folder of its own."
         raise CheckpointError(msg)
+
+
+def _check_nothing_more(settings: Mapping[str, Any], where: str) -> None:
+    """Accept any object: that the file holds one of bounded size and depth is what matters."""
 
 
 def check_code_fields(settings: Mapping[str, Any], where: str) -> None:
@@ -131,6 +140,7 @@ def check_config(settings: Mapping[str, Any], where: str) -> None:
         if value is not None and not (isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= most):
             msg = f"{where}: {name} is {_short(value)}; expected a whole number from 0 to {most:,}. Correct config.json, or download it again."
             raise CheckpointError(msg)
+    _check_labels(settings, where)
     for name in ("is_decoder", "add_cross_attention", "is_encoder_decoder"):
         if settings.get(name):
             msg = f"{where}: {name} is {_short(settings[name])}; expected false. A Geneformer is an encoder: each gene sees all others."
@@ -138,6 +148,25 @@ def check_config(settings: Mapping[str, Any], where: str) -> None:
     quantization = settings.get("quantization_config")
     if quantization is not None:
         _check_quantization(quantization if isinstance(quantization, Mapping) else getattr(quantization, "to_dict", lambda: quantization)(), where)
+
+
+def _check_labels(settings: Mapping[str, Any], where: str) -> None:
+    """Refuse names of classes and columns that are no texts, or numbers of classes with gaps."""
+    columns, tasks, names = (settings.get(name) for name in ("label_columns", "task_labels", "id2label"))
+    wrong, expected = None, ""
+    if columns is not None and not _is_list_of_texts(columns):
+        wrong, expected = "label_columns", "a list of names of columns"
+    elif tasks is not None and not (isinstance(tasks, Mapping) and all(isinstance(k, str) and _is_list_of_texts(v) for k, v in tasks.items())):
+        wrong, expected = "task_labels", "an object of columns and lists of names of classes"
+    elif names is not None and not (isinstance(names, Mapping) and sorted(map(str, names)) == sorted(map(str, range(len(names))))):
+        wrong, expected = "id2label", "an object that names the classes 0, 1, 2 and so on, without gaps"
+    if wrong is not None:
+        msg = f"{where}: {wrong} is {_short(settings[wrong])}; expected {expected}. Correct config.json, or save the model again."
+        raise CheckpointError(msg)
+
+
+def _is_list_of_texts(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and all(isinstance(v, str) for v in value)
 
 
 def _check_quantization(settings: Any, where: str) -> None:
@@ -179,6 +208,12 @@ def check_adapter_config(settings: Mapping[str, Any], where: str) -> None:
             "Train a LoRA adapter (`add_adapter`, `finetune --adapter`)."
         )
         raise CheckpointError(msg)
+    pattern = settings.get("rank_pattern")
+    ranks = {name: settings.get(name) for name in ("r", "init_r", "target_r", "num_virtual_tokens")} | (dict(pattern) if isinstance(pattern, Mapping) else {})
+    for name, rank in ranks.items():
+        if rank is not None and not (isinstance(rank, int) and 0 <= rank <= LARGEST_RANK):
+            msg = f"{where}: {name} is {_short(rank)}; expected a whole number from 0 to {LARGEST_RANK:,}. Save the adapter again."
+            raise CheckpointError(msg)
     for name, value in settings.items():
         if name == "base_model_name_or_path":
             if value is not None and (not isinstance(value, str) or "\0" in value):

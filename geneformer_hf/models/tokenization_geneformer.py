@@ -22,7 +22,7 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from tokenizers.processors import TemplateProcessing
 from transformers import BatchEncoding, PreTrainedTokenizerFast
 
-from ..errors import CheckpointError, NotRawCountsError, UnknownGeneError, VocabularyMismatchError
+from ..errors import CheckpointError, GeneformerError, NotRawCountsError, UnknownGeneError, VocabularyMismatchError
 from ..gene_ids import GeneFeatures
 from ..genes import GeneColumns, GeneTable
 from ..ranking import ENCODING_VERSION, MAX_COLUMNS, TARGET_SUM, check_counts, choose_counts, rank_columns, stored_values, sum_columns
@@ -31,6 +31,8 @@ from .dictionaries import find_dictionaries, folder_of_dictionaries, identify, t
 from .places import HUB_OPTIONS, TOKENIZER_FILES, Place, fetched, place_of
 
 GENE_TABLE_FILE = "gene_table.json"
+LEAST_TOKENS = 3
+"""Least tokens per cell: `<cls>`, a gene and `<eos>`."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,13 @@ class GeneformerTokenizer(PreTrainedTokenizerFast):
         options = {name: kwargs.pop(name) for name in HUB_OPTIONS if name in kwargs}
         folder, place = fetched(place, TOKENIZER_FILES, **options)
         if (folder / GENE_TABLE_FILE).is_file() or "gene_table" in kwargs or "gene_table_file" in kwargs:
-            opened = super().from_pretrained(str(folder), *init_inputs, **(kwargs | {"local_files_only": True}))
+            try:
+                opened = super().from_pretrained(str(folder), *init_inputs, **(kwargs | {"local_files_only": True}))
+            except GeneformerError:
+                raise
+            except (TypeError, AttributeError, ValueError, KeyError) as error:
+                msg = f"the tokenizer of {place} cannot be opened ({type(error).__name__}: {str(error)[:300]}). Its files are damaged, or hold values of other types; save it again with `save_pretrained`, or download it again."
+                raise CheckpointError(msg) from error
             opened.name_or_path = place.name
             return opened
         return cls._of_published(folder, place, **options)
@@ -141,6 +149,9 @@ class GeneformerTokenizer(PreTrainedTokenizerFast):
             gene_table = GeneTable.load(gene_table_file)
         if model_max_length is None:
             model_max_length = 2048 if cls_token is None else 4096
+        if not (isinstance(model_max_length, (int, float)) and model_max_length >= LEAST_TOKENS):
+            msg = f"model_max_length is {model_max_length!r}; expected a number of tokens per cell, at least {LEAST_TOKENS} (special tokens included)."
+            raise ValueError(msg)
         # Traces of how the last from_pretrained was called; kept, they would make two saves of one tokenizer differ.
         for trace in ("is_local", "local_files_only", "_commit_hash"):
             kwargs.pop(trace, None)

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM
+from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, AutoTokenizer
 
 from geneformer_hf import GeneformerForMaskedLM, GeneformerForSequenceClassification, GeneformerTokenizer, add_adapter, embed_cells, load_model, load_peft_model
 from geneformer_hf.cli.main import main
@@ -155,12 +155,52 @@ def test_a_tokenizer_that_names_code_is_refused(model_folder, canary):
         GeneformerTokenizer.from_pretrained(model_folder)
 
 
+@pytest.mark.parametrize("name", ["tokenizer.json", "special_tokens_map.json"])
+@pytest.mark.parametrize("content", ["[" * 200_000, "", "[1, 2]", "5"], ids=["deep", "empty", "list", "number"])
+def test_files_of_a_tokenizer_that_are_no_object_are_refused(name, content, model_folder):
+    (model_folder / name).write_text(content)
+    with pytest.raises(CheckpointError, match=rf"{name} (nests|cannot be read|holds a JSON)"):
+        GeneformerTokenizer.from_pretrained(model_folder)
+
+
+@pytest.mark.parametrize(
+    "fields", [{"model_max_length": "x"}, {"model_max_length": -5}, {"pad_token": 5}, {"padding_side": "x"}, {"gene_table": {"a": 1}}, {"extra_special_tokens": 5}], ids=str
+)  # fmt: skip
+def test_settings_of_a_tokenizer_of_other_types_are_refused(fields, model_folder):
+    edit(model_folder / "tokenizer_config.json", **fields)
+    for door in (GeneformerTokenizer, AutoTokenizer):
+        with pytest.raises(CheckpointError, match=r"the tokenizer of .* cannot be opened"):
+            door.from_pretrained(model_folder)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"label_columns": [["a"]]}, {"label_columns": 5}, {"label_columns": "cell_type"}, {"task_labels": ["a"]}, {"task_labels": {"a": "bc"}}, {"task_labels": {"a": [1]}},
+        {"id2label": {"0": "a", "1": "b", "5": "c"}}, {"id2label": {"-1": "a", "0": "b"}}, {"id2label": ["a"]},
+        {"id2label": {"0": "a\0b"}}, {"label_columns": ["\ud800"]},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_names_of_classes_that_no_table_can_hold_are_refused(fields, model_folder):
+    edit(model_folder / "config.json", **fields)
+    with pytest.raises(CheckpointError, match=f"{next(iter(fields))} is .*; expected|holds a text with NUL"):
+        load_model(model_folder)
+
+
+@pytest.mark.parametrize("fields", [{"r": 15_000_000}, {"rank_pattern": {"query": 10**9}}, {"r": -1}, {"r": "8"}], ids=str)
+def test_ranks_beyond_any_base_are_refused(fields, adapter):
+    edit(adapter / "adapter_config.json", **fields)
+    with pytest.raises(CheckpointError, match="expected a whole number from 0 to 8,192"):
+        load_model(adapter)
+
+
 @pytest.mark.parametrize("name", ["../secret.safetensors", "/etc/passwd", "sub/model.safetensors", "a\0b", 3, None])
 def test_an_index_of_weights_that_leads_out_of_the_folder_is_refused(name, model_folder):
     (model_folder / "model.safetensors").rename(model_folder / "model-00001-of-00001.safetensors")
     (model_folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": {"bert.pooler.dense.weight": name}}))
     for door in (load_model, GeneformerForMaskedLM.from_pretrained):
-        with pytest.raises(CheckpointError, match=r"weight_map names the file .* expected plain names of files in the same folder"):
+        with pytest.raises(CheckpointError, match=r"weight_map names the file .* expected plain names of files in the same folder|holds a text with NUL"):
             door(model_folder)
 
 

@@ -264,6 +264,29 @@ def test_labels_of_an_scdl_archive_are_not_unpickled(tmp_path, genes):
     assert not (tmp_path / "ran").exists()
 
 
+@pytest.mark.parametrize("content", ["[]", "[" * 200_000, ""], ids=["list", "deep", "empty"])
+def test_the_metadata_of_an_scdl_archive_is_an_object(content, tmp_path, genes):
+    pytest.importorskip("bionemo.scdl", reason="needs bionemo-scdl")
+    from geneformer_hf import write_scdl
+
+    archive = write_scdl(open_cells(make_cells(genes)), tmp_path / "archive")
+    (archive / "metadata.json").write_text(content)
+    with pytest.raises(CellFileError, match=r"metadata\.json (holds a JSON list|nests|cannot be read)"):
+        open_cells(archive)
+
+
+def test_sizes_that_the_headers_of_an_scdl_archive_declare_are_checked(tmp_path, genes):
+    pytest.importorskip("bionemo.scdl", reason="needs bionemo-scdl")
+    from geneformer_hf import write_scdl
+
+    archive = write_scdl(open_cells(make_cells(genes)), tmp_path / "archive")
+    path = next(p for p in archive.rglob("*.npy") if p.read_bytes()[:6] == b"\x93NUMPY" and p.name != "labels.npy")
+    with path.open("wb") as file:
+        np.lib.format.write_array_header_1_0(file, {"shape": (10**12,), "fortran_order": False, "descr": "<i8"})
+    with pytest.raises(CellFileError, match=r"its header declares 8,000,000,000,000 bytes of values, more than the file has"):
+        open_cells(archive)
+
+
 def test_links_in_an_scdl_archive_are_refused(tmp_path, genes):
     pytest.importorskip("bionemo.scdl", reason="needs bionemo-scdl")
     from geneformer_hf import write_scdl
