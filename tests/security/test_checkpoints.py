@@ -188,6 +188,31 @@ def test_names_of_classes_that_no_table_can_hold_are_refused(fields, model_folde
         load_model(model_folder)
 
 
+@pytest.mark.parametrize(
+    "pattern", ["((.+))+x", ".*" * 100 + "x", "(a|.|b)*" * 20 + "x", "(?:(?:.|.))*x", "((.|.))*x", "(.|.)" * 50 + "x", "(.|[a-z]){1,99}x", "(", "q" * 301]
+)
+@pytest.mark.parametrize("field", ["target_modules", "exclude_modules", "rank_pattern", "layers_pattern"])
+def test_expressions_that_take_forever_to_match_are_refused(field, pattern, adapter):
+    edit(adapter / "adapter_config.json", **{field: {pattern: 3} if field == "rank_pattern" else pattern})
+    start = time.monotonic()
+    with pytest.raises(CheckpointError, match=rf"the field '{field}' is"):
+        load_model(adapter)
+    assert time.monotonic() - start < 60
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        r".*encoder\.layer\.(0|1|2)\..*(query|key|value|dense)",
+        r"(base_model\.model\.)?bert\.encoder\.layer\.[0-9]+\..*(query|key|value|dense)",
+        r".*layer\.\d{1,2}\..*(query|key|value|dense)$",
+    ],
+)
+def test_expressions_that_people_write_are_legal(pattern, adapter):
+    edit(adapter / "adapter_config.json", target_modules=pattern)
+    load_model(adapter)
+
+
 @pytest.mark.parametrize("fields", [{"r": 15_000_000}, {"rank_pattern": {"query": 10**9}}, {"r": -1}, {"r": "8"}], ids=str)
 def test_ranks_beyond_any_base_are_refused(fields, adapter):
     edit(adapter / "adapter_config.json", **fields)
