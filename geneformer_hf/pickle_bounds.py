@@ -13,6 +13,7 @@ from typing import Any
 MOST_BYTES = 1 << 30
 MOST_VALUES = 50_000_000
 """Values in a pickle, each counted as often as it is used."""
+MOST_BITS = 64
 MOST_DEPTH = 16
 """Containers inside each other; published files have three."""
 
@@ -138,6 +139,10 @@ def require_bounded(content: bytes) -> None:
     for n_opcodes, (opcode, argument, _) in enumerate(pickletools.genops(content)):
         name = opcode.name
         if name in _PLAIN:
+            if isinstance(argument, int) and argument.bit_length() > MOST_BITS:
+                # Such numbers can be chosen to have one hash, which makes a dictionary of them take forever.
+                msg = f"it holds a whole number of {argument.bit_length():,} bits; expected at most {MOST_BITS}"
+                raise ValueError(msg)
             machine.stack.append(_SCALAR)
         elif name == "MEMOIZE":
             machine.put(len(machine.memo), n_opcodes)

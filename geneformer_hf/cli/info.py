@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
@@ -95,7 +94,7 @@ class Info(Command):
 
     def _dataset(self, path: Path) -> None:
         from ..data.dataset_folders import SPLITS, splits_of
-        from ..data.tokenized import open_tokenized
+        from ..data.tokenized import open_tokenized, report_of
         from .tokenize import print_files, print_left_out
 
         if (path / SPLITS).is_file():
@@ -107,10 +106,7 @@ class Info(Command):
         if "length" in dataset.column_names and len(dataset):
             lengths = dataset.with_format("numpy")["length"][:]
             print(f"Tokens per cell: {int(lengths.min()):,} to {int(lengths.max()):,}, mean {lengths.mean():,.0f}")
-        try:
-            report = json.loads(dataset.info.description or "{}")
-        except json.JSONDecodeError:
-            report = {}
+        report = report_of(dataset)
         if "encoding" in report:
             print(f"Encoding: {report['encoding']}")
             print_files(report)

@@ -62,13 +62,14 @@ class Tokenize(Command):
 
 def print_files(report: dict) -> None:
     """Print what `load_cells` read."""
-    for file in report["files"]:
-        print(f"{file['file']}: {file['cells']:,} cells, counts in {file['counts']}; {file['genes']}.")
+    files = report.get("files")
+    for file in files if isinstance(files, list) else []:
+        if isinstance(file, dict) and isinstance(file.get("cells"), int):
+            print(f"{file.get('file')}: {file['cells']:,} cells, counts in {file.get('counts')}; {file.get('genes')}.")
 
 
 def print_left_out(report: dict) -> None:
     """Print what `load_cells` left out."""
-    if report["left_out_by_filter_pass"]:
-        print(f"Left out: {report['left_out_by_filter_pass']:,} cells with filter_pass 0.")
-    if report["left_out_without_genes"]:
-        print(f"Left out: {report['left_out_without_genes']:,} cells without any gene of the vocabulary.")
+    for name, what in (("left_out_by_filter_pass", "with filter_pass 0"), ("left_out_without_genes", "without any gene of the vocabulary")):
+        if isinstance(n := report.get(name), int) and n:
+            print(f"Left out: {n:,} cells {what}.")

@@ -222,6 +222,7 @@ class TokenShards(ShardedCells):
 
 @lru_cache(maxsize=16)
 def _open_arrow(path: str) -> pa.Table:
+    require_regular(path)
     try:
         return pa.ipc.open_stream(pa.memory_map(path)).read_all()
     except (OSError, pa.ArrowInvalid) as error:
@@ -238,6 +239,8 @@ def _open_parquet(path: str) -> pq.ParquetFile:
 def _open_parquet_in(path: str, thread: int) -> pq.ParquetFile:
     import fsspec
 
+    if "://" not in path:
+        require_regular(path)
     try:
         return pq.ParquetFile(fsspec.open(path, "rb").open() if "://" in path else path)
     except (OSError, pa.ArrowInvalid) as error:

@@ -45,7 +45,17 @@ def open_tokenized(path: str | Path) -> datasets.Dataset:
                 require_regular(file)
                 require_plain_schema(schema_of(file), str(file))
             return require_plain_features(datasets.Dataset.from_parquet([str(file) for file in files]), str(path))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, pa.ArrowException, datasets.exceptions.DatasetGenerationError) as error:
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        IndexError,
+        TypeError,
+        AttributeError,
+        RecursionError,
+        pa.ArrowException,
+        datasets.exceptions.DatasetGenerationError,
+    ) as error:
         if isinstance(error, CellFileError):
             raise
         msg = f"{path} cannot be read: {str(error).splitlines()[0] if str(error) else type(error).__name__}. It is damaged or incomplete: tokenize the cells again."
@@ -58,7 +68,7 @@ def report_of(dataset: Any) -> dict[str, Any]:
     """Return what `load_cells` recorded with a dataset, empty for other datasets."""
     try:
         report = json.loads(dataset.info.description or "{}")
-    except json.JSONDecodeError:
+    except (ValueError, TypeError, RecursionError):
         return {}
     return report if isinstance(report, dict) else {}
 

@@ -269,6 +269,7 @@ HOSTILE_PICKLES = {
     "an_extension": b"\x80\x02\x82\x01.",
     "a_call_of_the_system": b"cposix\nsystem\n(S'touch ran'\ntR.",
     "cut_off": pickle.dumps({"a": 1})[:-3],
+    "keys_of_one_hash": pickle.dumps({i * (2**61 - 1): 0 for i in range(1000)}),
     "nothing": b"",
 }
 

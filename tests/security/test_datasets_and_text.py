@@ -127,6 +127,24 @@ def test_a_pipe_in_the_place_of_a_shard_is_refused_at_once(dataset):
         open_tokenized(dataset)
 
 
+@pytest.mark.parametrize("name", ["cells.parquet", "data-00000-of-00001.arrow"])
+def test_a_pipe_in_a_stream_is_refused_at_once(name, tmp_path):
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(CellFileError, match="named pipe"):
+        stream_tokens(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    "report", ["5", "[1]", "[" * 200_000, '{"encoding": "2", "files": 5}', '{"encoding": "2", "files": [{"cells": "x"}], "left_out_by_filter_pass": []}'],
+    ids=["number", "list", "deep", "files", "cells"],
+)  # fmt: skip
+def test_a_report_of_another_shape_is_no_report(report, dataset, capsys):
+    path = dataset / "dataset_info.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"description": report}))
+    assert main(["info", str(dataset)]) == 0
+    assert "Tokenized dataset" in capsys.readouterr().out
+
+
 HOSTILE = "<script>alert(1)</script>\n# Owned\n[click](javascript:alert(1)) ![x](http://x/y.png) `a` | b"
 
 
