@@ -188,7 +188,7 @@ def refusals(model: Any) -> Iterator[None]:
     except UnpicklingError as error:
         msg = f"{model} cannot be opened: its weights are a pickle that asks for more than tensors. It was refused and nothing of it was executed. Ask its owner for safetensors."
         raise UnsafePickleError(msg) from error
-    except (OSError, ValueError, SafetensorError, RuntimeError, KeyError, TypeError, AttributeError, AssertionError, ArithmeticError) as error:
+    except (OSError, ValueError, SafetensorError, RuntimeError, LookupError, EOFError, TypeError, AttributeError, AssertionError, ArithmeticError) as error:
         if isinstance(error, (GeneformerError, torch.OutOfMemoryError)):
             raise
         first = str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -229,6 +229,20 @@ def test_an_index_of_weights_that_leads_out_of_the_folder_is_refused(name, model
             door(model_folder)
 
 
+@pytest.mark.parametrize("damage", ["an_index_of_nothing", "an_empty_pickle", "an_empty_file"])
+def test_weights_that_are_not_there_are_refused_by_the_command_line(damage, model_folder, h5ad, tmp_path, capsys):
+    (model_folder / "model.safetensors").unlink()
+    name, content = {
+        "an_index_of_nothing": ("model.safetensors.index.json", b'{"metadata": {}, "weight_map": {}}'),
+        "an_empty_pickle": ("pytorch_model.bin", b""),
+        "an_empty_file": ("model.safetensors", b""),
+    }[damage]
+    (model_folder / name).write_bytes(content)
+    assert main(["embed", str(h5ad), "--model", str(model_folder), "--output", str(tmp_path / "out.h5ad")]) == 1
+    assert "cannot be opened as a Geneformer checkpoint" in capsys.readouterr().err
+    assert not (tmp_path / "out.h5ad").exists()
+
+
 @pytest.mark.parametrize("name", ["config.json", "adapter_config.json"])
 @pytest.mark.parametrize("content", ["[" * 200_000, "[1, 2]", '"text"', "{", "\xff"], ids=["deep", "list", "text", "broken", "not_utf8"])
 def test_settings_that_are_no_object_are_refused(name, content, adapter, model_folder):
