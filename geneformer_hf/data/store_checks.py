@@ -18,6 +18,7 @@ import psutil
 
 from ..errors import CellFileError
 from ..input_files import read_json, require_regular
+from .zarr_chunks import COMPRESSORS, MOST_CHUNK_BYTES, check_chunk
 
 HDF5_FILTERS = {1: "gzip", 2: "shuffle", 3: "fletcher32", 4: "szip", 32000: "lzf"}
 PLUGIN_FILTERS = {32001: "blosc", 32026: "blosc2", 32004: "lz4", 32008: "bitshuffle", 32015: "zstd"}
@@ -30,8 +31,6 @@ ZARR_CODECS = frozenset(
     }
 )
 """Codecs of zarr 2 (numcodecs) and 3 that turn bytes into numbers or text and do nothing else."""
-MOST_CHUNK_BYTES = 4 << 30
-"""Largest chunk of an array, which is held in memory to read any value in it. HDF5 itself allows no more."""
 MOST_OF_MEMORY = 0.5
 """Fraction of the free memory that one array of a value per cell or gene may take."""
 
@@ -135,9 +134,16 @@ def check_zarr(path: Path) -> None:
     Raises:
         CellFileError: naming the file or array, what it does, and what to do.
     """
-    for file in files_of(path):
+    files = list(files_of(path))
+    arrays: dict[Path, tuple[int | None, str | None]] = {}
+    for file in files:
         if file.name in (".zarray", "zarr.json"):
-            _check_array_metadata(path, file, str(file.relative_to(path)))
+            arrays[file.parent] = _check_array_metadata(path, file, str(file.relative_to(path)))
+    for file in files:
+        if file.name != "zarr.json" and not file.name.startswith(".z"):
+            owner = next((folder for folder in file.parents if folder in arrays), None)
+            if owner is not None:
+                check_chunk(path, file, *arrays[owner])
 
 
 def files_of(root: Path) -> Iterator[Path]:
@@ -161,14 +167,14 @@ def files_of(root: Path) -> Iterator[Path]:
                 yield Path(entry.path)
 
 
-def _check_array_metadata(root: Path, path: Path, where: str) -> None:
-    """Refuse the codecs and chunks of one array, as its metadata states them."""
+def _check_array_metadata(root: Path, path: Path, where: str) -> tuple[int | None, str | None]:
+    """Refuse the codecs and chunks of one array, as its metadata states them; return the bytes of a chunk, if they are known, and the compressor."""
     metadata = read_json(path)
     if not isinstance(metadata, dict):
         msg = f"{root}: {where} does not hold a JSON object. The store is damaged; write it again."
         raise CellFileError(msg)
     if path.name == "zarr.json" and metadata.get("node_type") != "array":
-        return
+        return None, None
     for name in _codec_names(metadata):
         known = name.removeprefix("numcodecs.") if isinstance(name, str) else name
         if not isinstance(known, str) or known not in ZARR_CODECS:
@@ -176,6 +182,10 @@ def _check_array_metadata(root: Path, path: Path, where: str) -> None:
                 f"{root}: {where} names the codec {name!r}, which is not one of those that are read ({', '.join(sorted(ZARR_CODECS))}). "
                 "It was refused and nothing of it was executed. Write the store again with anndata (`adata.write_zarr(...)`)."
             )
+            raise CellFileError(msg)
+    for names in _pipelines(metadata):
+        if len(names) > 1:
+            msg = f"{root}: {where} compresses its chunks {len(names)} times ({', '.join(names)}); expected once. Write the store again with anndata (`adata.write_zarr(...)`)."
             raise CellFileError(msg)
     if metadata.get("storage_transformers"):
         msg = f"{root}: {where} names storage transformers, which are not read. Write the store again with anndata (`adata.write_zarr(...)`)."
@@ -185,6 +195,31 @@ def _check_array_metadata(root: Path, path: Path, where: str) -> None:
         found = "no readable chunk shape and data type" if n_bytes is None else f"chunks of {n_bytes / 1e9:,.1f} GB"
         msg = f"{root}: {where} declares {found}; expected chunks of at most {MOST_CHUNK_BYTES / 1e9:,.1f} GB. The store is damaged; write it again with smaller chunks."
         raise CellFileError(msg)
+    first = next(_pipelines(metadata), [])
+    return n_bytes if _is_fixed(metadata) else None, first[0] if first else None
+
+
+def _pipelines(metadata: dict[str, Any]) -> Iterator[list[str]]:
+    """Yield the compressors that each list of codecs of an array goes through, those of its chunks first."""
+    if "codecs" in metadata:
+        lists = [metadata["codecs"]]
+    else:
+        filters = metadata.get("filters")
+        lists = [[*(filters if isinstance(filters, list) else []), metadata.get("compressor")]]
+    while lists:
+        codecs = [codec for codec in lists.pop(0) if isinstance(codec, dict)]
+        yield [name for codec in codecs if (name := str(codec.get("id", codec.get("name"))).removeprefix("numcodecs.")) in COMPRESSORS]
+        inside = [codec["configuration"] for codec in codecs if isinstance(codec.get("configuration"), dict)]
+        lists += [part[key] for part in inside for key in ("codecs", "index_codecs") if isinstance(part.get(key), list)]
+
+
+def _is_fixed(metadata: dict[str, Any]) -> bool:
+    """Return whether all values of an array have the same number of bytes."""
+    kind = metadata.get("dtype", metadata.get("data_type"))
+    try:
+        return isinstance(kind, str) and np.dtype(kind).itemsize > 0 and not np.dtype(kind).hasobject
+    except (TypeError, ValueError):
+        return False
 
 
 def _codec_names(metadata: dict[str, Any]) -> Iterator[Any]:

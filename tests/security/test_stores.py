@@ -9,13 +9,16 @@ from pathlib import Path
 
 import anndata
 import h5py
+import numcodecs
 import numpy as np
 import pytest
 import scipy.io
 import scipy.sparse as sp
+import zarr
 
 from geneformer_hf import load_cells, stream_cells
 from geneformer_hf.cli.main import main
+from geneformer_hf.data import zarr_chunks
 from geneformer_hf.data.readers import open_cells
 from geneformer_hf.errors import CellFileError, UnsafePickleError
 from tests.conftest import make_cells, write
@@ -262,6 +265,55 @@ def test_labels_of_an_scdl_archive_are_not_unpickled(tmp_path, genes):
     with pytest.raises(UnsafePickleError, match=r"labels\.npy: the pickle asks for pathlib.*nothing of it was executed"):
         open_cells(archive)
     assert not (tmp_path / "ran").exists()
+
+
+def bomb(codec: str, n_bytes: int) -> bytes:
+    """Zeros that a codec makes much smaller."""
+    packed = numcodecs.get_codec({"id": codec}).encode(bytes(n_bytes))
+    return bytes(packed)
+
+
+@pytest.mark.parametrize("codec", ["gzip", "zlib", "bz2", "lzma", "zstd"])
+@pytest.mark.parametrize("key", ["X/data", "var/_index"])
+def test_chunks_that_unpack_to_more_than_they_declare_are_refused(codec, key, tmp_path, genes, monkeypatch):
+    monkeypatch.setattr(zarr_chunks, "_UNPACKED_FROM", dict.fromkeys(zarr_chunks._UNPACKED_FROM, 1))
+    monkeypatch.setattr(zarr_chunks, "MOST_CHUNK_BYTES", 1 << 20)
+    store = write_zarr(make_cells(genes), tmp_path / "cells.zarr", 2)
+    path = store / key / ".zarray"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"compressor": {"id": codec}}))
+    (store / key / "0").write_bytes(bomb(codec, 8 << 20))
+    with pytest.raises(CellFileError, match=rf"the chunk {key}/0 unpacks from [\d,]+ bytes to more than [\d,]+"):
+        open_cells(store)
+
+
+def test_chunks_larger_than_their_values_are_refused(tmp_path, genes):
+    store = write_zarr(make_cells(genes), tmp_path / "cells.zarr", 3)
+    chunk = next(p for p in (store / "X" / "data").rglob("*") if p.is_file() and p.name != "zarr.json")
+    chunk.write_bytes(bytes(1 << 20))
+    with pytest.raises(CellFileError, match=r"the chunk X/data/.* has 1,048,576 bytes for [\d,]+ bytes of values"):
+        open_cells(store)
+
+
+def test_chunks_compressed_twice_are_refused(tmp_path, genes):
+    store = write_zarr(make_cells(genes), tmp_path / "cells.zarr", 2)
+    path = store / "X" / "data" / ".zarray"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"filters": [{"id": "gzip"}], "compressor": {"id": "gzip"}}))
+    with pytest.raises(CellFileError, match=r"compresses its chunks 2 times \(gzip, gzip\); expected once"):
+        open_cells(store)
+
+
+@pytest.mark.parametrize("codec", ["gzip", "zlib", "bz2", "lzma", "zstd"])
+def test_chunks_of_every_size_are_read(codec, tmp_path, genes, monkeypatch):
+    monkeypatch.setattr(zarr_chunks, "_UNPACKED_FROM", dict.fromkeys(zarr_chunks._UNPACKED_FROM, 1))
+    cells = make_cells(genes)
+    store = write_zarr(cells, tmp_path / "cells.zarr", 2)
+    before = next(iter(open_cells(store).iter_blocks(0, 30))).counts_ng.toarray()
+    array = zarr.open(store)["X/data"]
+    values = array[:]
+    path = store / "X" / "data" / ".zarray"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"compressor": {"id": codec}, "filters": None}))
+    (store / "X" / "data" / "0").write_bytes(bytes(numcodecs.get_codec({"id": codec}).encode(values.tobytes())))
+    assert (next(iter(open_cells(store).iter_blocks(0, 30))).counts_ng.toarray() == before).all()
 
 
 @pytest.mark.parametrize("content", ["[]", "[" * 200_000, ""], ids=["list", "deep", "empty"])
