@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
-_FORMULA = ("=", "+", "-", "@", "\t", "\r")
+_FORMULA = ("=", "+", "-", "@", "＝", "＋", "－", "＠")  # noqa: RUF001 - spreadsheets take the wide ones, too
 
 
 def markdown(text: object) -> str:
@@ -58,7 +58,7 @@ def csv_cell(value: object) -> object:
         >>> csv_cell("=HYPERLINK()"), csv_cell("-1.5"), csv_cell("CD4+ T"), csv_cell(-1)
         ("'=HYPERLINK()", '-1.5', 'CD4+ T', -1)
     """
-    if not isinstance(value, str) or not value.startswith(_FORMULA):
+    if not isinstance(value, str) or not value.lstrip().startswith(_FORMULA):
         return value
     try:
         float(value)

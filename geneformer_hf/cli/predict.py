@@ -124,10 +124,13 @@ def _into_table(runner: Any, cells: Any, partial: Path, remember: Callable[[Any]
     import pyarrow.csv
     import pyarrow.parquet as pq
 
+    from ..reports.csv_files import without_formulas
+
     writer: Any = None
     for _, found in _predicted(runner, cells):
         remember(found)
-        table = pa.Table.from_pandas(found.to_frame().reset_index(), preserve_index=False)
+        frame = found.to_frame().reset_index()
+        table = pa.Table.from_pandas(frame if partial.suffix == ".parquet" else without_formulas(frame), preserve_index=False)
         # A chunk in which nothing could be predicted has no type of its own.
         fields = [pa.field(f.name, pa.string()) if pa.types.is_null(f.type) else f for f in table.schema]
         table = table.cast(pa.schema(fields))

@@ -19,7 +19,7 @@ import xxhash
 from datasets.builder import Key
 from datasets.exceptions import DatasetGenerationError
 
-from ..errors import GeneformerError
+from ..errors import CellFileError, GeneformerError
 from ..models.tokenization_geneformer import GeneformerTokenizer
 from .columns import ObsColumns, ObsHead
 from .corpus import cached_corpus
@@ -207,7 +207,8 @@ def _build(
         # A full disk, for instance: the operating system's own error says more.
         if isinstance(error.__cause__, OSError):
             raise error.__cause__ from None
-        raise
+        msg = f"{', '.join(map(str, files[:3]))} cannot be turned into a dataset: {type(error.__cause__).__name__}: {error.__cause__}. Leave columns of obs out (`obs=`, --obs), or write the file again."
+        raise CellFileError(msg) from error.__cause__
     finally:
         builder.clean_up()
     if not builder.info.splits or not builder.info.splits["train"].num_examples:

@@ -73,6 +73,7 @@ def without_folders(report: Mapping[str, Any]) -> dict[str, Any]:
 
 def parts_of(text: str) -> tuple[dict[str, Any], str]:
     """Return the metadata and the text of a card."""
+    text = text.removeprefix("\ufeff").replace("\r\n", "\n")
     parts = text.split("---\n", 2)
     if len(parts) < 3 or parts[0].strip():
         return {}, text

@@ -9,6 +9,7 @@ import numpy as np
 import scipy.sparse as sp
 
 from ..errors import CellFileError
+from .store_checks import require_memory
 from .stores import is_group, name_of, read_values
 from .transpose import CsrOnDisk
 
@@ -86,6 +87,7 @@ def sample_of(matrix: Any) -> np.ndarray:
     """Return values from the beginning, the middle and the end of a stored matrix."""
     values = matrix["data"] if is_group(matrix) else matrix
     n = values.shape[0]
+    require_memory(8 * int(np.prod(values.shape[1:], dtype=object) or 1), f"one row of {values.shape[1:]} values")
     size = max(1, SAMPLE_VALUES // 4 // int(np.prod(values.shape[1:], dtype=int) or 1))
     starts = sorted({max(0, min(start, n - size)) for start in (0, n // 3, 2 * n // 3, n)})
     return np.concatenate([np.asarray(values[start : start + size]).ravel() for start in starts])

@@ -23,6 +23,7 @@ from .zarr_chunks import COMPRESSORS, MOST_CHUNK_BYTES, check_chunk
 HDF5_FILTERS = {1: "gzip", 2: "shuffle", 3: "fletcher32", 4: "szip", 32000: "lzf"}
 PLUGIN_FILTERS = {32001: "blosc", 32026: "blosc2", 32004: "lz4", 32008: "bitshuffle", 32015: "zstd"}
 """Read where hdf5plugin is installed."""
+HDF5_COMPRESSORS = frozenset({1, 4, 32000, 32001, 32004, 32015, 32026})
 ZARR_CODECS = frozenset(
     {
         *("blosc", "zstd", "gzip", "zlib", "bz2", "lzma", "lz4", "shuffle", "delta", "crc32", "crc32c", "adler32", "fletcher32"),
@@ -78,7 +79,11 @@ def check_h5(path: Path, file: h5py.File) -> None:
             problem.append(f"{shown!r} is a link of an unknown kind")
         return True if problem else None
 
-    file.visititems_links(look)
+    try:
+        file.visititems_links(look)
+    except (SystemError, UnicodeError) as error:
+        msg = f"{path}: a name in it is not text in UTF-8 ({error.__cause__ or error}). Write the file again with anndata (`adata.write_h5ad(...)`)."
+        raise CellFileError(msg) from error
     if problem:
         msg = f"{path}: {problem[0]}. Only data inside the file itself is read; write the file again with anndata (`adata.write_h5ad(...)`) where its sources are."
         raise CellFileError(msg)
@@ -107,6 +112,9 @@ def _reason_against(item: Any) -> str | None:
     if creation.get_external_count():
         name = creation.get_external(0)[0]
         return f"keeps its values in another file ({name.decode('utf-8', 'backslashreplace')})"
+    codes = [creation.get_filter(place)[0] for place in range(creation.get_nfilters())]
+    if sum(code in HDF5_COMPRESSORS for code in codes) > 1:
+        return "is compressed more than once"
     for place in range(creation.get_nfilters()):
         code, _, _, name = creation.get_filter(place)
         if code in HDF5_FILTERS:
@@ -121,6 +129,10 @@ def _reason_against(item: Any) -> str | None:
         importlib.import_module("hdf5plugin")
     if creation.get_layout() == h5py.h5d.CHUNKED:
         n_bytes = int(np.prod([int(n) for n in creation.get_chunk()], dtype=object)) * item.get_type().get_size()
+        shape, chunk = item.shape, creation.get_chunk()
+        whole = int(np.prod([-(-n // part) * part for n, part in zip(shape, chunk, strict=True)], dtype=object)) * item.get_type().get_size()
+        if item.get_storage_size() > 8 * whole + (1 << 16):
+            return f"has {item.get_storage_size():,} bytes for {whole:,} bytes of values"
         if n_bytes > MOST_CHUNK_BYTES:
             return f"is cut into chunks of {n_bytes / 1e9:,.1f} GB; expected at most {MOST_CHUNK_BYTES / 1e9:,.1f} GB"
     return None

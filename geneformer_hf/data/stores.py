@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import lzma
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +17,20 @@ from ..input_files import require_regular
 from ..pickles import is_lfs_pointer
 from .store_checks import check_h5, check_zarr, require_memory
 
-DAMAGE = (OSError, EOFError, ValueError, KeyError, IndexError, RuntimeError, TypeError, AttributeError, AssertionError, ArithmeticError, zlib.error)
+DAMAGE = (
+    OSError,
+    EOFError,
+    ValueError,
+    KeyError,
+    IndexError,
+    RuntimeError,
+    TypeError,
+    AttributeError,
+    AssertionError,
+    ArithmeticError,
+    zlib.error,
+    lzma.LZMAError,
+)
 """What reading a damaged store may raise: a missing part, cut-off bytes, numbers that do not fit together."""
 ZARR_MARKS = ("zarr.json", ".zgroup")
 MOST_EMPTY_CHUNKS = 1000

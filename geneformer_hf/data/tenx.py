@@ -269,7 +269,8 @@ def _open_text(path: Path, most_bytes: int | None = None) -> Iterator[TextIO]:
 def _read_table(path: Path, most_lines: int) -> list[list[str]]:
     require_memory(most_lines * TEXT_BYTES, f"{path.name}, by the size in matrix.mtx,")
     with _open_text(path, HEADER_BYTES + most_lines * NAME_BYTES) as text:
-        rows = (row for row in csv.reader(text, delimiter="\t", quoting=csv.QUOTE_NONE) if row)
+        # Files of Cell Ranger have up to six columns.
+        rows = (row[:6] for row in csv.reader(text, delimiter="\t", quoting=csv.QUOTE_NONE) if row)
         # One line more than fits, so that the caller sees that there are more.
         return list(itertools.islice(rows, most_lines + 1))
 

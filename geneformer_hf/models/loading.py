@@ -168,7 +168,8 @@ def _named_base(folder: Path, place: Place) -> Place:
     if not place.is_local:
         msg = f"{place} is an adapter from the Hub and names the base {named.name}, which is a folder of this disk. {remedy}"
         raise CheckpointError(msg)
-    found = hash_of_weights(Path(named.name) / (named.subfolder or ""))
+    base = place_of(named.name, subfolder=named.subfolder)
+    found = hash_of_weights(Path(named.name) / (named.subfolder or "")) if about.base_sha256 is not None else ""
     if about.base_sha256 is None or about.base_sha256 != found:
         recorded = (
             "records no hash of its weights"
@@ -177,7 +178,7 @@ def _named_base(folder: Path, place: Place) -> Place:
         )
         msg = f"{place} names the base {named.name}, a folder of this disk, and {recorded}, so it may be another model. {remedy}"
         raise CheckpointError(msg)
-    return place_of(named.name, subfolder=named.subfolder)
+    return base
 
 
 @contextmanager

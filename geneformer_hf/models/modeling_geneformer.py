@@ -101,9 +101,10 @@ class _Checkpoint:
         place = place_of(pretrained_model_name_or_path, subfolder=kwargs.pop("subfolder", None), revision=kwargs.pop("revision", None))
         kwargs.pop("_commit_hash", None)
         named = (kwargs.get("adapter_kwargs") or {}).get("_adapter_model_path")
-        if named is not None and not Path(named).is_dir():
-            # The Auto classes have found an adapter, and put its base in its place.
-            place = place_of(named, subfolder=place.subfolder, revision=(kwargs["adapter_kwargs"]).get("revision"))
+        if named is not None and (not Path(named).is_dir() or str(named) != str(pretrained_model_name_or_path)):
+            # The Auto classes have found an adapter, and put the base that it names in its place. Which base may be opened is decided here.
+            is_here = Path(named).is_dir()
+            place = place_of(named, subfolder=None if is_here else place.subfolder, revision=None if is_here else kwargs["adapter_kwargs"].get("revision"))
         options = {name: kwargs.pop(name) for name in HUB_OPTIONS if name in kwargs}
         allow_missing_weights = kwargs.pop("allow_missing_weights", False)
         folder, place = fetched_checkpoint(place, variant=kwargs.get("variant"), **options)

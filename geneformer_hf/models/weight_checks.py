@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from ..errors import CheckpointError
+from ..input_files import require_regular
 from ..pickles import sha256
 
 WRAPPERS = re.compile(r"^(?:(?:module|model|_orig_mod|_fsdp_wrapped_module)\.)+|(?<=\.)(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
@@ -59,6 +60,7 @@ def hash_of_weights(folder: Path) -> str:
     """Return the SHA-256 of the files of weights in a folder, in the order of their names."""
     digest = hashlib.sha256()
     for path in sorted([*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")]):
+        require_regular(path, error=CheckpointError)
         digest.update(f"{path.name} {sha256(path)}\n".encode())
     return digest.hexdigest()
 

@@ -114,6 +114,28 @@ def test_a_base_that_is_a_folder_and_no_recorded_one_is_refused(base, adapter, m
         load_model(adapter)
 
 
+@pytest.mark.parametrize("door", [AutoModelForMaskedLM, AutoModel, GeneformerForMaskedLM], ids=lambda c: c.__name__)
+@pytest.mark.parametrize("base", ["{folder}", "../model", "lab/model"])
+def test_the_auto_classes_open_no_folder_that_an_adapter_of_peft_names(base, door, adapter, model_folder, monkeypatch):
+    """transformers puts the base in the place of an adapter without a config.json."""
+    monkeypatch.chdir(adapter)
+    (adapter / "lab").mkdir()
+    (adapter / "lab" / "model").symlink_to(model_folder)
+    edit(adapter / "adapter_config.json", base_model_name_or_path=base.format(folder=model_folder))
+    (adapter / "config.json").unlink()
+    with pytest.raises(CheckpointError, match=r"a folder of this disk.*\(--base; folder or Hub id\)|is not there"):
+        door.from_pretrained(adapter)
+
+
+def test_a_pipe_in_a_base_that_an_adapter_names_is_not_waited_for(adapter, model_folder):
+    os.mkfifo(model_folder / "x.safetensors")
+    with pytest.raises(CheckpointError, match=r"named pipe|so it may be another model"):
+        load_model(adapter)
+    edit(adapter / "config.json", geneformer_base_sha256=None)
+    with pytest.raises(CheckpointError, match="records no hash of its weights"):
+        load_model(adapter)
+
+
 def test_an_adapter_beside_a_complete_model_is_ambiguous(adapter, model_folder):
     (adapter / "model.safetensors").write_bytes((model_folder / "model.safetensors").read_bytes())
     for door in (load_model, GeneformerForMaskedLM.from_pretrained):

@@ -44,7 +44,7 @@ NAMES = ["../private/data-00000-of-00001.arrow", "/etc/passwd", "a\0b", "..", ".
 def test_shards_outside_the_folder_are_refused_before_they_are_opened(name, dataset, model, tokenizer, tmp_path, capsys, model_folder):
     edit_state(dataset, _data_files=[{"filename": name}])
     for door in (open_tokenized, lambda p: embed_cells(model, p, tokenizer=tokenizer), lambda p: list(stream_tokens(p))):
-        with pytest.raises(CellFileError, match=r"state\.json, _data_files names the file .* Nothing of it was opened"):
+        with pytest.raises(CellFileError, match=r"state\.json, _data_files names the file .* Nothing of it was opened|holds a text with NUL"):
             door(dataset)
     assert main(["embed", str(dataset), "--model", str(model_folder), "--output", str(tmp_path / "out.parquet")]) == 1
     assert main(["info", str(dataset)]) == 1

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import time
+import tracemalloc
 from pathlib import Path
 
 import anndata
@@ -20,7 +21,7 @@ from geneformer_hf import load_cells, stream_cells
 from geneformer_hf.cli.main import main
 from geneformer_hf.data import zarr_chunks
 from geneformer_hf.data.readers import open_cells
-from geneformer_hf.errors import CellFileError, UnsafePickleError
+from geneformer_hf.errors import CellFileError, GeneIdError, UnsafePickleError
 from tests.conftest import make_cells, write
 from tests.formats.files import write_zarr
 
@@ -284,6 +285,52 @@ def test_chunks_that_unpack_to_more_than_they_declare_are_refused(codec, key, tm
     (store / key / "0").write_bytes(bomb(codec, 8 << 20))
     with pytest.raises(CellFileError, match=rf"the chunk {key}/0 unpacks from [\d,]+ bytes to more than [\d,]+"):
         open_cells(store)
+
+
+def put_chunk(path: Path, content: bytes, n_filters: int) -> None:
+    """Put bytes in the place of X/data, whose values then are whatever they unpack to."""
+    with h5py.File(path, "r+") as file:
+        n = file["X/data"].shape[0]
+        del file["X/data"]
+        creation = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+        creation.set_chunk((n,))
+        for _ in range(n_filters):
+            creation.set_deflate(9)
+        h5py.h5d.create(file["X"].id, b"data", h5py.h5t.IEEE_F32LE, h5py.h5s.create_simple((n,)), creation)
+        file["X/data"].id.write_direct_chunk((0,), content)
+
+
+def test_hdf5_chunks_larger_than_their_values_are_refused(h5ad):
+    put_chunk(h5ad, bytes(1 << 20), 1)
+    with pytest.raises(CellFileError, match=r"'X/data' has 1,048,576 bytes for [\d,]+ bytes of values"):
+        open_cells(h5ad)
+
+
+def test_hdf5_chunks_compressed_twice_are_refused(h5ad):
+    put_chunk(h5ad, gzip.compress(b"x"), 2)
+    with pytest.raises(CellFileError, match="'X/data' is compressed more than once"):
+        open_cells(h5ad)
+
+
+@pytest.mark.parametrize("place", ["obs", "/", "layers"])
+def test_names_that_are_no_text_are_refused(place, h5ad):
+    with h5py.File(h5ad, "r+") as file:
+        file.require_group(place).create_dataset(b"c\xff\xfe", data=np.arange(30))
+    with pytest.raises(CellFileError, match=r"a name in it is not text in UTF-8|broke off|cannot be read"):
+        open_cells(h5ad)
+
+
+def test_a_line_of_tabs_does_not_fill_memory(tmp_path):
+    folder = tmp_path / "tenx"
+    folder.mkdir()
+    (folder / "matrix.mtx").write_text("%%MatrixMarket matrix coordinate integer general\n2000 30 1\n1 1 1\n")
+    (folder / "features.tsv").write_bytes((b"\t" * 4000 + b"\n") * 2000)
+    (folder / "barcodes.tsv").write_text("".join(f"c{i}\n" for i in range(30)))
+    tracemalloc.start()
+    with pytest.raises((CellFileError, GeneIdError)):
+        open_cells(folder)
+    assert tracemalloc.get_traced_memory()[1] < 30e6
+    tracemalloc.stop()
 
 
 def test_chunks_larger_than_their_values_are_refused(tmp_path, genes):

@@ -94,7 +94,7 @@ def test_tables_of_genes_from_files(tmp_path):
         ("a.csv", "ensembl_id,one,two\ng,x,y\n", ColumnNotFoundError, "has the columns ensembl_id, one, two; expected one of genes .* and one of classes"),
         ("a.csv", "gene,class\ng,\n", CellFileError, "1 of 1 rows lack a gene .* or a class"),
         ("a.json", "[1]", CellFileError, "holds a list; expected {class"),
-        ("a.json", "{", CellFileError, "cannot be read as a table of genes and classes"),
+        ("a.json", "{", CellFileError, "it is not JSON"),
         ("b.csv", None, CellFileError, "cannot be read"),
     ],
 )
