@@ -12,7 +12,9 @@ from typing import Any
 from .errors import CellFileError, GeneformerError
 
 MOST_JSON_BYTES = 256 << 20
-MOST_YAML_BYTES = 16 << 20
+MOST_YAML_BYTES = 1 << 20
+MOST_YAML_NUMBER = 100
+"""Characters of a value that is not quoted and may be a number: to the base of 60 or 16, a long one takes minutes to read."""
 MOST_YAML_NODES = 100_000
 """Nodes of a YAML document with every alias written out."""
 MOST_DEPTH = 100
@@ -131,6 +133,7 @@ def load_yaml(text: str, where: str, *, error: type[GeneformerError] = CellFileE
         if node is None:
             return None
         n_nodes, depth = _expanded(node)
+        _require_short_numbers(node, where, error)
         if n_nodes > MOST_YAML_NODES or depth > MOST_DEPTH:
             msg = (
                 f"{where} stands for {n_nodes:,} values, {depth:,} levels deep, once its aliases (*name) are written out; expected at most "
@@ -141,11 +144,31 @@ def load_yaml(text: str, where: str, *, error: type[GeneformerError] = CellFileE
     except RecursionError:
         msg = f"{where} nests lists or mappings too deeply, or in itself. Write the values out."
         raise error(msg) from None
-    except (yaml.YAMLError, ValueError) as problem:
+    except (yaml.YAMLError, ValueError, KeyError, AttributeError, TypeError) as problem:
         if isinstance(problem, GeneformerError):
             raise
         msg = f"{where} is not valid YAML: {' '.join(str(problem).split())}"
         raise error(msg) from problem
+
+
+def _require_short_numbers(root: Any, where: str, error: type[GeneformerError]) -> None:
+    import yaml
+
+    seen: set[int] = set()
+    nodes = [root]
+    while nodes:
+        node = nodes.pop()
+        if id(node) in seen:
+            continue
+        seen.add(id(node))
+        if isinstance(node, yaml.ScalarNode):
+            if node.tag in ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float", "tag:yaml.org,2002:timestamp") and len(node.value) > MOST_YAML_NUMBER:
+                msg = f"{where} holds a number of {len(node.value):,} characters ({node.value[:20]}…); expected at most {MOST_YAML_NUMBER}. Put text in quotes."
+                raise error(msg)
+        elif isinstance(node, yaml.SequenceNode):
+            nodes += node.value
+        elif isinstance(node, yaml.MappingNode):
+            nodes += [part for pair in node.value for part in pair]
 
 
 def _expanded(root: Any) -> tuple[int, int]:

@@ -14,6 +14,8 @@ MOST_BYTES = 1 << 30
 MOST_VALUES = 50_000_000
 """Values in a pickle, each counted as often as it is used."""
 MOST_BITS = 64
+LONG_TEXT = 1000
+"""Characters or bytes of one value, from which on each counts as a value: a list can be made of them."""
 MOST_DEPTH = 16
 """Containers inside each other; published files have three."""
 
@@ -57,6 +59,13 @@ class _Value:
 
 
 _SCALAR = _Value()
+
+
+def _long(n: int) -> _Value:
+    """Return the measure of a text or of bytes so long."""
+    value = _Value()
+    value.size = n
+    return value
 
 
 class _Machine:
@@ -143,7 +152,8 @@ def require_bounded(content: bytes) -> None:
                 # Such numbers can be chosen to have one hash, which makes a dictionary of them take forever.
                 msg = f"it holds a whole number of {argument.bit_length():,} bits; expected at most {MOST_BITS}"
                 raise ValueError(msg)
-            machine.stack.append(_SCALAR)
+            length = len(argument) if isinstance(argument, (str, bytes, bytearray)) else 0
+            machine.stack.append(_long(length) if length > LONG_TEXT else _SCALAR)
         elif name == "MEMOIZE":
             machine.put(len(machine.memo), n_opcodes)
         elif name in ("BINPUT", "LONG_BINPUT", "PUT"):

@@ -220,7 +220,7 @@ def check_adapter_config(settings: Mapping[str, Any], where: str) -> None:
             raise CheckpointError(msg)
     for name, value in settings.items():
         if name == "base_model_name_or_path":
-            if value is not None and (not isinstance(value, str) or "\0" in value):
+            if value is not None and (not isinstance(value, str) or "\0" in value or len(value) > 1000):
                 msg = f"{where}: base_model_name_or_path is {_short(value)}; expected the name of a model as text."
                 raise CheckpointError(msg)
         elif name == "auto_mapping":

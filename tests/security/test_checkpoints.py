@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import struct
 import sys
 import time
 from pathlib import Path
@@ -306,6 +307,12 @@ HOSTILE_PICKLES = {
     "a_call_of_the_system": b"cposix\nsystem\n(S'touch ran'\ntR.",
     "cut_off": pickle.dumps({"a": 1})[:-3],
     "keys_of_one_hash": pickle.dumps({i * (2**61 - 1): 0 for i in range(1000)}),
+    "lists_of_bytes": b"\x80\x04B"
+    + struct.pack("<I", 1_000_000)
+    + b"a" * 1_000_000
+    + b"\x940cbuiltins\nlist\n\x940}("
+    + b"".join(b"J" + struct.pack("<i", i) + b"h\x01h\x00\x85R" for i in range(60))
+    + b"u.",
     "nothing": b"",
 }
 

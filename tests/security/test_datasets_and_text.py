@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from geneformer_hf import embed_cells, load_cells, pull_folder, push_folder, stream_tokens, tokenize_corpus
+from geneformer_hf import GeneformerForSequenceClassification, embed_cells, load_cells, pull_folder, push_folder, stream_tokens, tokenize_corpus
 from geneformer_hf.cli.command import listed_genes
 from geneformer_hf.cli.main import main
 from geneformer_hf.cli.terminal import PrintableStream
@@ -22,7 +22,7 @@ from geneformer_hf.errors import CellFileError, CheckpointError, HubError
 from geneformer_hf.input_files import load_yaml
 from geneformer_hf.reports.cards import plain_card, with_base_model
 from geneformer_hf.reports.csv_files import write_csv
-from tests.conftest import make_cells, write
+from tests.conftest import make_cells, tiny_config, write
 
 
 @pytest.fixture
@@ -219,6 +219,42 @@ def test_yaml_that_grows_without_bound_is_refused(text, tmp_path, capsys):
         error = capsys.readouterr().err
         assert "run.yaml" in error
         assert "Traceback" not in error
+
+
+@pytest.mark.parametrize(
+    "text", ["a: " + "1:" * 300_000 + "1", "seed: 0x" + "f" * 6000, "a: !!bool x", "a: !!timestamp x", "a: 1" + "0" * 5000], ids=lambda t: t[:12]
+)
+def test_yaml_values_that_take_forever_or_are_none_are_refused(text):
+    with pytest.raises(CellFileError, match=r"holds a number of|is not valid YAML"):
+        load_yaml(text, "w")
+
+
+def test_labels_of_rows_are_no_formulas():
+    for index in (pd.CategoricalIndex(["=i", "j"]), pd.Index(["=i", "j"], dtype="string"), pd.MultiIndex.from_tuples([("=i", 1), ("j", 2)])):
+        text = write_csv(pd.DataFrame({"a": [" =1", "\n@x"]}, index=index.rename("=idx" if index.nlevels == 1 else ["=idx", "n"])))
+        rows = list(csv.reader(io.StringIO(text)))
+        assert rows[0][0] == "'=idx"
+        assert rows[1][0] == "'=i"
+        assert [row[-1] for row in rows[1:]] == ["' =1", "'\n@x"]
+
+
+def test_predictions_of_cells_named_as_formulas_are_text(tokenizer, genes, tmp_path):
+    GeneformerForSequenceClassification(tiny_config(tokenizer, num_labels=3, pooling="mean")).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    cells = make_cells(genes, 3)
+    cells.obs_names = ["=cmd|x0", "@a", "c"]
+    path = write(cells, tmp_path / "cells.h5ad")
+    assert main(["predict", str(path), "--model", str(tmp_path / "model"), "--output", str(tmp_path / "out.csv")]) == 0
+    rows = list(csv.reader(io.StringIO((tmp_path / "out.csv").read_text())))
+    assert [row[0] for row in rows[1:]] == ["'=cmd|x0", "'@a", "c"]
+
+
+def test_front_matter_with_the_ends_of_lines_of_windows_is_bounded():
+    bomb = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(f"{b}: &{b} [{','.join(['*' + a] * 9)}]\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True))
+    text = f"---\n{bomb}---\nx"
+    for card in (text, text.replace("\n", "\r\n"), "\ufeff" + text):
+        with pytest.raises(CheckpointError, match="aliases"):
+            with_base_model(card, "lab/x")
 
 
 def test_yaml_with_a_few_aliases_is_read():
