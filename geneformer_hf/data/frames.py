@@ -85,7 +85,8 @@ class GroupFrame(Frame):
             twice = sorted({name for name in self.columns if self.columns.count(name) > 1}) if len(self.columns) < 1000 else ["…"]
             msg = f"{where}: {self.name} lists columns more than once: {', '.join(twice[:3])}. The file is damaged; write it again."
             raise CellFileError(msg)
-        missing = [name for name in self.columns if name not in group]
+        # A path from the root would read an array of another part of the file as a column.
+        missing = [name for name in self.columns if name.startswith("/") or ".." in name.split("/") or name not in group]
         if missing:
             msg = f"{where}: {self.name} lists columns that are not there: {', '.join(missing[:3])}. The file is damaged; write it again."
             raise CellFileError(msg)

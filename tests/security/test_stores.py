@@ -422,3 +422,11 @@ def test_columns_that_are_listed_twice_are_refused(tmp_path, genes):
         file["obs"].attrs["column-order"] = np.array(["cell_type"] * 50, dtype=object)
     with pytest.raises(CellFileError, match="obs lists columns more than once"):
         open_cells(path).obs_columns  # noqa: B018 - it is read then
+
+
+@pytest.mark.parametrize("name", ["/X/data", "../X/data"])
+def test_columns_that_are_paths_out_of_the_table_are_refused(name, h5ad):
+    with h5py.File(h5ad, "r+") as file:
+        file["obs"].attrs["column-order"] = [name]
+    with pytest.raises(CellFileError, match="obs lists columns that are not there"):
+        open_cells(h5ad)
