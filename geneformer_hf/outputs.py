@@ -271,32 +271,24 @@ def _locked_folder(output: Path) -> tuple[Path, FileLock]:
 
 
 def _remove_leftovers(output: Path) -> None:
-    """Remove what killed runs left beside an output, and put back an output that one had moved aside."""
-    for folder in _left_beside(output, ".partial"):
-        lock = FileLock(folder / LOCK)
-        try:
-            if not (folder / LOCK).is_file():
+    """Remove what killed runs left next to an output, and restore an output that one had moved aside."""
+    for suffix in (".partial", ".old"):
+        for folder in _left_beside(output, suffix):
+            lock = FileLock(folder / LOCK)
+            try:
+                if not (folder / LOCK).is_file():
+                    continue
+                lock.acquire(timeout=0)
+            except (Timeout, OSError):
+                # In use, on this machine or another one.
                 continue
-            lock.acquire(timeout=0)
-        except (Timeout, OSError):
-            # At work, on this machine or another one.
-            continue
-        logger.warning("Removing %s, which a run that was killed left there.", folder)
-        lock.release()
-        shutil.rmtree(folder, ignore_errors=True)
-    for folder in _left_beside(output, ".old"):
-        lock = FileLock(folder / LOCK)
-        try:
-            if not (folder / LOCK).is_file():
-                continue
-            lock.acquire(timeout=0)
-        except (Timeout, OSError):
-            continue
-        if (folder / output.name).exists() and not os.path.lexists(output):
-            logger.warning("Putting back %s, which a run that was killed had moved aside.", output)
-            (folder / output.name).rename(output)
-        lock.release()
-        shutil.rmtree(folder, ignore_errors=True)
+            if suffix == ".partial":
+                logger.warning("Removing %s, which an interrupted run left there.", folder)
+            elif (folder / output.name).exists() and not os.path.lexists(output):
+                logger.warning("Restoring %s, which an interrupted run had moved aside.", output)
+                (folder / output.name).rename(output)
+            lock.release()
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _left_beside(output: Path, suffix: str) -> list[Path]:
