@@ -22,9 +22,11 @@ class Info(Command):
 
     def run(self, args: Namespace) -> int:
         from ..data.files import KINDS, is_cells_folder
+        from ..input_files import require_regular
         from ..models.configuration_geneformer import PRESETS
 
         path = Path(args.what)
+        require_regular(path)
         if path.is_file() or is_cells_folder(path):
             self._file(path, args)
         elif path.suffix in KINDS and not path.exists():

@@ -356,3 +356,9 @@ def test_files_beside_the_cells_are_checked_too(door, damage, genes, model_folde
 
 def test_a_list_of_genes_longer_than_a_file_name(genes):
     assert listed_genes(",".join(genes)) == genes
+
+
+def test_info_names_a_pipe(tmp_path, capsys):
+    os.mkfifo(tmp_path / "cells.h5ad")
+    assert main(["info", str(tmp_path / "cells.h5ad")]) == 1
+    assert "cells.h5ad is a named pipe (FIFO)" in capsys.readouterr().err
