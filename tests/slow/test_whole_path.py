@@ -26,7 +26,15 @@ def command(*arguments, timeout=900):
 def test_the_demo(tmp_path):
     printed = command("demo", "--output", tmp_path / "demo")
     folder = tmp_path / "demo"
-    assert sorted(p.name for p in folder.iterdir()) == ["classifier", "figures.json", "loss.png", "model", "pbmc_geneformer.h5ad", "umap_cell_type.png"]
+    assert sorted(p.name for p in folder.iterdir()) == [
+        ".geneformer_hf.json",
+        "classifier",
+        "figures.json",
+        "loss.png",
+        "model",
+        "pbmc_geneformer.h5ad",
+        "umap_cell_type.png",
+    ]
     figures = json.loads((folder / "figures.json").read_text())
     assert figures["loss_model"] < figures["loss_gene_frequency"] - 1
     assert figures["loss_rank_frequency"] < figures["loss_gene_frequency"]
