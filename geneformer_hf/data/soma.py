@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache, cached_property
@@ -21,6 +22,7 @@ from ..errors import CellFileError, ColumnNotFoundError, MissingExtraError, Sett
 from ..ranking import check_counts
 from .matrices import BLOCK_CELLS
 from .sources import CellSource, SourceOptions
+from .store_checks import files_of
 
 MEASUREMENT, LAYER, JOIN_ID = "RNA", "raw", "soma_joinid"
 CELL_IDS = ("obs_id", "observation_joinid", "barcode", "cell_id")
@@ -74,14 +76,21 @@ class SomaSource(CellSource):
         self.options = options or SourceOptions(None, None, None)
         self._measurement, self._layer = measurement, self.options.counts_layer or layer
         self.name, self.counts = f"{uri}{f' where {obs_filter}' if obs_filter else ''}", self._layer
+        if Path(self._uri).is_dir():
+            # Links and special files are refused on the way.
+            deque(files_of(Path(self._uri)), maxlen=0)
         with self._open() as experiment:
+            self._require_inside(experiment, "ms", "obs")
             if measurement not in experiment.ms:
                 msg = f"{uri} has no measurement {measurement!r}. Found: {', '.join(experiment.ms) or 'none'}."
                 raise CellFileError(msg)
+            self._require_inside(experiment.ms, measurement)
+            self._require_inside(experiment.ms[measurement], "X", "var")
             layers = list(experiment.ms[measurement].X)
             if self._layer not in layers:
                 msg = f"{uri}: measurement {measurement} has no layer {self._layer!r}. Found: {', '.join(layers) or 'none'}. Name the one with raw counts."
                 raise ColumnNotFoundError(msg)
+            self._require_inside(experiment.ms[measurement].X, self._layer)
             self._obs_columns = [name for name in experiment.obs.schema.names if name != JOIN_ID]
             self._ids = self._join_ids(experiment)
             self.n_cells = len(self._ids)
@@ -119,6 +128,17 @@ class SomaSource(CellSource):
             raise CellFileError(msg) from error
         with experiment:
             yield experiment
+
+    def _require_inside(self, collection: Any, *names: str) -> None:
+        """Raise unless the named members of a collection are there and lie inside the experiment: their addresses may name any folder or bucket."""
+        members = collection.members()
+        for name in names:
+            if name not in members:
+                msg = f"{self._uri}: {collection.uri} has no {name!r}. Found: {', '.join(members) or 'nothing'}. Write the experiment again (`tiledbsoma.io.from_anndata`)."
+                raise CellFileError(msg)
+            if _is_outside(members[name][0], self._uri.rstrip("/")):
+                msg = f"{self._uri}: {name!r} lies outside of the experiment, at {members[name][0]}. Only data inside the experiment itself is read; copy that into it."
+                raise CellFileError(msg)
 
     def _join_ids(self, experiment: Any) -> np.ndarray:
         wanted = {} if self.obs_filter is None else {"value_filter": self.obs_filter}
@@ -204,6 +224,15 @@ def open_census(obs_filter: str, *, organism: str = "homo_sapiens", version: str
 def _context(settings: tuple[tuple[str, Any], ...], timestamp: int | None, process: int) -> Any:
     """Return a context of this process: the threads of TileDB do not survive a fork, and a read in its child waits for them for ever."""
     return tiledbsoma().SOMATileDBContext(tiledb_config=dict(settings), timestamp=timestamp)
+
+
+def _is_outside(address: str, root: str) -> bool:
+    """Return whether an address is neither inside a folder or bucket nor, for experiments on a TileDB server, a name that the server resolves."""
+    if root.startswith("tiledb://"):
+        return False
+    if "://" in root:
+        return not address.startswith(f"{root}/") or ".." in address.split("/")
+    return not Path(address.removeprefix("file://")).resolve().is_relative_to(Path(root).resolve())
 
 
 def _short(error: Exception) -> str:

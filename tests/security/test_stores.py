@@ -19,11 +19,12 @@ import zarr
 
 from geneformer_hf import load_cells, stream_cells
 from geneformer_hf.cli.main import main
-from geneformer_hf.data import zarr_chunks
+from geneformer_hf.data import soma, zarr_chunks
 from geneformer_hf.data.readers import open_cells
+from geneformer_hf.data.soma import SomaSource
 from geneformer_hf.errors import CellFileError, GeneIdError, UnsafePickleError
 from tests.conftest import make_cells, write
-from tests.formats.files import write_zarr
+from tests.formats.files import write_soma, write_zarr
 
 SECRET = np.arange(1.0, 31.0)
 
@@ -430,3 +431,56 @@ def test_columns_that_are_paths_out_of_the_table_are_refused(name, h5ad):
         file["obs"].attrs["column-order"] = [name]
     with pytest.raises(CellFileError, match="obs lists columns that are not there"):
         open_cells(h5ad)
+
+
+SOMA_PARTS = [("", "obs"), ("ms/RNA", "var"), ("ms/RNA/X", "raw")]
+
+
+@pytest.mark.parametrize(("parent", "name"), SOMA_PARTS, ids=[name for _, name in SOMA_PARTS])
+def test_parts_of_an_experiment_that_lie_elsewhere_are_refused(parent, name, genes, tmp_path):
+    import tiledbsoma
+
+    place, other = (write_soma(make_cells(genes), tmp_path / folder) for folder in ("an experiment", "another"))
+    opened = tiledbsoma.open(str(other / parent / name))
+    with tiledbsoma.open(str(place / parent), "d") as group:
+        del group[name]
+    with tiledbsoma.open(str(place / parent), "w") as group:
+        group.set(name, opened, use_relative_uri=False)
+    with pytest.raises(CellFileError, match=rf"an experiment: '{name}' lies outside of the experiment, at file://.*another/.*{name}\. Only data inside"):
+        SomaSource(place)
+    assert SomaSource(other).n_cells == 30
+
+
+def test_links_and_pipes_in_an_experiment_are_refused(genes, tmp_path):
+    place, other = (write_soma(make_cells(genes), tmp_path / folder) for folder in ("experiment", "another"))
+    shutil.rmtree(place / "obs")
+    (place / "obs").symlink_to(other / "obs")
+    with pytest.raises(CellFileError, match="obs is a symbolic link"):
+        SomaSource(place)
+    (place / "obs").unlink()
+    os.mkfifo(place / "obs")
+    with pytest.raises(CellFileError, match="obs is a named pipe"):
+        SomaSource(place)
+
+
+@pytest.mark.parametrize(("address", "root", "outside"), [
+    ("s3://bucket/census/homo_sapiens/obs", "s3://bucket/census/homo_sapiens", False),
+    ("s3://bucket/census/homo_sapiens_2/obs", "s3://bucket/census/homo_sapiens", True),
+    ("s3://bucket/census/homo_sapiens/../obs", "s3://bucket/census/homo_sapiens", True),
+    ("file:///data/secret/obs", "s3://bucket/census/homo_sapiens", True),
+    ("s3://bucket/obs", "/data/experiment", True),
+    ("file:///data/experiment/../secret/obs", "/data/experiment", True),
+    ("s3://bucket/7c1f/obs", "tiledb://someone/experiment", False),
+])  # fmt: skip
+def test_addresses_outside_of_an_experiment(address, root, outside):
+    assert soma._is_outside(address, root) is outside
+
+
+def test_experiments_that_lack_a_part_are_refused(genes, tmp_path):
+    import tiledbsoma
+
+    place = write_soma(make_cells(genes), tmp_path / "experiment")
+    with tiledbsoma.open(str(place), "d") as experiment:
+        del experiment["obs"]
+    with pytest.raises(CellFileError, match=r"has no 'obs'\. Found: ms"):
+        SomaSource(place)
