@@ -35,6 +35,10 @@ DAMAGE = (
 ZARR_MARKS = ("zarr.json", ".zgroup")
 MOST_EMPTY_CHUNKS = 1000
 """Chunks of a zarr array from which on those that are there are counted."""
+MOST_NOT_STORED = 1 << 20
+"""Entries of an HDF5 array from which on those that are stored are counted."""
+LONGEST_TEXT = 1 << 16
+"""Bytes of a text of fixed length, in an array of them."""
 TEXT_BYTES = 64
 """Memory of a short text in Python, for the bound on what is read at once."""
 
@@ -135,14 +139,29 @@ def read_values(array: Any, start: int = 0, stop: int | None = None) -> np.ndarr
         CellFileError: if they would not fit into memory.
     """
     n = len(range(*slice(start, stop).indices(int(array.shape[0]))))
-    require_memory(n * (TEXT_BYTES if is_text(array) else array.dtype.itemsize), f"{name_of(array)}, which has {n:,} entries,")
-    n_chunks = getattr(array, "nchunks", 0)
-    if n_chunks > MOST_EMPTY_CHUNKS and n_chunks > 2 * array.nchunks_initialized:
-        msg = f"{name_of(array)} declares {n_chunks:,} chunks, and {array.nchunks_initialized:,} are there. The store is incomplete; write or copy it again."
+    if is_text(array) and array.dtype.itemsize > LONGEST_TEXT:
+        msg = f"{_place_of(array)} keeps {array.dtype.itemsize:,} bytes for each of its texts; expected at most {LONGEST_TEXT:,}. Write the store again with anndata."
         raise CellFileError(msg)
+    require_memory(n * (max(TEXT_BYTES, array.dtype.itemsize) if is_text(array) else array.dtype.itemsize), f"{_place_of(array)}, which has {n:,} entries,")
+    _require_stored(array)
     if not is_text(array):
         return np.asarray(array[start:stop])
     return decoded(array[start:stop])
+
+
+def _require_stored(array: Any) -> None:
+    """Raise if most of a long array is declared and nowhere stored: it would read as zeros or empty text for minutes."""
+    if isinstance(array, h5py.Dataset):
+        declared = int(array.shape[0])
+        stored = array.id.get_num_chunks() * array.chunks[0] if array.chunks else declared * (array.id.get_storage_size() > 0)
+        if declared > MOST_NOT_STORED and declared > 2 * stored:
+            msg = f"{_place_of(array)} declares {declared:,} entries, and at most {stored:,} are stored. The file is incomplete; write or copy it again."
+            raise CellFileError(msg)
+        return
+    n_chunks = getattr(array, "nchunks", 0)
+    if n_chunks > MOST_EMPTY_CHUNKS and n_chunks > 2 * array.nchunks_initialized:
+        msg = f"{_place_of(array)} declares {n_chunks:,} chunks, and {array.nchunks_initialized:,} are there. The store is incomplete; write or copy it again."
+        raise CellFileError(msg)
 
 
 def decoded(values: Any) -> np.ndarray:
@@ -159,3 +178,9 @@ def attribute(item: Any, name: str) -> str:
 def name_of(item: Any) -> str:
     """Return the path of an item inside its store, without the leading slash; arrays in memory have none."""
     return str(getattr(item, "name", "an array")).lstrip("/")
+
+
+def _place_of(array: Any) -> str:
+    """Return the file or store of an array and its path inside, for messages."""
+    file = array.file.filename if isinstance(array, h5py.Dataset) else str(getattr(getattr(array, "store", None), "root", ""))
+    return f"{file}: {name_of(array)}" if file else name_of(array)

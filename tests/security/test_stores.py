@@ -138,6 +138,43 @@ def test_declared_numbers_of_cells_are_refused_before_allocation(tmp_path, genes
     assert time.monotonic() - start < 30
 
 
+def empty_cells(file, n, **stored):
+    """Declare so many cells without a gene."""
+    for name in ("obs/_index", "X/indptr", "X/indices", "X/data"):
+        del file[name]
+    file.create_dataset("obs/_index", (n,), h5py.string_dtype(), **stored)
+    file.create_dataset("X/indptr", (n + 1,), "i8", **stored)
+    file["X/indices"], file["X/data"] = np.zeros(0, "i4"), np.zeros(0, "f4")
+    file["X"].attrs["shape"] = np.array([n, 60])
+
+
+@pytest.mark.parametrize("stored", [{"chunks": (1024,)}, {"chunks": (10**7,)}, {}], ids=["chunks", "one_chunk", "contiguous"])
+def test_cells_that_are_declared_and_not_stored_are_refused(stored, tmp_path, genes):
+    path = write(make_cells(genes), tmp_path / "cells.h5ad")
+    with h5py.File(path, "r+") as file:
+        empty_cells(file, 10**7, **stored)
+    with pytest.raises(CellFileError, match=r"cells\.h5ad: X/indptr declares 10,000,001 entries, and at most 0 are stored"):
+        open_cells(path)
+
+
+def test_texts_of_absurd_length_are_refused(tmp_path, genes):
+    path = write(make_cells(genes, kind=["a"] * 30), tmp_path / "cells.h5ad")
+    with h5py.File(path, "r+") as file:
+        del file["obs/_index"]
+        file.create_dataset("obs/_index", (30,), "S100000000", chunks=(1,), compression="gzip")
+    with pytest.raises(CellFileError, match=r"cells\.h5ad: obs/_index keeps 100,000,000 bytes for each of its texts; expected at most 65,536"):
+        open_cells(path).cell_ids  # noqa: B018
+
+
+def test_categories_behind_a_reference_to_nothing_are_refused(tmp_path, genes):
+    path = write(make_cells(genes, age=np.arange(30)), tmp_path / "cells.h5ad")
+    with h5py.File(path, "r+") as file:
+        file["obs/age"].attrs["categories"] = h5py.Reference()
+    source = open_cells(path)
+    with pytest.raises(CellFileError, match="Invalid HDF5 object reference"):
+        source.read_obs(["age"])
+
+
 class Canary:
     """Unpickled, it would leave a file behind."""
 
