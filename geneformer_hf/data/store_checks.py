@@ -18,7 +18,7 @@ import psutil
 
 from ..errors import CellFileError
 from ..input_files import read_json, require_regular
-from .zarr_chunks import COMPRESSORS, MOST_CHUNK_BYTES, check_chunk
+from .zarr_chunks import COMPRESSORS, MOST_CHUNK_BYTES, ChunkLayout, check_chunk
 
 HDF5_FILTERS = {1: "gzip", 2: "shuffle", 3: "fletcher32", 4: "szip", 32000: "lzf"}
 PLUGIN_FILTERS = {32001: "blosc", 32026: "blosc2", 32004: "lz4", 32008: "bitshuffle", 32015: "zstd"}
@@ -147,15 +147,15 @@ def check_zarr(path: Path) -> None:
         CellFileError: naming the file or array, what it does, and what to do.
     """
     files = list(files_of(path))
-    arrays: dict[Path, tuple[int | None, str | None]] = {}
+    arrays: dict[Path, ChunkLayout] = {}
     for file in files:
-        if file.name in (".zarray", "zarr.json"):
-            arrays[file.parent] = _check_array_metadata(path, file, str(file.relative_to(path)))
+        if file.name in (".zarray", "zarr.json") and (layout := _check_array_metadata(path, file, str(file.relative_to(path)))) is not None:
+            arrays[file.parent] = layout
     for file in files:
         if file.name != "zarr.json" and not file.name.startswith(".z"):
             owner = next((folder for folder in file.parents if folder in arrays), None)
             if owner is not None:
-                check_chunk(path, file, *arrays[owner])
+                check_chunk(path, file, arrays[owner])
 
 
 def files_of(root: Path) -> Iterator[Path]:
@@ -179,14 +179,14 @@ def files_of(root: Path) -> Iterator[Path]:
                 yield Path(entry.path)
 
 
-def _check_array_metadata(root: Path, path: Path, where: str) -> tuple[int | None, str | None]:
-    """Refuse the codecs and chunks of one array, as its metadata states them; return the bytes of a chunk, if they are known, and the compressor."""
+def _check_array_metadata(root: Path, path: Path, where: str) -> ChunkLayout | None:
+    """Refuse the codecs and chunks of one array, as its metadata states them; return how its chunks lie, None for a group."""
     metadata = read_json(path)
     if not isinstance(metadata, dict):
         msg = f"{root}: {where} does not hold a JSON object. The store is damaged; write it again."
         raise CellFileError(msg)
     if path.name == "zarr.json" and metadata.get("node_type") != "array":
-        return None, None
+        return None
     for name in _codec_names(metadata):
         known = name.removeprefix("numcodecs.") if isinstance(name, str) else name
         if not isinstance(known, str) or known not in ZARR_CODECS:
@@ -202,13 +202,49 @@ def _check_array_metadata(root: Path, path: Path, where: str) -> tuple[int | Non
     if metadata.get("storage_transformers"):
         msg = f"{root}: {where} names storage transformers, which are not read. Write the store again with anndata (`adata.write_zarr(...)`)."
         raise CellFileError(msg)
-    n_bytes = _chunk_bytes(metadata)
+    shape = _chunk_shape(metadata)
+    size = _value_bytes(metadata)
+    n_values = None if shape is None else int(np.prod(shape, dtype=object))
+    # Text counts as pointers.
+    n_bytes = None if n_values is None else n_values * (size or 8)
     if n_bytes is None or n_bytes > MOST_CHUNK_BYTES:
         found = "no readable chunk shape and data type" if n_bytes is None else f"chunks of {n_bytes / 1e9:,.1f} GB"
         msg = f"{root}: {where} declares {found}; expected chunks of at most {MOST_CHUNK_BYTES / 1e9:,.1f} GB. The store is damaged; write it again with smaller chunks."
         raise CellFileError(msg)
-    first = next(_pipelines(metadata), [])
-    return n_bytes if _is_fixed(metadata) else None, first[0] if first else None
+    pipelines = list(_pipelines(metadata))
+    shards = [codec for codec in _codecs(metadata) if codec.get("name") == "sharding_indexed"]
+    if not shards:
+        return ChunkLayout(n_values or 0, size, pipelines[0][0] if pipelines and pipelines[0] else None)
+    return _shard_layout(shards, n_values or 0, size, f"{root}: {where}")
+
+
+def _shard_layout(shards: list[dict[str, Any]], n_values: int, size: int | None, where: str) -> ChunkLayout:
+    """Return how the chunks of an array lie in its shards.
+
+    Raises:
+        CellFileError: for shards inside shards, and an index that is not written as zarr does.
+    """
+    settings = shards[0].get("configuration")
+    settings = settings if isinstance(settings, dict) else {}
+    inner = _chunk_shape({"chunks": settings.get("chunk_shape")})
+    n_inner = int(np.prod(inner, dtype=object)) if inner else 0
+    codecs = _codecs(settings)
+    index = [(codec.get("name"), codec.get("configuration")) for codec in _codecs({"codecs": settings.get("index_codecs")})]
+    is_known = index[:1] == [("bytes", {"endian": "little"})] and [name for name, _ in index[1:]] in ([], ["crc32c"])
+    if len(shards) > 1 or not n_inner or n_values % n_inner or not is_known or any(codec.get("name") == "sharding_indexed" for codec in codecs):
+        msg = f"{where} lays out its shards in a way that is not read ({n_values:,} values in chunks of {n_inner:,}, index written by {', '.join(str(name) for name, _ in index) or 'nothing'}). Write the store again with anndata (`adata.write_zarr(...)`)."
+        raise CellFileError(msg)
+    packed = next(_pipelines(settings), [])
+    n_in_shard = n_values // n_inner
+    return ChunkLayout(
+        n_inner, size, packed[0] if packed else None, n_in_shard, 16 * n_in_shard + 4 * (len(index) - 1), settings.get("index_location") == "start"
+    )
+
+
+def _codecs(metadata: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the codecs of an array or shard of version 3 that are objects."""
+    codecs = metadata.get("codecs")
+    return [codec for codec in codecs if isinstance(codec, dict)] if isinstance(codecs, list) else []
 
 
 def _pipelines(metadata: dict[str, Any]) -> Iterator[list[str]]:
@@ -223,15 +259,6 @@ def _pipelines(metadata: dict[str, Any]) -> Iterator[list[str]]:
         yield [name for codec in codecs if (name := str(codec.get("id", codec.get("name"))).removeprefix("numcodecs.")) in COMPRESSORS]
         inside = [codec["configuration"] for codec in codecs if isinstance(codec.get("configuration"), dict)]
         lists += [part[key] for part in inside for key in ("codecs", "index_codecs") if isinstance(part.get(key), list)]
-
-
-def _is_fixed(metadata: dict[str, Any]) -> bool:
-    """Return whether all values of an array have the same number of bytes."""
-    kind = metadata.get("dtype", metadata.get("data_type"))
-    try:
-        return isinstance(kind, str) and np.dtype(kind).itemsize > 0 and not np.dtype(kind).hasobject
-    except (TypeError, ValueError):
-        return False
 
 
 def _codec_names(metadata: dict[str, Any]) -> Iterator[Any]:
@@ -250,8 +277,8 @@ def _codec_names(metadata: dict[str, Any]) -> Iterator[Any]:
             yield item
 
 
-def _chunk_bytes(metadata: dict[str, Any]) -> int | None:
-    """Return the bytes of one chunk as declared; text counts as pointers; None where the metadata does not say."""
+def _chunk_shape(metadata: dict[str, Any]) -> list[int] | None:
+    """Return the shape of a chunk, or a shard, as declared; None where the metadata does not say."""
     grid = metadata.get("chunk_grid")
     shape = metadata.get("chunks")
     if shape is None and isinstance(grid, dict) and isinstance(grid.get("configuration"), dict):
@@ -260,13 +287,14 @@ def _chunk_bytes(metadata: dict[str, Any]) -> int | None:
         return None
     if 0 in shape and 0 not in (metadata.get("shape") or [1]):
         return None
-    size, total = 8, 1
+    return shape
+
+
+def _value_bytes(metadata: dict[str, Any]) -> int | None:
+    """Return the bytes of one value of an array; None for text, whose size no metadata tells."""
     kind = metadata.get("dtype", metadata.get("data_type"))
-    if isinstance(kind, str):
-        try:
-            size = max(1, np.dtype(kind).itemsize)
-        except (TypeError, ValueError):
-            size = 8
-    for n in shape:
-        total *= n
-    return total * size
+    try:
+        dtype = np.dtype(kind) if isinstance(kind, str) else None
+    except (TypeError, ValueError):
+        return None
+    return None if dtype is None or dtype.hasobject else dtype.itemsize or None

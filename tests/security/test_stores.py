@@ -12,6 +12,7 @@ import anndata
 import h5py
 import numcodecs
 import numpy as np
+import pyarrow as pa
 import pytest
 import scipy.io
 import scipy.sparse as sp
@@ -308,21 +309,87 @@ def test_labels_of_an_scdl_archive_are_not_unpickled(tmp_path, genes):
 
 def bomb(codec: str, n_bytes: int) -> bytes:
     """Zeros that a codec makes much smaller."""
-    packed = numcodecs.get_codec({"id": codec}).encode(bytes(n_bytes))
-    return bytes(packed)
+    if codec == "zstd, no size":
+        # A stream declares nothing beforehand.
+        with pa.BufferOutputStream() as sink:
+            with pa.CompressedOutputStream(sink, "zstd") as packer:
+                packer.write(bytes(n_bytes))
+            return sink.getvalue().to_pybytes()
+    return bytes(numcodecs.get_codec({"id": codec}).encode(bytes(n_bytes)))
 
 
-@pytest.mark.parametrize("codec", ["gzip", "zlib", "bz2", "lzma", "zstd"])
+@pytest.mark.parametrize("codec", ["gzip", "zlib", "bz2", "lzma", "zstd", "zstd, no size", "blosc", "lz4"])
 @pytest.mark.parametrize("key", ["X/data", "var/_index"])
 def test_chunks_that_unpack_to_more_than_they_declare_are_refused(codec, key, tmp_path, genes, monkeypatch):
     monkeypatch.setattr(zarr_chunks, "_UNPACKED_FROM", dict.fromkeys(zarr_chunks._UNPACKED_FROM, 1))
     monkeypatch.setattr(zarr_chunks, "MOST_CHUNK_BYTES", 1 << 20)
     store = write_zarr(make_cells(genes), tmp_path / "cells.zarr", 2)
     path = store / key / ".zarray"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"compressor": {"id": codec}}))
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"compressor": {"id": codec.split(",")[0]}}))
     (store / key / "0").write_bytes(bomb(codec, 8 << 20))
     with pytest.raises(CellFileError, match=rf"the chunk {key}/0 unpacks from [\d,]+ bytes to more than [\d,]+"):
         open_cells(store)
+
+
+def sharded(store: Path, *, index_first: bool = False, codec: str = "zstd") -> tuple[Path, np.ndarray]:
+    """Write X/data of a store again as one shard of chunks of 128 values; return its file and its values."""
+    group = zarr.open_group(store, mode="r+", use_consolidated=False)
+    values, attributes = group["X/data"][:], dict(group["X/data"].attrs)
+    del group["X/data"]
+    n = -(-len(values) // 128) * 128
+    codecs = {"zstd": zarr.codecs.ZstdCodec, "gzip": zarr.codecs.GzipCodec, "blosc": zarr.codecs.BloscCodec}
+    sharding = zarr.codecs.ShardingCodec(
+        chunk_shape=(128,), codecs=[zarr.codecs.BytesCodec(), codecs[codec]()], index_location="start" if index_first else "end"
+    )
+    array = zarr.create_array(
+        store=str(store), name="X/data", shape=values.shape, chunks=(n,), dtype=values.dtype, serializer=sharding, compressors=None, attributes=attributes
+    )
+    array[:] = values
+    return next(p for p in (store / "X" / "data").rglob("*") if p.is_file() and p.name != "zarr.json"), values
+
+
+def with_bomb(shard: bytes, n_chunks: int, packed: bytes, *, index_first: bool) -> bytes:
+    """Put other bytes in the place of the second chunk of a shard, whose index has a checksum of four bytes."""
+    size = 16 * n_chunks + 4
+    index = np.frombuffer(shard[:size][:-4] if index_first else shard[-size:-4], dtype="<u8").reshape(-1, 2).copy()
+    index[1] = len(shard) if index_first else len(shard) - size, len(packed)
+    sealed = bytes(numcodecs.get_codec({"id": "crc32c", "location": "end"}).encode(index.tobytes()))
+    return sealed + shard[size:] + packed if index_first else shard[:-size] + packed + sealed
+
+
+@pytest.mark.parametrize("index_first", [False, True], ids=["index_last", "index_first"])
+@pytest.mark.parametrize("codec", ["zstd", "zstd, no size", "gzip", "blosc"])
+def test_chunks_in_shards_are_looked_at_too(codec, index_first, tmp_path, genes, monkeypatch):
+    monkeypatch.setattr(zarr_chunks, "_UNPACKED_FROM", dict.fromkeys(zarr_chunks._UNPACKED_FROM, 1))
+    cells = make_cells(genes)
+    store = write_zarr(cells, tmp_path / "cells.zarr", 3)
+    before = next(iter(open_cells(store).iter_blocks(0, 30))).counts_ng.toarray()
+    shard, values = sharded(store, index_first=index_first, codec=codec.split(",")[0])
+    assert (next(iter(open_cells(store).iter_blocks(0, 30))).counts_ng.toarray() == before).all()
+    packed = bomb(codec, 8 << 20) if codec != "blosc" else bytes(numcodecs.Blosc().encode(np.zeros(2 << 20, "f4")))
+    whole = with_bomb(shard.read_bytes(), -(-len(values) // 128), packed, index_first=index_first)
+    shard.write_bytes(whole)
+    with pytest.raises(CellFileError, match=r"the chunk X/data/c/0 (unpacks from [\d,]+ bytes to more than|has [\d,]+ bytes for) [\d,]+"):
+        open_cells(store)
+    shard.write_bytes(whole[:100])
+    with pytest.raises(CellFileError, match=r"the chunk X/data/c/0 has 100 bytes, (fewer than the index|and its index names chunks beyond)"):
+        open_cells(store)
+
+
+def test_shards_laid_out_in_another_way_are_refused(tmp_path, genes):
+    store = write_zarr(make_cells(genes), tmp_path / "cells.zarr", 3)
+    sharded(store)
+    path = store / "X" / "data" / "zarr.json"
+    metadata = json.loads(path.read_text())
+    settings = next(codec for codec in metadata["codecs"] if codec["name"] == "sharding_indexed")["configuration"]
+    for changes in ({"chunk_shape": [0]}, {"chunk_shape": "all"}, {"index_codecs": [{"name": "gzip"}]}, {"codecs": [{"name": "sharding_indexed"}]}):
+        kept = dict(settings)
+        settings |= changes
+        path.write_text(json.dumps(metadata))
+        settings.clear()
+        settings |= kept
+        with pytest.raises(CellFileError, match=r"X/data/zarr\.json lays out its shards in a way that is not read"):
+            open_cells(store)
 
 
 def put_chunk(path: Path, content: bytes, n_filters: int) -> None:
@@ -387,7 +454,7 @@ def test_chunks_compressed_twice_are_refused(tmp_path, genes):
         open_cells(store)
 
 
-@pytest.mark.parametrize("codec", ["gzip", "zlib", "bz2", "lzma", "zstd"])
+@pytest.mark.parametrize("codec", ["gzip", "zlib", "bz2", "lzma", "zstd", "blosc", "lz4"])
 def test_chunks_of_every_size_are_read(codec, tmp_path, genes, monkeypatch):
     monkeypatch.setattr(zarr_chunks, "_UNPACKED_FROM", dict.fromkeys(zarr_chunks._UNPACKED_FROM, 1))
     cells = make_cells(genes)
