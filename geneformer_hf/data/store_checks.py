@@ -7,6 +7,7 @@ declare arrays larger than memory; each is refused by name before any value is r
 from __future__ import annotations
 
 import importlib.util
+import io
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,12 +19,14 @@ import psutil
 
 from ..errors import CellFileError
 from ..input_files import read_json, require_regular
-from .zarr_chunks import COMPRESSORS, MOST_CHUNK_BYTES, ChunkLayout, check_chunk
+from .zarr_chunks import COMPRESSORS, MOST_CHUNK_BYTES, UNPACKED_FROM, ChunkLayout, check_chunk, unpacks_beyond
 
 HDF5_FILTERS = {1: "gzip", 2: "shuffle", 3: "fletcher32", 4: "szip", 32000: "lzf"}
 PLUGIN_FILTERS = {32001: "blosc", 32026: "blosc2", 32004: "lz4", 32008: "bitshuffle", 32015: "zstd"}
 """Read where hdf5plugin is installed."""
 HDF5_COMPRESSORS = frozenset({1, 4, 32000, 32001, 32004, 32015, 32026})
+_SEEN_THROUGH = {1: "zlib", 32001: "blosc", 32015: "zstd"}
+"""HDF5 filters whose chunks can stand for thousands of times their size, and the codec of `zarr_chunks` that they write."""
 ZARR_CODECS = frozenset(
     {
         *("blosc", "zstd", "gzip", "zlib", "bz2", "lzma", "lz4", "shuffle", "delta", "crc32", "crc32c", "adler32", "fletcher32"),
@@ -135,6 +138,26 @@ def _reason_against(item: Any) -> str | None:
             return f"has {item.get_storage_size():,} bytes for {whole:,} bytes of values"
         if n_bytes > MOST_CHUNK_BYTES:
             return f"is cut into chunks of {n_bytes / 1e9:,.1f} GB; expected at most {MOST_CHUNK_BYTES / 1e9:,.1f} GB"
+        packer = next((code for code in codes if code in _SEEN_THROUGH), None)
+        if packer is not None and item.get_storage_size() >= UNPACKED_FROM[_SEEN_THROUGH[packer]]:
+            return _oversized_chunk(item, _SEEN_THROUGH[packer], codes.index(packer), 8 * n_bytes + (1 << 16))
+    return None
+
+
+def _oversized_chunk(item: Any, compressor: str, place: int, most: int) -> str | None:
+    """Return which chunk of an HDF5 array unpacks to more than so many bytes, None where none does. Chunks too small for a gigabyte are not looked at."""
+    large: list[tuple[int, ...]] = []
+
+    def look(chunk: Any) -> None:
+        # A bit says that the filter at its place was skipped.
+        if chunk.size >= UNPACKED_FROM[compressor] and not chunk.filter_mask >> place & 1:
+            large.append(chunk.chunk_offset)
+
+    item.chunk_iter(look)
+    for offset in large:
+        _, packed = item.read_direct_chunk(offset)
+        if unpacks_beyond(io.BytesIO(packed), compressor, most):
+            return f"has a chunk that unpacks from {len(packed):,} bytes to more than {most:,}, eight times what it declares"
     return None
 
 

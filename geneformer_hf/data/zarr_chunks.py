@@ -17,7 +17,7 @@ import pyarrow as pa
 from ..errors import CellFileError
 
 COMPRESSORS = frozenset({"blosc", "zstd", "gzip", "zlib", "bz2", "lzma", "lz4"})
-_UNPACKED_FROM = {"gzip": 1 << 20, "zlib": 1 << 20, "lz4": 1 << 20, "bz2": 1 << 10, "lzma": 1 << 14, "zstd": 1 << 15, "blosc": 1 << 12}
+UNPACKED_FROM = {"gzip": 1 << 20, "zlib": 1 << 20, "lz4": 1 << 20, "bz2": 1 << 10, "lzma": 1 << 14, "zstd": 1 << 15, "blosc": 1 << 12}
 """Bytes of a compressed chunk that can stand for a gigabyte: from there on, what it unpacks to is looked at."""
 MOST_CHUNK_BYTES = 4 << 30
 """Largest chunk of an array, which is held in memory to read any value in it. HDF5 itself allows no more."""
@@ -63,11 +63,11 @@ def check_chunk(root: Path, path: Path, layout: ChunkLayout) -> None:
         n_bytes = layout.n_values * layout.value_bytes * max(1, layout.n_in_shard)
         msg = f"{what} has {size:,} bytes for {n_bytes:,} bytes of values. The store is damaged; write it again."
         raise CellFileError(msg)
-    if layout.compressor is None or size < _UNPACKED_FROM[layout.compressor]:
+    if layout.compressor is None or size < UNPACKED_FROM[layout.compressor]:
         return
     with path.open("rb") as file:
         for start, length in _chunks_of(file, size, layout, what):
-            if length >= _UNPACKED_FROM[layout.compressor] and _unpacks_beyond(_Part(file, start, length), layout.compressor, layout.most):
+            if length >= UNPACKED_FROM[layout.compressor] and unpacks_beyond(_Part(file, start, length), layout.compressor, layout.most):
                 msg = f"{what} unpacks from {length:,} bytes to more than {layout.most:,}, eight times what its array declares or what is read of any. It is damaged, or was made to fill memory; write it again."
                 raise CellFileError(msg)
 
@@ -90,10 +90,10 @@ def _chunks_of(file: BinaryIO, size: int, layout: ChunkLayout, what: str) -> lis
     return [(start, length) for start, length in there]
 
 
-def _unpacks_beyond(part: _Part, compressor: str, most: int) -> bool:
+def unpacks_beyond(part: io.RawIOBase | io.BytesIO, compressor: str, most: int) -> bool:
     """Return whether a compressed chunk holds more than so many bytes, without holding them. Damage is left to zarr."""
     if compressor in ("zstd", "blosc", "lz4"):
-        declared = _declared_size(part.read(18), compressor)
+        declared = _declared_size(part.read(18) or b"", compressor)
         part.seek(0)
         if declared is not None or compressor != "zstd":
             return (declared or 0) > most
@@ -110,7 +110,7 @@ def _unpacks_beyond(part: _Part, compressor: str, most: int) -> bool:
     return False
 
 
-def _open_zstd(part: _Part) -> Any:
+def _open_zstd(part: io.RawIOBase | io.BytesIO) -> Any:
     return pa.CompressedInputStream(pa.PythonFile(part, mode="r"), "zstd")
 
 

@@ -6,6 +6,7 @@ import os
 import shutil
 import time
 import tracemalloc
+import zlib
 from pathlib import Path
 
 import anndata
@@ -20,7 +21,7 @@ import zarr
 
 from geneformer_hf import load_cells, stream_cells
 from geneformer_hf.cli.main import main
-from geneformer_hf.data import soma, zarr_chunks
+from geneformer_hf.data import soma, store_checks, zarr_chunks
 from geneformer_hf.data.readers import open_cells
 from geneformer_hf.data.soma import SomaSource
 from geneformer_hf.errors import CellFileError, GeneIdError, UnsafePickleError
@@ -321,7 +322,7 @@ def bomb(codec: str, n_bytes: int) -> bytes:
 @pytest.mark.parametrize("codec", ["gzip", "zlib", "bz2", "lzma", "zstd", "zstd, no size", "blosc", "lz4"])
 @pytest.mark.parametrize("key", ["X/data", "var/_index"])
 def test_chunks_that_unpack_to_more_than_they_declare_are_refused(codec, key, tmp_path, genes, monkeypatch):
-    monkeypatch.setattr(zarr_chunks, "_UNPACKED_FROM", dict.fromkeys(zarr_chunks._UNPACKED_FROM, 1))
+    monkeypatch.setattr(zarr_chunks, "UNPACKED_FROM", dict.fromkeys(zarr_chunks.UNPACKED_FROM, 1))
     monkeypatch.setattr(zarr_chunks, "MOST_CHUNK_BYTES", 1 << 20)
     store = write_zarr(make_cells(genes), tmp_path / "cells.zarr", 2)
     path = store / key / ".zarray"
@@ -360,7 +361,7 @@ def with_bomb(shard: bytes, n_chunks: int, packed: bytes, *, index_first: bool) 
 @pytest.mark.parametrize("index_first", [False, True], ids=["index_last", "index_first"])
 @pytest.mark.parametrize("codec", ["zstd", "zstd, no size", "gzip", "blosc"])
 def test_chunks_in_shards_are_looked_at_too(codec, index_first, tmp_path, genes, monkeypatch):
-    monkeypatch.setattr(zarr_chunks, "_UNPACKED_FROM", dict.fromkeys(zarr_chunks._UNPACKED_FROM, 1))
+    monkeypatch.setattr(zarr_chunks, "UNPACKED_FROM", dict.fromkeys(zarr_chunks.UNPACKED_FROM, 1))
     cells = make_cells(genes)
     store = write_zarr(cells, tmp_path / "cells.zarr", 3)
     before = next(iter(open_cells(store).iter_blocks(0, 30))).counts_ng.toarray()
@@ -411,6 +412,29 @@ def test_hdf5_chunks_larger_than_their_values_are_refused(h5ad):
         open_cells(h5ad)
 
 
+def test_hdf5_chunks_that_unpack_to_more_than_they_declare_are_refused(h5ad, monkeypatch):
+    put_chunk(h5ad, zlib.compress(bytes(8 << 20), 9), 1)
+    # Small enough to be read as it is, by default.
+    assert open_cells(h5ad).n_cells == 30
+    store_checks._checked.clear()
+    monkeypatch.setitem(zarr_chunks.UNPACKED_FROM, "zlib", 1)
+    with pytest.raises(CellFileError, match=r"'X/data' has a chunk that unpacks from 8,1\d\d bytes to more than \d\d,\d\d\d, eight times what it declares"):
+        open_cells(h5ad)
+
+
+def test_large_chunks_of_ordinary_files_are_read(tmp_path, genes, monkeypatch):
+    monkeypatch.setitem(zarr_chunks.UNPACKED_FROM, "zlib", 1)
+    cells = make_cells(genes)
+    path = tmp_path / "cells.h5ad"
+    write(cells, path)
+    with h5py.File(path, "r+") as file:
+        for name in ("X/data", "X/indices"):
+            values = file[name][:]
+            del file[name]
+            file.create_dataset(name, data=values, chunks=values.shape, compression="gzip", shuffle=True, fletcher32=True)
+    assert (next(iter(open_cells(path).iter_blocks(0, 30))).counts_ng.toarray() == cells.X.toarray()).all()
+
+
 def test_hdf5_chunks_compressed_twice_are_refused(h5ad):
     put_chunk(h5ad, gzip.compress(b"x"), 2)
     with pytest.raises(CellFileError, match="'X/data' is compressed more than once"):
@@ -456,7 +480,7 @@ def test_chunks_compressed_twice_are_refused(tmp_path, genes):
 
 @pytest.mark.parametrize("codec", ["gzip", "zlib", "bz2", "lzma", "zstd", "blosc", "lz4"])
 def test_chunks_of_every_size_are_read(codec, tmp_path, genes, monkeypatch):
-    monkeypatch.setattr(zarr_chunks, "_UNPACKED_FROM", dict.fromkeys(zarr_chunks._UNPACKED_FROM, 1))
+    monkeypatch.setattr(zarr_chunks, "UNPACKED_FROM", dict.fromkeys(zarr_chunks.UNPACKED_FROM, 1))
     cells = make_cells(genes)
     store = write_zarr(cells, tmp_path / "cells.zarr", 2)
     before = next(iter(open_cells(store).iter_blocks(0, 30))).counts_ng.toarray()
