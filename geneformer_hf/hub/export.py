@@ -10,6 +10,7 @@ import torch
 import transformers
 
 from ..errors import CheckpointError
+from ..input_files import read_text
 from ..models.adapters import base_folders, is_adapter, is_quantized
 from ..models.loading import load_model, load_peft_model, load_tokenizer
 from ..models.places import local_folder
@@ -114,5 +115,7 @@ def merge_adapter(adapter: str | Path, output: str | Path, *, base: str | Path |
         load_tokenizer(adapter).save_pretrained(partial)
         card = folder / "README.md"
         if card.is_file():
-            (partial / "README.md").write_text(card.read_text(encoding="utf-8").replace("library_name: peft", "library_name: transformers"), encoding="utf-8")
+            (partial / "README.md").write_text(
+                read_text(card, error=CheckpointError).replace("library_name: peft", "library_name: transformers"), encoding="utf-8"
+            )
     return Path(output)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -13,7 +12,7 @@ from typing import Any
 import yaml
 
 from ..errors import CheckpointError
-from ..input_files import load_yaml
+from ..input_files import load_yaml, read_json_object, read_text
 from ..models.adapters import ADAPTER_FILE, ADAPTER_WEIGHTS, describe_adapter, is_adapter, with_base
 from ..models.configuration_geneformer import GeneformerConfig
 from ..models.loading import model_class_of, require_same_vocabulary
@@ -82,7 +81,7 @@ def describe_folder(folder: str | Path, *, base: str | None = None) -> Folder:
     for name in found.files:
         require_content(path / name)
         if Path(name).name == SETTINGS_FILE:
-            found.changed[name] = without_folders((path / name).read_text(encoding="utf-8")).encode()
+            found.changed[name] = without_folders(read_text(path / name, error=CheckpointError)).encode()
     if kind == "adapter":
         found.base = _base_on_the_hub(path, base)
         found.changed |= {name: text.encode() for name, text in with_base(path, found.base).items()}
@@ -102,7 +101,7 @@ def _card(found: Folder) -> dict[str, bytes]:
     """Return the card if the folder has none, or one that does not name its base yet."""
     base = found.base.name if found.base else None
     if CARD in found.files:
-        text = (found.path / CARD).read_text(encoding="utf-8")
+        text = read_text(found.path / CARD, error=CheckpointError)
         return {CARD: with_base_model(text, base).encode()} if base else {}
     config = GeneformerConfig.from_pretrained(found.path) if (found.path / "config.json").is_file() else None
     found.files.append(CARD)
@@ -170,7 +169,11 @@ def _require_whole(path: Path) -> None:
     model_class_of(GeneformerConfig.from_pretrained(path), str(path))
     index = path / "model.safetensors.index.json"
     if index.is_file():
-        missing = sorted({name for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values() if not (path / name).is_file()})
+        shards = read_json_object(index, error=CheckpointError).get("weight_map")
+        if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
+            msg = f"{index} names no files of weights (weight_map). Save the model again."
+            raise CheckpointError(msg)
+        missing = sorted({name for name in shards.values() if not (path / name).is_file()})
         if missing:
             msg = f"{path}: {len(missing)} files of weights are missing, for instance {missing[0]}. Save the model again."
             raise CheckpointError(msg)

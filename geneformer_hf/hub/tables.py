@@ -14,6 +14,7 @@ from ..data.dataset_cards import dataset_card, report_in_card, without_folders
 from ..data.dataset_folders import require_plain_features, require_plain_schema, schema_of, splits_of
 from ..data.tokenized import REPOSITORY, open_tokenized, report_of
 from ..errors import CellFileError
+from ..input_files import read_json_object, read_text
 from .folders import REPORT
 
 PARQUET_PATTERN = "data/*.parquet"
@@ -40,9 +41,7 @@ def write_tables(folder: Path, output: Path, repository: str) -> dict[str, Path]
     report = without_folders(report_of(next(iter(splits.values())))) | {REPOSITORY: repository}
     texts = {REPORT: json.dumps(report, indent=1) + "\n"}
     own = folder / "README.md"
-    texts["README.md"] = dataset_card(
-        splits, report, text=own.read_text(encoding="utf-8") if own.is_file() else None, name=folder.resolve().name, as_parquet=True
-    )
+    texts["README.md"] = dataset_card(splits, report, text=read_text(own) if own.is_file() else None, name=folder.resolve().name, as_parquet=True)
     for name, text in texts.items():
         found[name] = output / name
         found[name].write_text(text, encoding="utf-8")
@@ -61,16 +60,8 @@ def read_tables(folder: Path, output: Path, repository: str) -> None:
     Raises:
         CellFileError: if they cannot be read.
     """
-    card = (folder / "README.md").read_text(encoding="utf-8") if (folder / "README.md").is_file() else ""
-    path = folder / REPORT
-    try:
-        report = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else report_in_card(card)
-    except json.JSONDecodeError as error:
-        msg = f"{REPORT} of the dataset is damaged: {error}."
-        raise CellFileError(msg) from error
-    if not isinstance(report, dict):
-        msg = f"{REPORT} of the dataset is damaged: it holds a {type(report).__name__}; expected an object with names."
-        raise CellFileError(msg)
+    card = read_text(folder / "README.md") if (folder / "README.md").is_file() else ""
+    report = read_json_object(folder / REPORT) if (folder / REPORT).is_file() else report_in_card(card)
     # By what was fetched and checked, never by what the card names: that could be any file of this disk, or any address.
     files: dict[str, list[str]] = {}
     for one in sorted(folder.rglob("*.parquet")):

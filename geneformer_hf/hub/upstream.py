@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 
 from ..errors import CheckpointError, SettingError
+from ..input_files import read_json_object
 from ..models.configuration_geneformer import GeneformerConfig
 from ..models.modeling_geneformer import GeneformerForMultiTaskClassification
 from ..models.tokenization_geneformer import GeneformerTokenizer
@@ -75,8 +75,8 @@ def convert_multi_task(
         raise CheckpointError(msg)
     weights = source_tensors(folder)
     labels = _labels_of(folder, label_mappings)
-    hyperparameters = _read_json(folder / "hyperparameters.json")
-    _read_json(folder / "config.json")
+    hyperparameters = read_json_object(folder / "hyperparameters.json", error=CheckpointError)
+    read_json_object(folder / "config.json", error=CheckpointError)
     heads = {int(head.group(1)): len(tensor) for name, tensor in weights.items() if (head := HEAD.fullmatch(name)) and head.group(2) == "weight"}
     sizes = [heads[number] for number in sorted(heads)]
     if sizes != [len(names) for names in labels.values()]:
@@ -124,18 +124,6 @@ def _labels_of(folder: Path, given: str | Path | None) -> dict[str, list[str]]:
         raise CheckpointError(msg)
     mappings = read_label_mappings(path)
     return {task: [name for name, _ in sorted(of_task.items(), key=lambda item: item[1])] for task, of_task in mappings.items()}
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        msg = f"{path} is no JSON ({error}). Download it again."
-        raise CheckpointError(msg) from error
-    if not isinstance(content, dict):
-        msg = f"{path} holds a {type(content).__name__}; expected settings by name."
-        raise CheckpointError(msg)
-    return content
 
 
 def _renamed(weights: Mapping[str, torch.Tensor], given: list[str], stored: list[str]) -> dict[str, torch.Tensor]:

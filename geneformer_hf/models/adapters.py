@@ -22,6 +22,7 @@ from transformers.utils import logging as transformers_logging
 
 from ..device import resolve_device, resolve_dtype
 from ..errors import CheckpointError, MissingExtraError, SettingError
+from ..input_files import read_json_object
 from .places import Place
 from .weight_checks import hash_of_weights, needed_weights, require_weights
 
@@ -305,7 +306,7 @@ def with_base(folder: Path, base: Place) -> dict[str, str]:
         ADAPTER_FILE: {"base_model_name_or_path": base.name, "revision": base.revision},
         "config.json": {BASE_SUBFOLDER: base.subfolder, "_name_or_path": ""},
     }
-    found = {name: json.loads((folder / name).read_text(encoding="utf-8")) for name in said if (folder / name).is_file()}
+    found = {name: read_json_object(folder / name, error=CheckpointError) for name in said if (folder / name).is_file()}
     return {name: json.dumps(settings | said[name], indent=2) + "\n" for name, settings in found.items()}
 
 
@@ -348,10 +349,10 @@ def describe_adapter(folder: str | Path) -> AdapterInfo:
     """
     folder = Path(folder)
     try:
-        settings = json.loads((folder / ADAPTER_FILE).read_text(encoding="utf-8"))
+        settings = read_json_object(folder / ADAPTER_FILE, error=CheckpointError)
         n_bytes = (folder / ADAPTER_WEIGHTS).stat().st_size
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8")) if (folder / "config.json").is_file() else {}
-    except (OSError, json.JSONDecodeError) as error:
+        config = read_json_object(folder / "config.json", error=CheckpointError) if (folder / "config.json").is_file() else {}
+    except OSError as error:
         msg = f"{folder} is not a whole adapter: {error}. Expected {ADAPTER_FILE} and {ADAPTER_WEIGHTS}."
         raise CheckpointError(msg) from error
     targets, trained_on = settings.get("target_modules"), config.get("quantization_config") or {}
@@ -381,7 +382,7 @@ def config_on_base(folder: Path, config: Any) -> Any:
 
     Names of classes are not known then.
     """
-    task = json.loads((folder / ADAPTER_FILE).read_text(encoding="utf-8")).get("task_type")
+    task = read_json_object(folder / ADAPTER_FILE, error=CheckpointError).get("task_type")
     kind = next((name for name, known in TASK_TYPES.items() if known == task), None)
     if kind is not None:
         config.architectures = [kind]

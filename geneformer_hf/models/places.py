@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import glob
 import hashlib
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -29,6 +28,7 @@ from huggingface_hub.errors import (
 )
 
 from ..errors import CheckpointError, HubError
+from ..input_files import read_json_object
 from ..pickles import sha256
 from .checkpoint_settings import check_folder
 from .checkpoints import CHECKPOINTS
@@ -164,11 +164,15 @@ def converted_from(folder: str | Path) -> Place | None:
     path = Path(folder) / CONVERSION_FILE
     if not path.is_file():
         return None
-    said = json.loads(path.read_text(encoding="utf-8"))
+    said = read_json_object(path, error=CheckpointError)
     weights = Path(folder) / WEIGHTS[0]
-    if not weights.is_file() or sha256(weights) != said.pop("weights_sha256"):
+    if not weights.is_file() or sha256(weights) != said.get("weights_sha256"):
         return None
-    return Place(**said)
+    name, subfolder, revision = (said.get(field) for field in ("name", "subfolder", "revision"))
+    if not isinstance(name, str) or not all(value is None or isinstance(value, str) for value in (subfolder, revision)):
+        msg = f"{path} names no place that the weights are from ({name!r}, {subfolder!r}, {revision!r}). Convert the checkpoint again, or remove the file."
+        raise CheckpointError(msg)
+    return Place(name, subfolder, revision)
 
 
 def repository_of(source: str | Path | None) -> str | None:

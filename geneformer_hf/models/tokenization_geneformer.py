@@ -6,7 +6,6 @@ Saved as `tokenizer.json` and `tokenizer_config.json`, which transformers loads 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -25,6 +24,7 @@ from transformers import BatchEncoding, PreTrainedTokenizerFast
 from ..errors import CheckpointError, GeneformerError, NotRawCountsError, UnknownGeneError, VocabularyMismatchError
 from ..gene_ids import GeneFeatures
 from ..genes import GeneColumns, GeneTable
+from ..input_files import read_json_object
 from ..ranking import ENCODING_VERSION, MAX_COLUMNS, TARGET_SUM, check_counts, choose_counts, rank_columns, stored_values, sum_columns
 from .checkpoints import DICTIONARY_PATTERNS
 from .dictionaries import find_dictionaries, folder_of_dictionaries, identify, table_of
@@ -105,7 +105,7 @@ class GeneformerTokenizer(PreTrainedTokenizerFast):
     def _of_published(cls, folder: Path, place: Place, **options: Any) -> GeneformerTokenizer:
         """Build the tokenizer of a checkpoint in the published layout, which has dictionaries in its place."""
         config = folder / "config.json"
-        settings = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
+        settings = read_json_object(config, error=CheckpointError) if config.is_file() else {}
         root = folder_of_dictionaries(place, **options) if settings.get("model_type") == "bert" else None
         if root is None or not any(root.rglob(DICTIONARY_PATTERNS["tokens"])):
             msg = f"{place} holds no {GENE_TABLE_FILE}: published checkpoints come without a tokenizer. Run `geneformer-hf convert {place.name} OUTPUT` once and use OUTPUT."

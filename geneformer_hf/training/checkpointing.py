@@ -17,6 +17,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from ..errors import CheckpointError, OutputError, OutputExistsError, SettingError
+from ..input_files import read_json_object
 from ..models.adapters import ADAPTER_FILE, complete_adapter
 from ..outputs import put, require_ours, write_mark
 
@@ -68,8 +69,8 @@ def checkpoint_to_resume(output: Path, *, asked_for: str | None, identity: dict[
 
 def _require_same_run(checkpoint: Path, identity: dict[str, Any]) -> None:
     try:
-        theirs = json.loads((checkpoint / IDENTITY_FILE).read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
+        theirs = read_json_object(checkpoint / IDENTITY_FILE, error=CheckpointError)
+    except (OSError, CheckpointError) as error:
         msg = f"{checkpoint / IDENTITY_FILE} cannot be read: {error}. Remove this checkpoint to go on from the one before."
         raise CheckpointError(msg) from error
     ours, theirs = _flat(json.loads(json.dumps(identity))), _flat(theirs)

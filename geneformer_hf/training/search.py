@@ -16,6 +16,7 @@ import yaml
 
 from ..data.labelled import TEST, TRAIN, VALIDATION
 from ..errors import CheckpointError, MissingExtraError, OutputExistsError, SettingError, TrainingDivergedError
+from ..input_files import read_json_object
 from ..models.tokenization_geneformer import GeneformerTokenizer
 from ..outputs import require_apart
 from ..reports.csv_files import write_csv
@@ -154,7 +155,7 @@ def _require_same_search(folder: Path, arguments: GeneformerFineTuningArguments,
     ours = json.loads(json.dumps({"settings": {**resolved(arguments)}, "search": known}, default=dict))
     path = folder / "search.json"
     if path.is_file():
-        theirs = json.loads(path.read_text(encoding="utf-8"))
+        theirs = read_json_object(path, error=CheckpointError)
         different = [
             f"{name} is {ours[part].get(name)} and was {theirs[part].get(name)}"
             for part in ("settings", "search")

@@ -284,8 +284,10 @@ def test_a_card_cannot_name_files_of_this_disk(path, hub, dataset_folder, tmp_pa
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
-        ("report.json", b"{", "is damaged"),
-        ("report.json", b"[1]", "is damaged: it holds a list"),
+        ("report.json", b"{", r"report\.json cannot be read: it is not JSON"),
+        ("report.json", b"[1]", r"report\.json holds a JSON list"),
+        ("report.json", b'{"a": "\xff"}', r"report\.json is not text in UTF-8"),
+        ("README.md", b"# cells \xff", r"README\.md is not text in UTF-8"),
         ("README.md", b"---\na: [\n---\n", "metadata of the card are damaged"),
     ],
 )
@@ -432,9 +434,10 @@ def test_folders_of_a_run_and_paths_stay_here(hub, model_folder, tmp_path):
     assert "checkpoint-5/config.json" in pushed.left_out
     for name in ("settings.yaml", "sub/settings.yaml"):
         assert yaml.safe_load(hub.files("lab/run")[name]) == {"train_data": "patients.h5ad", "other": "x.csv", "base": "lab/base"}
-    (model_folder / "settings.yaml").write_text("a: [")
-    with pytest.raises(CheckpointError, match=r"settings\.yaml is damaged"):
-        push_folder(model_folder, "lab/run")
+    for content, words in ((b"a: [", "is damaged"), (b"a: \xff", "is not text in UTF-8")):
+        (model_folder / "settings.yaml").write_bytes(content)
+        with pytest.raises(CheckpointError, match=rf"settings\.yaml {words}"):
+            push_folder(model_folder, "lab/run")
 
 
 FRESH = """

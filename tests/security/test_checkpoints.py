@@ -16,8 +16,10 @@ from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, AutoTokeni
 from geneformer_hf import GeneformerForMaskedLM, GeneformerForSequenceClassification, GeneformerTokenizer, add_adapter, embed_cells, load_model, load_peft_model
 from geneformer_hf.cli.main import main
 from geneformer_hf.errors import CheckpointError, SettingError, UnsafePickleError
+from geneformer_hf.hub.folders import describe_folder
 from geneformer_hf.models.adapters import save_adapter
-from geneformer_hf.pickles import read_class_ids, read_dictionary, read_label_mappings, read_raw_values
+from geneformer_hf.models.places import converted_from
+from geneformer_hf.pickles import read_class_ids, read_dictionary, read_label_mappings, read_raw_values, sha256
 from tests.conftest import tiny_config
 
 
@@ -364,3 +366,20 @@ def test_sizes_of_no_model_are_refused_before_it_is_built(field, value, model_fo
     with pytest.raises(CheckpointError, match=rf"{field} is .*; expected a whole number from 0 to"):
         load_model(model_folder)
     assert time.monotonic() - start < 20
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"weight_map": []}', '{"weight_map": {"a": 1}}', '{"a": "\\ud800"}'])
+def test_a_damaged_index_of_weights_is_not_pushed(content, model_folder):
+    (model_folder / "model.safetensors.index.json").write_text(content)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors\.index\.json (cannot be read|holds a|names no files)"):
+        describe_folder(model_folder)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"name": ["a"]}', '{"name": "lab/model", "revision": 7}', "{}"])
+def test_a_damaged_record_of_a_conversion_is_refused(content, model_folder):
+    record = json.loads(content) if content.startswith("{}") or ":" in content else None
+    if record is not None:
+        content = json.dumps(record | {"weights_sha256": sha256(model_folder / "model.safetensors")})
+    (model_folder / "conversion.json").write_text(content)
+    with pytest.raises(CheckpointError, match=r"conversion\.json (cannot be read|holds a JSON list|names no place)"):
+        converted_from(model_folder)
