@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 
 from ..errors import CellFileError
 from ..input_files import read_json_object, require_regular
+from .store_checks import require_memory
 
 STATE, INFO, SPLITS = "state.json", "dataset_info.json", "dataset_dict.json"
 FORMATS = (None, "python", "numpy", "torch", "pandas", "arrow")
@@ -192,3 +193,15 @@ def schema_of(path: Path) -> pa.Schema:
     except (OSError, ValueError, pa.ArrowException) as error:
         msg = f"{path} cannot be read: {str(error).splitlines()[0] if str(error) else type(error).__name__}. It is damaged or incomplete: tokenize the cells again."
         raise CellFileError(msg) from error
+
+
+def require_readable_groups(file: pq.ParquetFile, where: str) -> None:
+    """Refuse a Parquet file in which a row group, which is read at once, holds more values than memory: a few bytes can stand for any number of them.
+
+    Raises:
+        CellFileError
+    """
+    for i in range(file.metadata.num_row_groups):
+        group = file.metadata.row_group(i)
+        n_values = sum(group.column(j).num_values for j in range(group.num_columns))
+        require_memory(8 * n_values, f"{where}: row group {i:,} of {group.num_rows:,} cells and {n_values:,} values")

@@ -29,7 +29,7 @@ from ..input_files import require_regular
 from ..models.tokenization_geneformer import GeneformerTokenizer
 from .collators import KEY
 from .columns import ObsColumns, ObsHead
-from .dataset_folders import require_plain_schema, shards_of
+from .dataset_folders import require_plain_schema, require_readable_groups, shards_of
 from .encoder import CellEncoder, EncodingOptions, features_of
 from .files import find_files
 from .readers import FileSource, open_cells
@@ -213,7 +213,11 @@ class TokenShards(ShardedCells):
     def _read(self, number: int) -> pa.Table:
         path, first, second = self._pieces[number]
         if path.endswith(".parquet"):
-            return _open_parquet(path).read_row_group(first, columns=list(self._columns), use_threads=False)
+            try:
+                return _open_parquet(path).read_row_group(first, columns=list(self._columns), use_threads=False)
+            except (OSError, pa.ArrowException) as error:
+                msg = f"{path}: row group {first:,} cannot be read: {str(error).splitlines()[0]} Write or download it again."
+                raise CellFileError(msg) from error
         return _open_arrow(path).select(self._columns).slice(first, second - first)
 
     def _with(self, numbers: Sequence[int], key: tuple[int, ...] | None) -> TokenShards:
@@ -327,6 +331,7 @@ def stream_tokens(
         if path.endswith(".parquet"):
             file = _open_parquet(path)
             found = _features_of(file.schema_arrow, path)
+            require_readable_groups(file, path)
             pieces += [(path, group, 0) for group in range(file.num_row_groups)]
         else:
             table = _open_arrow(path)

@@ -9,9 +9,10 @@ import tempfile
 from pathlib import Path
 
 import datasets
+import pyarrow.parquet as pq
 
 from ..data.dataset_cards import dataset_card, report_in_card, without_folders
-from ..data.dataset_folders import require_plain_features, require_plain_schema, schema_of, splits_of
+from ..data.dataset_folders import require_plain_features, require_plain_schema, require_readable_groups, schema_of, splits_of
 from ..data.tokenized import REPOSITORY, open_tokenized, report_of
 from ..errors import CellFileError
 from ..input_files import read_json_object, read_text
@@ -69,6 +70,7 @@ def read_tables(folder: Path, output: Path, repository: str) -> None:
         files.setdefault(shard[1] if shard else "train", []).append(str(one))
     for name in (path for paths in files.values() for path in paths):
         require_plain_schema(schema_of(Path(name)), name)
+        require_readable_groups(pq.ParquetFile(name), name)
     with tempfile.TemporaryDirectory(dir=folder) as cache:
         try:
             splits = datasets.load_dataset("parquet", data_files=files, cache_dir=cache)

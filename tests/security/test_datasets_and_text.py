@@ -5,6 +5,7 @@ import io
 import json
 import os
 import re
+import types
 
 import datasets
 import numpy as np
@@ -17,6 +18,7 @@ from geneformer_hf import GeneformerForSequenceClassification, embed_cells, load
 from geneformer_hf.cli.command import listed_genes
 from geneformer_hf.cli.main import main
 from geneformer_hf.cli.terminal import PrintableStream
+from geneformer_hf.data import store_checks
 from geneformer_hf.data.tokenized import open_tokenized
 from geneformer_hf.errors import CellFileError, CheckpointError, HubError
 from geneformer_hf.input_files import load_yaml
@@ -362,3 +364,22 @@ def test_info_names_a_pipe(tmp_path, capsys):
     os.mkfifo(tmp_path / "cells.h5ad")
     assert main(["info", str(tmp_path / "cells.h5ad")]) == 1
     assert "cells.h5ad is a named pipe (FIFO)" in capsys.readouterr().err
+
+
+def test_a_row_of_more_ids_than_memory_is_refused(tmp_path, monkeypatch):
+    # 600 bytes that stand for a million ids.
+    pq.write_table(pa.table({"input_ids": [np.zeros(10**6, np.int64)], "length": [10**6]}), tmp_path / "x.parquet")
+    assert (tmp_path / "x.parquet").stat().st_size < 10_000
+    assert len(next(iter(stream_tokens(tmp_path / "x.parquet")))["input_ids"]) == 10**6
+    monkeypatch.setattr(store_checks.psutil, "virtual_memory", lambda: types.SimpleNamespace(available=10**7))
+    with pytest.raises(CellFileError, match=r"x\.parquet: row group 0 of 1 cells and 1,000,001 values would take 0\.0 GB of memory"):
+        stream_tokens(tmp_path / "x.parquet")
+
+
+def test_pages_of_parquet_that_are_damaged_are_named(tmp_path):
+    pq.write_table(pa.table({"input_ids": [list(range(1000))], "length": [1000]}), tmp_path / "x.parquet", compression="gzip")
+    content = bytearray((tmp_path / "x.parquet").read_bytes())
+    content[60:200] = bytes(140)
+    (tmp_path / "x.parquet").write_bytes(content)
+    with pytest.raises(CellFileError, match=r"x\.parquet: row group 0 cannot be read"):
+        list(stream_tokens(tmp_path / "x.parquet"))
