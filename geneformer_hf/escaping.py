@@ -17,7 +17,8 @@ def markdown(text: object) -> str:
     """
     line = " ".join(_CONTROL.sub(" ", str(text)).split())
     line = line.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    line = re.sub(r"([\\`|\[\]])", r"\\\1", line)
+    # Underscores inside a word are text.
+    line = re.sub(r"([\\`|\[\]*~]|(?<![^\W_])_|_(?![^\W_])|(?<=https)://|(?<=http)://|(?<=ftp)://|(?<=www)\.|(?<=\w)@(?=\w))", r"\\\1", line)
     # At the beginning of a line these make a heading, a list, a rule or a block of code.
     line = re.sub(r"^(\d*)([#*+.)-])(?=[#\s]|$)", r"\1\\\2", line)
     return re.sub(r"^([=~*-])(?=\1)", r"\\\1", line)

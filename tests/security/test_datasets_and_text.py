@@ -1,6 +1,7 @@
 """Datasets that lead out of their folder, text that changes the document it stands in, YAML that grows, answers of a Hub that is none."""
 
 import csv
+import html
 import io
 import json
 import os
@@ -13,6 +14,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from markdown_it import MarkdownIt
 
 from geneformer_hf import GeneformerForSequenceClassification, embed_cells, load_cells, pull_folder, push_folder, stream_tokens, tokenize_corpus
 from geneformer_hf.cli.command import listed_genes
@@ -21,6 +23,7 @@ from geneformer_hf.cli.terminal import PrintableStream
 from geneformer_hf.data import store_checks
 from geneformer_hf.data.tokenized import open_tokenized
 from geneformer_hf.errors import CellFileError, CheckpointError, HubError
+from geneformer_hf.escaping import markdown
 from geneformer_hf.input_files import load_yaml
 from geneformer_hf.reports.cards import plain_card, with_base_model
 from geneformer_hf.reports.csv_files import write_csv
@@ -383,3 +386,50 @@ def test_pages_of_parquet_that_are_damaged_are_named(tmp_path):
     (tmp_path / "x.parquet").write_bytes(content)
     with pytest.raises(CellFileError, match=r"x\.parquet: row group 0 cannot be read"):
         list(stream_tokens(tmp_path / "x.parquet"))
+
+
+MARKDOWN = (
+    *(
+        "___",
+        "*em*",
+        "_em_",
+        "__b__",
+        "a_b_c",
+        "cell_type_",
+        "~~x~~",
+        "https://evil.example/a_b",
+        "www.evil.example",
+        "me@evil.example",
+        "***",
+        "---",
+        "1. x",
+        "# h",
+    ),
+    *(
+        "+ x",
+        "HLA-DR*04:01",
+        "\\*",
+        "![x](y)",
+        "[x](javascript:y)",
+        "<b>",
+        "&amp;",
+        "`x`",
+        "a|b",
+        "CD4+ T",
+        "2) x",
+        "~~~",
+        "```",
+        "===",
+        "x  \ny",
+        "[^1]: n",
+        "- [ ] x",
+    ),
+)
+
+
+@pytest.mark.parametrize("text", MARKDOWN)
+def test_any_text_is_shown_as_it_is(text):
+    shown = MarkdownIt("commonmark").enable(["table", "strikethrough"]).render(markdown(text))
+    assert re.fullmatch(r"<p>(.*)</p>\n", shown)[1] == html.escape(" ".join(text.split()), quote=False)
+    # What GitHub and the Hub make a link of by themselves.
+    assert not re.search(r"https?://|www\.|\w@\w", markdown(text))
