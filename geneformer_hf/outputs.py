@@ -79,7 +79,7 @@ def require_ours(folder: Path, made_by: str, of: str | None = None) -> None:
     try:
         mark = json.loads((folder / MARK).read_text(encoding="utf-8"))
         made, source, files = mark["made_by"], mark.get("of"), set(mark["files"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         msg = f"{folder} was not made by a command of geneformer-hf (it holds no readable {MARK}). {remedy}"
         raise OutputExistsError(msg) from None
     if made != made_by or (of is not None and source is not None and source != of):

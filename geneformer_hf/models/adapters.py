@@ -434,7 +434,7 @@ def load_adapter(
         wanted = quantization_config(kind, **options)
     try:
         kwargs |= {"allow_missing_weights": allow_missing_weights, "output_loading_info": True}
-        model, info = open_weights(model_class, base, config, quantization=wanted, device=device, quiet=True, **kwargs)
+        model, loaded = open_weights(model_class, base, config, quantization=wanted, device=device, quiet=True, **kwargs)
     except RuntimeError as error:
         # Weights of another shape, which transformers has told of.
         if isinstance(error, torch.OutOfMemoryError):
@@ -460,7 +460,7 @@ def load_adapter(
         msg = f"the adapter in {folder} does not fit {base}: {str(error).splitlines()[0]} Use the base it was trained on."
         raise CheckpointError(msg) from error
     if not allow_missing_weights:
-        _require_complete(peft, adapted, model, info["missing_keys"], Path(folder), base)
+        _require_complete(peft, adapted, model, loaded["missing_keys"], Path(folder), base)
     adapted = _completing(adapted)
     return adapted if is_trainable else adapted.eval()
 
