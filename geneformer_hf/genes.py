@@ -28,6 +28,7 @@ FORMAT_VERSION = 1
 MIN_OVERLAP = 0.05
 """Least fraction of a file's genes that must be in the vocabulary, unless the file covers that of the vocabulary below."""
 MIN_COVERAGE = 0.25
+_NUMBERED = re.compile(r"(gene|feature|transcript|var|variable|column|col|[gfvx])?[_.\- ]?\d+", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -386,6 +387,8 @@ class GeneTable:
                 f"{prefix}only {found}: these are {species} Ensembl ids ({some_of(report.unknown)}). "
                 f"Map them to {self.species} orthologues first, or use a model trained on {species} cells."
             )
+        elif 2 * sum(_NUMBERED.fullmatch(name) is not None for name in report.unknown) > len(report.unknown):
+            msg = f"{prefix}only {found}: the names are numbered ({some_of(report.unknown)}), as where the names of genes got lost. Give the column that names them with `gene_ids=` (`--gene-ids`), or put Ensembl ids or symbols into the index of var."
         elif sum(name.capitalize() == name for name in report.unknown) > len(report.unknown) / 2 and species is None:
             msg = f"{prefix}only {found}: the names look like mouse or rat symbols ({some_of(report.unknown)}). Map them to {self.species} orthologues first."
         elif species is not None:

@@ -29,6 +29,8 @@ ENCODING_VERSION = "2.0.0"
 TARGET_SUM = 10_000.0
 """Counts per cell that medians and `keep_counts` are scaled to."""
 
+ROUNDING_NOISE = 1e-4
+"""Distance from a whole number, as a fraction of the value where that is above 1, that arithmetic in float32 leaves."""
 TIE_BITS = 20
 MAX_COLUMNS = 1 << TIE_BITS
 _HALF = np.uint64(1 << (TIE_BITS - 1))
@@ -71,23 +73,24 @@ def count_problem(values: np.ndarray) -> str | None:
     if not fractional.any():
         return None
     n_fractional, looks = int(fractional.sum()), "log-normalised" if high < 20 else "normalised"
+    # float64, so that the distance is not itself rounded.
+    apart = np.abs(values[fractional].astype(np.float64) - np.rint(values[fractional]))
+    if (apart <= ROUNDING_NOISE * np.maximum(1, values[fractional])).all():
+        return (
+            f"holds counts with rounding noise ({n_fractional:,} of {values.size:,} values are up to {apart.max():.2g} from a whole number, as expm1(log1p(x)) leaves "
+            "them); round them first, for instance `adata.X.data = np.rint(adata.X.data)` (`adata.X = np.rint(adata.X)` for a dense matrix)"
+        )
     looks = f"looks {looks}" if n_fractional > values.size / 100 else "holds fractions"
     return f"{looks} (largest value {high:.4g}, {n_fractional:,} of {values.size:,} values not whole numbers)"
 
 
-def stored_values(matrix: Any, n_rows: int = 256) -> np.ndarray:
-    """Return the stored values of a matrix in memory, or those of the first rows of one that is not."""
-    if not sp.issparse(matrix) and not isinstance(matrix, np.ndarray):
-        matrix = matrix[:n_rows]
-    return matrix.data if sp.issparse(matrix) else np.asarray(matrix).ravel()
-
-
 def choose_counts(samples: Mapping[str, Callable[[], np.ndarray]], counts_layer: str | None = None, *, where: str = "") -> str:
-    """Decide which matrix of a file holds raw counts: the one named, else X, else raw.X, else the layer `counts`.
+    """Decide which matrix of a file holds raw counts: the one named, else X, else raw.X, else the layer `counts`, else the layer `raw`.
 
     Args:
         samples: matrix name (`X`, `raw.X`, or a layer) to a function that returns some of its stored values.
-        counts_layer (`str`, *optional*): the matrix the user names; it is still checked.
+        counts_layer (`str`, *optional*):
+            The matrix the user names; it is still checked. `raw` is raw.X where there is one, else the layer; `layers/raw` is the layer.
 
     Raises:
         ColumnNotFoundError: if the matrix named is not there.
@@ -95,14 +98,14 @@ def choose_counts(samples: Mapping[str, Callable[[], np.ndarray]], counts_layer:
     """
     prefix = f"{where}: " if where else ""
     if counts_layer is not None:
-        name = "raw.X" if counts_layer == "raw" else counts_layer
+        name = "raw.X" if counts_layer == "raw" and "raw.X" in samples else counts_layer.removeprefix("layers/")
         if name not in samples:
             msg = f"{prefix}there is no layer {counts_layer!r}. Found: {', '.join(samples)}."
             raise ColumnNotFoundError(msg)
         check_counts(samples[name](), f"{prefix}{name}")
         return name
     problems = {}
-    for name in ("X", "raw.X", "counts"):
+    for name in ("X", "raw.X", "counts", "raw"):
         if name in samples:
             problem = count_problem(samples[name]())
             if problem is None:

@@ -10,12 +10,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pyarrow as pa
 
 from ..data.files import is_cells_folder
 from ..data.readers import CellSource, open_cells, read_ahead
-from ..data.tokenized import gene_table_of, open_tokenized, report_of
+from ..data.tokenized import gene_table_of, materialized, open_tokenized, report_of, require_lists_of_ids, require_token_ids
 from ..errors import CellFileError, ColumnNotFoundError, VocabularyMismatchError
 from ..models.configuration_geneformer import GeneformerConfig
 from ..models.tokenization_geneformer import GeneformerTokenizer
@@ -60,13 +61,15 @@ class TokenChunk:
         Raises:
             VocabularyMismatchError
         """
-        longest, largest = int(np.diff(self.offsets).max(initial=0)), int(self.input_ids.max(initial=0))
-        if largest >= config.vocab_size or longest > config.max_position_embeddings:
-            msg = (
-                f"The cells were tokenized for another model: largest token {largest:,} (this model has {config.vocab_size:,}), "
-                f"longest cell {longest:,} (it has {config.max_position_embeddings:,} positions). Tokenize them with this model's tokenizer."
-            )
+        require_token_ids(self.input_ids, config.vocab_size, name=self._cell_of)
+        longest = int(np.diff(self.offsets).max(initial=0))
+        if longest > config.max_position_embeddings:
+            msg = f"The cells were tokenized for another model: the longest has {longest:,} tokens, and this model has {config.max_position_embeddings:,} positions. Tokenize them with this model's tokenizer."
             raise VocabularyMismatchError(msg)
+
+    def _cell_of(self, place: int) -> str:
+        row = int(np.searchsorted(self.offsets, place, side="right")) - 1
+        return f"cell {self.cell_ids[row]!r} (row {self.start + row:,})"
 
 
 class Cells(ABC):
@@ -121,9 +124,9 @@ class DatasetCells(Cells):
     """A dataset as `load_cells` makes it, or any with `input_ids`."""
 
     def __init__(self, dataset: Any) -> None:
-        if "input_ids" not in dataset.column_names:
-            msg = f"The dataset has no column 'input_ids' (found: {', '.join(dataset.column_names)}). Make one with `load_cells` or `geneformer-hf tokenize`."
-            raise ColumnNotFoundError(msg)
+        if isinstance(dataset, datasets.IterableDataset):
+            dataset = materialized(dataset)
+        require_lists_of_ids(dataset, name="The dataset")
         self.dataset, self.n_cells = dataset, len(dataset)
 
     @cached_property
@@ -148,6 +151,9 @@ class DatasetCells(Cells):
                 lists = lists.chunk(0)
             if pa.types.is_fixed_size_list(lists.type):
                 lists = lists.cast(pa.list_(lists.type.value_type))
+            if lists.null_count or lists.flatten().null_count:
+                msg = f"{lists.null_count or 'some'} of the cells {start:,} to {start + len(lists) - 1:,} are missing, or hold a missing token (null). Tokenize the cells again."
+                raise VocabularyMismatchError(msg)
             offsets = np.asarray(lists.offsets, dtype=np.int64)
             ids = np.asarray(lists.values)[offsets[0] : offsets[-1]]
             cell_ids = table.column("cell_id").to_pylist() if "cell_id" in names else [str(i) for i in range(start, start + len(lists))]

@@ -21,13 +21,15 @@ class Info(Command):
         add_reading(parser)
 
     def run(self, args: Namespace) -> int:
+        from ..data.anndata_files import split_modality
         from ..data.files import KINDS, is_cells_folder
+        from ..data.tenx import is_tenx_matrix
         from ..input_files import require_regular
         from ..models.configuration_geneformer import PRESETS
 
         path = Path(args.what)
         require_regular(path)
-        if path.is_file() or is_cells_folder(path):
+        if path.is_file() or is_cells_folder(path) or split_modality(path)[1]:
             self._file(path, args)
         elif path.suffix in KINDS and not path.exists():
             msg = f"{path} does not exist; expected a file of cells."
@@ -38,7 +40,7 @@ class Info(Command):
             self._tokenizer(args.what)
         elif path.is_dir() and not (path / "config.json").is_file():
             inside = ", ".join(sorted(p.parent.name for p in path.glob("*/config.json")))
-            cells = sorted(p.name for p in path.iterdir() if p.suffix in KINDS or is_cells_folder(p))
+            cells = sorted(p.name for p in path.iterdir() if p.suffix in KINDS or is_cells_folder(p) or is_tenx_matrix(p))
             if cells:
                 msg = f"{path} is a folder of {len(cells):,} files of cells, which tokenize, qc and medians take as a whole. Name one of them: {', '.join(cells[:5])}{', …' if len(cells) > 5 else ''}."
                 raise CellFileError(msg)
@@ -55,7 +57,7 @@ class Info(Command):
     def _file(self, path: Path, args: Namespace) -> None:
         import numpy as np
 
-        from ..data.anndata_files import AnnDataFileSource, stored_matrices
+        from ..data.anndata_files import AnnDataFileSource, split_modality, stored_matrices
         from ..data.frames import open_frame
         from ..data.readers import kind_of, open_cells
         from ..data.stores import open_store
@@ -75,7 +77,9 @@ class Info(Command):
         except NotRawCountsError:
             # What there is helps to find the right layer; the error follows.
             if kind_of(path) is AnnDataFileSource:
-                with open_store(path) as store:
+                file, modality = split_modality(path)
+                with open_store(file) as whole:
+                    store = whole[f"mod/{modality}"] if modality else whole
                     obs, var = (open_frame(store, key, str(path)) for key in ("obs", "var"))
                     print(f"Cells: {len(obs):,} x {len(var):,} genes; matrices: {', '.join(stored_matrices(store))}")
                     print(f"obs: {', '.join(obs.columns) or 'no columns'}")

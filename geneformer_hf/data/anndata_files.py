@@ -1,12 +1,15 @@
-"""Files of anndata, any version: `.h5ad` and `.zarr`, X, raw and layers."""
+"""Files of anndata, any version: `.h5ad` and `.zarr`, X, raw and layers; and one modality of a file of MuData."""
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ..anndata_objects import rna_modality
 from ..errors import CellFileError
+from ..feature_types import kind_of_feature
 from ..ranking import choose_counts
 from .frames import Frame, RecordFrame, open_frame
 from .matrices import layout_of, require_sound_index, sample_of
@@ -15,10 +18,13 @@ from .stores import is_group, open_store
 
 
 class AnnDataFileSource(FileSource):
-    """An `.h5ad` file or `.zarr` store."""
+    """An `.h5ad` file or `.zarr` store, or a modality of a file of MuData (`cells.h5mu/rna`)."""
 
     def __init__(self, path: Path, options: SourceOptions) -> None:
-        self.path, self.name, self.options = path, str(path), options
+        self.path, self.modality = split_modality(path)
+        self.name, self.options = str(path), options
+        with open_store(self.path) as store:
+            self._choose_modality(store)
         with self._open() as store:
             for key in ("obs", "var"):
                 if key not in store:
@@ -53,14 +59,47 @@ class AnnDataFileSource(FileSource):
             item = store["obsm"]
             return anndata.io.read_elem(item[key]) if is_group(item) else item[key]
 
-    def _open(self) -> AbstractContextManager[Any]:
-        return open_store(self.path)
+    def _choose_modality(self, store: Any) -> None:
+        found = [name for name, item in store["mod"].items() if is_group(item)] if "mod" in store and is_group(store["mod"]) and "X" not in store else []
+        if self.modality and self.modality not in found:
+            msg = f"{self.path} holds no modality {self.modality!r}. Found: {', '.join(found) or 'none'}."
+            raise CellFileError(msg)
+        if found and not self.modality:
+            self.modality = rna_modality(found, str(self.path), f"`{self.path}/{{}}`")
+        if kind_of_feature(self.modality) == "other":
+            msg = f"{self.path}: the modality {self.modality!r} holds other features than genes. Name one of RNA; found {', '.join(found)}."
+            raise CellFileError(msg)
+        if self.modality:
+            self.name = f"{self.path}/{self.modality}"
+
+    @property
+    def counts_described(self) -> str:
+        """Where the counts are, for people."""
+        return super().counts_described + (f" of the modality {self.modality!r}" if self.modality else "")
+
+    @contextmanager
+    def _open(self) -> Iterator[Any]:
+        with open_store(self.path) as store:
+            yield store[f"mod/{self.modality}"] if self.modality else store
 
     def _matrix(self, store: Any) -> Any:
         return store[self._key]
 
     def _obs(self, store: Any) -> Frame:
         return open_frame(store, "obs", self.name)
+
+
+def split_modality(path: Path) -> tuple[Path, str]:
+    """Return the file of a path such as `cells.h5mu/rna`, and the modality; no modality for other paths.
+
+    Example:
+        >>> split_modality(Path("cells.h5ad"))
+        (PosixPath('cells.h5ad'), '')
+    """
+    for file in path.parents:
+        if file.suffix == ".h5mu" and file.is_file():
+            return file, path.relative_to(file).as_posix().removeprefix("mod/")
+    return path, ""
 
 
 def stored_matrices(store: Any) -> dict[str, str]:

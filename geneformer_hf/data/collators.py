@@ -14,6 +14,7 @@ from ..errors import SettingError
 from ..models.tokenization_geneformer import GeneformerTokenizer
 from .masking import CellKey, GeneMasker, MaskingRates
 from .packing import LAYOUTS, pack_cells, pad_cells
+from .tokenized import require_token_ids
 
 KEY = "cell_key"
 """Column with the key of a cell's masks: corpus, row and pass."""
@@ -27,15 +28,27 @@ class _Layout:
             msg = f"layout {layout!r} is not one of {', '.join(map(repr, LAYOUTS))}."
             raise SettingError(msg)
         self.layout, self._pad, self._multiple_of = layout, int(tokenizer.pad_token_id), pad_to_multiple_of
+        self._vocab_size = 1 + max(tokenizer.get_vocab().values())
 
     def _laid_out(self, lengths: np.ndarray, ids: np.ndarray, labels: np.ndarray | None = None) -> dict[str, Any]:
         if self.layout == "packed":
             return pack_cells(lengths, ids, labels)
         return pad_cells(lengths, ids, labels, pad=self._pad, multiple_of=self._multiple_of)
 
+    def _end_to_end(self, cells: Sequence[dict[str, Any]]) -> tuple[np.ndarray, np.ndarray]:
+        """Return the lengths of cells, and their tokens laid end to end.
 
-def _end_to_end(cells: Sequence[dict[str, Any]]) -> tuple[np.ndarray, np.ndarray]:
-    return np.array([len(cell["input_ids"]) for cell in cells]), np.concatenate([np.asarray(cell["input_ids"]) for cell in cells])
+        Raises:
+            VocabularyMismatchError: if something in them is no token id of the vocabulary.
+        """
+        lengths, ids = np.array([len(cell["input_ids"]) for cell in cells]), np.concatenate([np.asarray(cell["input_ids"]) for cell in cells])
+        require_token_ids(ids, self._vocab_size, name=lambda place: self._cell_of(cells, lengths, place))
+        return lengths, ids
+
+    @staticmethod
+    def _cell_of(cells: Sequence[dict[str, Any]], lengths: np.ndarray, place: int) -> str:
+        row = int(np.searchsorted(np.cumsum(lengths), place, side="right"))
+        return f"cell {cells[row]['cell_id']!r}" if "cell_id" in cells[row] else f"cell {row:,} of a batch"
 
 
 class DataCollatorForMaskedGenes(_Layout):
@@ -75,7 +88,7 @@ class DataCollatorForMaskedGenes(_Layout):
 
     def __call__(self, cells: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """Return `input_ids`, `labels` (-100 where nothing is asked) and what the layout needs: see `pad_cells`, `pack_cells`."""
-        lengths, packed = _end_to_end(cells)
+        lengths, packed = self._end_to_end(cells)
         ids, labels = self.masker.hide(packed, lengths, [self._key_of(cell) for cell in cells])
         return self._laid_out(lengths, ids, labels)
 
@@ -113,7 +126,7 @@ class DataCollatorForCells(_Layout):
 
     def __call__(self, cells: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """Return what the layout needs (see `pad_cells`, `pack_cells`) and, where cells have them, `labels` of shape `(b,)` or `(b, k)`."""
-        batch = self._laid_out(*_end_to_end(cells))
+        batch = self._laid_out(*self._end_to_end(cells))
         name = next((name for name in ("labels", "label") if name in cells[0]), None)
         if name is not None:
             labels = torch.as_tensor(np.asarray([cell[name] for cell in cells]))
@@ -136,5 +149,5 @@ class DataCollatorForGenes(_Layout):
 
     def __call__(self, cells: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """Return what the layout needs, with `labels` beside each token."""
-        lengths, ids = _end_to_end(cells)
+        lengths, ids = self._end_to_end(cells)
         return self._laid_out(lengths, ids, self.class_of_token[ids])

@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
+from ..anndata_objects import known_to_scipy, texts
 from ..errors import CellFileError, ColumnNotFoundError
 from .readers import CellSource
 
@@ -118,14 +119,17 @@ def _column(values: pd.Series, feature: Any) -> pa.Array:
         return pa.array(np.where(missing, 0, lookup[codes] if len(lookup) else 0), pa.int64(), mask=missing)
     if feature.pa_type == pa.string():
         missing = values.isna().to_numpy()
-        return pa.array([None if gone else str(v) for v, gone in zip(values.astype(object), missing, strict=True)], pa.string())
+        return pa.array([None if gone else text for text, gone in zip(texts(values.astype(object)), missing, strict=True)], pa.string())
     try:
+        if isinstance(values.dtype, np.dtype) and values.dtype.kind in "iuf":
+            # Arrow knows neither the byte order of other machines nor long doubles.
+            values = values.astype(known_to_scipy(values.dtype))
         return pa.array(values, feature.pa_type, from_pandas=True)
-    except pa.ArrowInvalid as error:
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
         msg = f"obs[{values.name!r}] holds numbers that no type shared by all files keeps as they are ({error}). Leave the column out (`obs=`, `--obs`), or save it as text."
         raise CellFileError(msg) from error
 
 
 def _label(value: Any) -> str:
     """Return the name of a category; 1.0 is 1, as it is in the file whose column has no gaps."""
-    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else texts([value])[0]

@@ -14,12 +14,13 @@ import xxhash
 
 from ..errors import CellFileError
 from ..input_files import require_regular
+from .anndata_files import split_modality
 from .scdl import is_scdl_archive
 from .stores import is_zarr
-from .tenx import is_tenx_folder
+from .tenx import is_tenx_folder, is_tenx_matrix, parts_of_sample
 
-KINDS = (".h5ad", ".zarr", ".loom", ".h5")
-KINDS_DESCRIBED = ".h5ad, .zarr, .loom, 10x .h5, 10x folder or scDL archive"
+KINDS = (".h5ad", ".zarr", ".loom", ".h5", ".h5mu")
+KINDS_DESCRIBED = ".h5ad, .zarr, .loom, 10x .h5, .h5mu, 10x folder or scDL archive"
 
 
 def find_files(files: Any) -> list[Path]:
@@ -36,7 +37,7 @@ def find_files(files: Any) -> list[Path]:
             found = _in_folder(path)
         elif not path.exists() and any(c in str(item) for c in "*?["):
             found = [Path(p) for p in sorted(glob(str(item), recursive=True))]  # noqa: PTH207 - Path.glob takes no absolute patterns
-        elif path.exists():
+        elif path.exists() or split_modality(path)[1]:
             found = [path]
         else:
             msg = f"{item} does not exist; expected a file of cells ({KINDS_DESCRIBED}), a glob or a folder."
@@ -65,7 +66,7 @@ def is_cells_folder(path: Path) -> bool:
 
 def _in_folder(folder: Path) -> list[Path]:
     """Return the files of cells in a folder, sorted by name."""
-    found = sorted(p for p in folder.iterdir() if p.suffix in KINDS or is_cells_folder(p))
+    found = sorted(p for p in folder.iterdir() if p.suffix in KINDS or is_cells_folder(p) or is_tenx_matrix(p))
     kinds = {kind: sum(_kind_of(p) == kind for p in found) for kind in sorted({_kind_of(p) for p in found})}
     if len(kinds) > 1:
         counted = ", ".join(f"{n} {kind}" for kind, n in kinds.items())
@@ -84,13 +85,13 @@ def content_hash(path: str | Path) -> str:
     Raises:
         CellFileError: if something cannot be read.
     """
-    path = Path(path)
+    path, modality = split_modality(Path(path))
     if path.name.startswith("matrix.mtx"):
         path = path.parent
-    digest = xxhash.xxh3_128()
+    digest = xxhash.xxh3_128(modality.encode())
     for part in _parts_of(path):
         if part != path:
-            digest.update(part.relative_to(path).as_posix().encode() + b"\0")
+            digest.update(part.relative_to(path if path.is_dir() else path.parent).as_posix().encode() + b"\0")
         try:
             with part.open("rb") as file:
                 while chunk := file.read(16 << 20):
@@ -102,4 +103,6 @@ def content_hash(path: str | Path) -> str:
 
 
 def _parts_of(path: Path) -> Sequence[Path]:
+    if is_tenx_matrix(path):
+        return parts_of_sample(path)
     return sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from .frames import ArraysFrame, Frame
 from .matrices import sample_of
 from .sources import FileSource, SourceOptions
 from .stores import open_h5
+
+logger = logging.getLogger(__name__)
 
 CELL_IDS = ("CellID", "obs_names", "cell_id", "barcode")
 GENE_INDEX = ("Gene", "var_names", "gene_name")
@@ -40,6 +43,9 @@ class LoomSource(FileSource):
             columns = var.text() | ({var.index_name: var.index()} if var.index_name else {})
             self._name_genes(columns, var.index(), var.index_name)
             self._obs(store)
+            left_out = [f"{key}/{name}" for key in ("row_attrs", "col_attrs") for name, item in store.get(key, {}).items() if not _is_column(item)]
+            if left_out:
+                logger.warning("%s: attributes that hold more than one value a row, such as embeddings, are left out: %s.", path, ", ".join(left_out))
 
     def _open(self) -> AbstractContextManager[Any]:
         return open_h5(self.path)
@@ -53,13 +59,18 @@ class LoomSource(FileSource):
 
 def _attributes(store: h5py.File, key: str, name: str, n_rows: int, index: tuple[str, ...], where: str) -> ArraysFrame:
     """Return row or column attributes; what has more than one number a row, such as an embedding, is no column."""
-    arrays = {str(k): v for k, v in store.get(key, {}).items() if isinstance(v, h5py.Dataset) and v.ndim == 1}
+    arrays = {str(k): v for k, v in store.get(key, {}).items() if _is_column(v)}
     short = {k: len(v) for k, v in arrays.items() if len(v) != n_rows}
     if short:
         column, length = next(iter(short.items()))
         msg = f"{where}: {key}/{column} has {length:,} entries, but the matrix {n_rows:,}. The file is damaged; write it again."
         raise CellFileError(msg)
     return ArraysFrame(name, arrays, n_rows, next((c for c in index if c in arrays and _is_distinct(arrays[c], name)), None))
+
+
+def _is_column(item: Any) -> bool:
+    """Return whether an attribute has one value a row: no table, no fields (compound types)."""
+    return isinstance(item, h5py.Dataset) and item.ndim == 1 and item.dtype.names is None
 
 
 def _is_distinct(array: h5py.Dataset, name: str) -> bool:

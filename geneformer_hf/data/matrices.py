@@ -8,6 +8,7 @@ from typing import Any, Literal
 import numpy as np
 import scipy.sparse as sp
 
+from ..anndata_objects import known_to_scipy
 from ..errors import CellFileError
 from .store_checks import require_memory
 from .stores import is_group, name_of, read_values
@@ -111,7 +112,7 @@ def iter_rows(matrix: Any, layout: Layout, shape: tuple[int, int], start: int, s
 
 def _iter_dense(matrix: Any, n_genes: int, start: int, stop: int) -> Iterator[tuple[sp.csr_array, int]]:
     for first, last in bounds_by_cells(max(1, BLOCK_VALUES * 8 // max(1, n_genes)), start, stop):
-        yield sp.csr_array(_known_to_scipy(np.asarray(matrix[first:last]))), first
+        yield sp.csr_array(_native(matrix[first:last])), first
 
 
 def _iter_dense_by_gene(matrix: Any, n_genes: int, start: int, stop: int) -> Iterator[tuple[sp.csr_array, int]]:
@@ -120,12 +121,12 @@ def _iter_dense_by_gene(matrix: Any, n_genes: int, start: int, stop: int) -> Ite
     step = max(1, BLOCK_VALUES * 8 // max(1, n_genes))
     step = max(width, step // width * width) if width * n_genes <= BLOCK_VALUES * 64 else step
     for first, last in bounds_by_cells(step, start, stop):
-        yield sp.csr_array(_known_to_scipy(np.asarray(matrix[:, first:last])).T), first
+        yield sp.csr_array(_native(matrix[:, first:last]).T), first
 
 
-def _known_to_scipy(rows: np.ndarray) -> np.ndarray:
-    # scipy knows neither half precision nor the byte order of other machines.
-    return rows.astype(np.float32 if rows.dtype == np.float16 else rows.dtype.newbyteorder("="), copy=False)
+def _native(rows: Any) -> np.ndarray:
+    values = np.asarray(rows)
+    return values.astype(known_to_scipy(values.dtype), copy=False)
 
 
 def _iter_sparse(matrix: Any, n_genes: int, start: int, stop: int, where: str) -> Iterator[tuple[sp.csr_array, int]]:
@@ -135,7 +136,7 @@ def _iter_sparse(matrix: Any, n_genes: int, start: int, stop: int, where: str) -
         if isinstance(matrix, CsrOnDisk):
             data, indices = matrix.read(begin, end)
         else:
-            data, indices = np.asarray(matrix["data"][begin:end]), np.asarray(matrix["indices"][begin:end])
+            data, indices = _native(matrix["data"][begin:end]), _native(matrix["indices"][begin:end])
         if len(indices) and not 0 <= int(indices.min()) <= int(indices.max()) < n_genes:
             msg = f"{where}: points outside its {n_genes:,} genes (cells {first:,} to {last - 1:,}). The file is damaged; write it again."
             raise CellFileError(msg)

@@ -14,12 +14,12 @@ from typing import Any
 
 from ..errors import CellFileError
 from ..input_files import require_regular
-from .anndata_files import AnnDataFileSource
+from .anndata_files import AnnDataFileSource, split_modality
 from .loom import LoomSource
 from .scdl import ScdlSource, is_scdl_archive
 from .sources import AnnDataSource, CellBlock, CellSource, FileSource, SourceOptions
 from .stores import is_zarr, open_h5
-from .tenx import TenXFileSource, TenXFolderSource, is_tenx_folder, tenx_groups
+from .tenx import TenXFileSource, TenXFolderSource, is_tenx_folder, is_tenx_matrix, prefixes_in, tenx_groups
 
 __all__ = ["CellBlock", "CellSource", "FileSource", "SourceOptions", "open_cells", "read_ahead"]
 
@@ -30,7 +30,7 @@ def open_cells(
     """Open a file of cells or an AnnData.
 
     Args:
-        cells (`str`, `Path`, `AnnData` or `CellSource`): `.h5ad`, `.zarr`, `.loom`, 10x `.h5`, a 10x folder (or its `matrix.mtx`), or an scDL archive;
+        cells (`str`, `Path`, `AnnData` or `CellSource`): `.h5ad`, `.zarr`, `.loom`, 10x `.h5`, a 10x folder (or its `matrix.mtx`), an scDL archive, or a modality of MuData (`cells.h5mu`, `cells.h5mu/rna`);
             a source that is open already, such as a `SomaSource`, is returned as it is.
         gene_ids, counts_layer, genome, total_counts (`str`, *optional*): see `SourceOptions`.
 
@@ -42,8 +42,8 @@ def open_cells(
         return cells
     if isinstance(cells, (str, Path)):
         path = Path(cells)
-        return kind_of(path)(path.parent if path.name.startswith("matrix.mtx") else path, options)
-    if all(hasattr(cells, part) for part in ("obs", "var", "X")):
+        return kind_of(path)(path, options)
+    if all(hasattr(cells, part) for part in ("obs", "var")):
         return AnnDataSource(cells, options)
     msg = f"Expected an AnnData or the path of a file of cells, got {type(cells).__name__}."
     raise CellFileError(msg)
@@ -56,6 +56,8 @@ def kind_of(path: Path) -> Any:
         CellFileError: if the file is none of them, saying what it holds.
     """
     require_regular(path)
+    if split_modality(path)[1]:
+        return AnnDataFileSource
     if path.is_dir():
         if is_tenx_folder(path):
             return TenXFolderSource
@@ -63,10 +65,13 @@ def kind_of(path: Path) -> Any:
             return AnnDataFileSource
         if is_scdl_archive(path):
             return ScdlSource
+        if prefixes := prefixes_in(path):
+            msg = f"{path} holds {len(prefixes)} samples ({', '.join(prefixes[:5])}{', …' if len(prefixes) > 5 else ''}). Name the matrix of one: {next(p for p in sorted(path.iterdir()) if is_tenx_matrix(p))}; `tokenize` and `load_cells` take the folder."
+            raise CellFileError(msg)
         inside = ", ".join(sorted(p.name for p in path.iterdir())[:5])
         msg = f"{path} is a folder, but neither a zarr store nor a 10x folder with matrix.mtx nor an scDL archive (it holds: {inside or 'nothing'})."
         raise CellFileError(msg)
-    if path.name.startswith("matrix.mtx") and path.is_file():
+    if is_tenx_matrix(path):
         return TenXFolderSource
     with open_h5(path) as file:
         if "obs" in file and "var" in file:

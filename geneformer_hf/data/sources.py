@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,10 +18,11 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
+from ..anndata_objects import matrices_of, of_rna, require_distinct_columns, rows_of, samples_of, sound_matrix, text_columns, texts
 from ..errors import CellFileError, ColumnNotFoundError
 from ..gene_ids import LEAST_OF_CELL, GeneFeatures
 from ..genes import GeneColumns, GeneTable
-from ..ranking import check_counts, choose_counts, stored_values
+from ..ranking import check_counts, choose_counts
 from . import matrices
 from .frames import Frame
 from .matrices import Layout
@@ -147,7 +148,7 @@ class CellSource(ABC):
     @property
     def counts_described(self) -> str:
         """Where the counts are, for people."""
-        return self.counts if self.counts in ("X", "raw.X", "matrix") else f"layers[{self.counts!r}]"
+        return self.counts if self.counts in ("X", "raw.X", "matrix", "matrix.T") else f"layers[{self.counts!r}]"
 
     def match_genes(self, table: GeneTable) -> GeneColumns:
         """Match the genes of this source against a table; done once per table."""
@@ -288,20 +289,16 @@ class AnnDataSource(CellSource):
     layout = "memory"
 
     def __init__(self, adata: Any, options: SourceOptions) -> None:
+        adata = of_rna(adata)
         self.name, self.options, self._adata = "AnnData", options, adata
         self.n_cells = adata.n_obs
-        stored = {} if adata.X is None else {"X": adata.X}
-        if adata.raw is not None:
-            stored["raw.X"] = adata.raw.X
-        stored |= {name: layer for name, layer in adata.layers.items() if name not in ("X", "raw.X")}
-        samples = {n: partial(stored_values, m) for n, m in stored.items()}
-        self.counts = choose_counts(samples, options.counts_layer, where=self.name)
-        matrix = stored[self.counts]
+        require_distinct_columns(adata.obs, "AnnData: obs")
+        stored = matrices_of(adata)
+        self.counts = choose_counts(samples_of(stored), options.counts_layer, where=self.name)
         # One conversion, not one a block.
-        self._matrix = matrix.tocsr() if sp.issparse(matrix) and matrix.format != "csr" else matrix
+        self._matrix = sound_matrix(stored[self.counts], f"AnnData: {self.counts_described}")
         var = adata.raw.var if self.counts == "raw.X" else adata.var
-        columns = {c: var[c].astype(str).tolist() for c in var.columns if _is_text(var[c])}
-        self._name_genes(columns, [str(v) for v in var.index], var.index.name)
+        self._name_genes(text_columns(var), texts(var.index), var.index.name)
 
     def keys_of(self, place: str) -> list[str]:
         """Return the names of what is stored in `obsm` or `varm`."""
@@ -322,10 +319,10 @@ class AnnDataSource(CellSource):
         if missing:
             msg = f"{self.name}: obs has no column {', '.join(map(repr, missing))}. Found: {', '.join(place_of) or 'none'}."
             raise ColumnNotFoundError(msg)
-        frame = self._adata.obs.iloc[start:stop, [place_of[c] for c in columns]].copy()
-        frame.columns = pd.Index(list(columns), dtype=object)
-        frame.index = frame.index.astype(str)
-        return frame
+        obs = self._adata.obs
+        return pd.DataFrame(
+            {c: _native(obs.iloc[:, place_of[c]].iloc[start:stop].array) for c in columns}, index=pd.Index(texts(obs.index[start:stop]), dtype=object)
+        )
 
     def _iter_counts(self, start: int, stop: int) -> Iterator[tuple[sp.csr_array, int]]:
         if sp.issparse(self._matrix):
@@ -333,8 +330,7 @@ class AnnDataSource(CellSource):
         else:
             bounds = matrices.bounds_by_cells(max(1, matrices.BLOCK_VALUES * 8 // max(1, self._matrix.shape[1])), start, stop)
         for first, last in bounds:
-            rows = self._matrix[first:last]
-            yield sp.csr_array(rows if sp.issparse(rows) else np.asarray(rows)), first
+            yield rows_of(self._matrix, first, last), first
 
 
 class FileSource(CellSource):
@@ -421,11 +417,12 @@ class FileSource(CellSource):
             yield from matrices.iter_rows(matrix, self.layout, (self.n_cells, self.n_columns), start, stop, where=f"{self.name}: {self.counts}")
 
 
+def _native(values: Any) -> Any:
+    """Return a column in numbers that pandas can take rows of."""
+    numbers = np.asarray(values) if isinstance(getattr(values, "dtype", None), np.dtype) and values.dtype.kind in "iuf" else None
+    return values if numbers is None or numbers.dtype.isnative else numbers.astype(numbers.dtype.newbyteorder("="))
+
+
 def sums_of(block: CellBlock) -> np.ndarray:
     """Return the counts per cell of a block, float64 of shape `(n,)`."""
     return np.asarray(block.counts_ng.sum(axis=1, dtype=np.float64)).ravel()
-
-
-def _is_text(column: pd.Series) -> bool:
-    values = column.cat.categories if isinstance(column.dtype, pd.CategoricalDtype) else column
-    return pd.api.types.is_string_dtype(values) or values.dtype == object

@@ -145,7 +145,8 @@ def read_values(array: Any, start: int = 0, stop: int | None = None) -> np.ndarr
     require_memory(n * (max(TEXT_BYTES, array.dtype.itemsize) if is_text(array) else array.dtype.itemsize), f"{_place_of(array)}, which has {n:,} entries,")
     _require_stored(array)
     if not is_text(array):
-        return np.asarray(array[start:stop])
+        values = np.asarray(array[start:stop])
+        return values if values.dtype.isnative else values.astype(values.dtype.newbyteorder("="))
     return decoded(array[start:stop])
 
 

@@ -6,6 +6,7 @@ import csv
 import gzip
 import io
 import itertools
+import re
 import shutil
 import zlib
 from collections.abc import Iterator
@@ -27,6 +28,9 @@ from .stores import TEXT_BYTES, is_group, open_h5, read_values
 from .transpose import CHUNK_VALUES, CsrOnDisk, new_rows_folder, put, rows_on_disk, running_sum
 
 GENE_ARRAYS = {"id": "gene_ids", "genes": "gene_ids", "name": "gene_symbol", "gene_names": "gene_symbol", "feature_type": "feature_types", "genome": "genome"}
+MATRIX = re.compile(r"(?P<prefix>.*)matrix\.mtx(\.gz)?")
+TRANSPOSED = "matrix.T"
+"""What a user calls the counts of a matrix with a row a cell."""
 LINE_BYTES = 1 << 16
 HEADER_BYTES = 1 << 20
 """Most text of comments before the size of a Matrix Market file, and slack for every other text."""
@@ -85,20 +89,27 @@ def tenx_groups(store: Any) -> list[str]:
 class TenXFolderSource(FileSource):
     """A 10x folder: `matrix.mtx`, `genes.tsv` or `features.tsv`, `barcodes.tsv`, each plain or `.gz`.
 
+    All may have one prefix, as in GEO (`GSM1_lung_matrix.mtx.gz`), which then goes before the barcodes; of a folder that holds several
+    samples so, the path of one matrix names one. The counts `matrix.T` are those of a matrix with a row a cell.
+
     Text cannot be read from the middle; the rows are written to disk once, in one pass where the entries come cell by cell,
     as Cell Ranger writes them.
     """
 
     layout = "text"
-    counts = "matrix"
 
     def __init__(self, path: Path, options: SourceOptions) -> None:
         self.path, self.name, self.options = path, str(path), options
-        _require_no_layer(options, self.name)
-        self._text = require_part(path, "matrix.mtx")
-        features, barcodes = require_part(path, "features.tsv", "genes.tsv"), require_part(path, "barcodes.tsv")
+        self.counts = TRANSPOSED if options.counts_layer == TRANSPOSED else "matrix"
+        if self.counts == "matrix":
+            _require_no_layer(options, self.name)
+        folder, prefix = sample_of_matrix(path)
+        self._text = require_part(folder, "matrix.mtx", prefix=prefix)
+        features, barcodes = require_part(folder, "features.tsv", "genes.tsv", prefix=prefix), require_part(folder, "barcodes.tsv", prefix=prefix)
         with _open_text(self._text) as text:
             (self.n_columns, self.n_cells, self._n_entries), self._n_header = _read_header(text, self._text)
+        if self.counts == TRANSPOSED:
+            self.n_columns, self.n_cells = self.n_cells, self.n_columns
         # One line more for a header; either way round, so that a transposed matrix is named as such.
         most = max(self.n_columns, self.n_cells) + 1
         rows = _read_table(features, most)
@@ -109,8 +120,18 @@ class TenXFolderSource(FileSource):
         if len(rows) == self.n_columns + 1:
             del rows[0]
         if (len(rows), len(self._barcodes)) != (self.n_columns, self.n_cells):
+            if (len(rows), len(self._barcodes)) == (self.n_cells, self.n_columns):
+                turned, remedy = (
+                    ("cells x genes", f"read it with `counts_layer={TRANSPOSED!r}` (`--counts-layer {TRANSPOSED}`)")
+                    if self.counts == "matrix"
+                    else ("genes x cells", "leave `counts_layer` out")
+                )
+                msg = f"{path}: {self._text.name} is transposed: it lies as {turned}, by the {len(rows):,} lines of {features.name} and {len(self._barcodes):,} of {barcodes.name}. To use it, {remedy}."
+                raise CellFileError(msg)
             msg = f"{path}: matrix.mtx has {self.n_columns:,} genes and {self.n_cells:,} cells, but {features.name} {len(rows):,} lines and {barcodes.name} {len(self._barcodes):,}. The files belong to different matrices, or one is cut off."
             raise CellFileError(msg)
+        # Samples have barcodes in common.
+        self._barcodes = [f"{prefix}{barcode}" for barcode in self._barcodes]
         names = ("gene_ids", "gene_symbol", "feature_types")
         width = min((len(row) for row in rows), default=1)
         columns = {name: [row[i] for row in rows] for i, name in enumerate(names[:width])}
@@ -160,7 +181,7 @@ class TenXFolderSource(FileSource):
             with (
                 _open_bytes(self._text) as raw,
                 pd.read_csv(
-                    BoundedReader(raw, self._text, HEADER_BYTES + self._n_entries * ENTRY_BYTES), sep=r"\s+", header=None, skiprows=self._n_header, names=["gene", "cell", "value", "more"], comment="%",
+                    BoundedReader(raw, self._text, HEADER_BYTES + self._n_entries * ENTRY_BYTES), sep=r"\s+", header=None, skiprows=self._n_header, names=[*(("gene", "cell") if self.counts == "matrix" else ("cell", "gene")), "value", "more"], comment="%",
                     dtype={"gene": np.int64, "cell": np.int64, "value": np.float64, "more": object}, chunksize=max(1, CHUNK_VALUES // 4), engine="c", skip_blank_lines=True,
                 ) as parts,
             ):  # fmt: skip
@@ -194,21 +215,46 @@ class TenXFolderSource(FileSource):
 
 
 def is_tenx_folder(path: Path) -> bool:
-    """Return True for a folder with `matrix.mtx` or `matrix.mtx.gz`."""
-    return any((path / f"matrix.mtx{suffix}").is_file() for suffix in ("", ".gz"))
+    """Return True for a folder with one matrix of 10x: `matrix.mtx`, plain or `.gz`, or one with a prefix."""
+    prefixes = prefixes_in(path)
+    return "" in prefixes or len(prefixes) == 1
 
 
-def require_part(folder: Path, *names: str) -> Path:
+def prefixes_in(folder: Path) -> list[str]:
+    """Return what goes before `matrix.mtx` in the names of files in a folder."""
+    return sorted({match["prefix"] for path in folder.iterdir() if (match := MATRIX.fullmatch(path.name)) and path.is_file()})
+
+
+def is_tenx_matrix(path: Path) -> bool:
+    """Return True for the matrix of a 10x folder."""
+    return MATRIX.fullmatch(path.name) is not None and path.is_file()
+
+
+def sample_of_matrix(path: Path) -> tuple[Path, str]:
+    """Return the folder of a sample and what goes before the names of its files, given the folder or its matrix."""
+    if is_tenx_matrix(path):
+        return path.parent, MATRIX.fullmatch(path.name)["prefix"]  # type: ignore[index]
+    prefixes = prefixes_in(path)
+    return path, "" if "" in prefixes or not prefixes else prefixes[0]
+
+
+def parts_of_sample(path: Path) -> list[Path]:
+    """Return the files of one of several samples in a folder, given its matrix."""
+    folder, prefix = sample_of_matrix(path)
+    return [require_part(folder, *names, prefix=prefix) for names in (("matrix.mtx",), ("features.tsv", "genes.tsv"), ("barcodes.tsv",))]
+
+
+def require_part(folder: Path, *names: str, prefix: str = "") -> Path:
     """Return one of the files of a 10x folder.
 
     Raises:
         CellFileError
     """
     for name in names:
-        for path in (folder / name, folder / f"{name}.gz"):
+        for path in (folder / f"{prefix}{name}", folder / f"{prefix}{name}.gz"):
             if path.is_file():
                 return path
-    msg = f"{folder} has no {' or '.join(names)}, plain or .gz; expected matrix.mtx, features.tsv (or genes.tsv) and barcodes.tsv."
+    msg = f"{folder} has no {' or '.join(prefix + name for name in names)}, plain or .gz; expected matrix.mtx, features.tsv (or genes.tsv) and barcodes.tsv."
     raise CellFileError(msg)
 
 
@@ -270,9 +316,14 @@ def _read_table(path: Path, most_lines: int) -> list[list[str]]:
     require_memory(most_lines * TEXT_BYTES, f"{path.name}, by the size in matrix.mtx,")
     with _open_text(path, HEADER_BYTES + most_lines * NAME_BYTES) as text:
         # Files of Cell Ranger have up to six columns.
-        rows = (row[:6] for row in csv.reader(text, delimiter="\t", quoting=csv.QUOTE_NONE) if row)
+        rows = ([_unquoted(field) for field in row[:6]] for row in csv.reader(text, delimiter="\t", quoting=csv.QUOTE_NONE) if row)
         # One line more than fits, so that the caller sees that there are more.
         return list(itertools.islice(rows, most_lines + 1))
+
+
+def _unquoted(field: str) -> str:
+    """Return a field without the quotes around all of it, which R writes."""
+    return field[1:-1].replace('""', '"') if len(field) > 1 and field[0] == field[-1] == '"' else field
 
 
 def _read_header(text: TextIO, path: Path) -> tuple[tuple[int, int, int], int]:

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
+import tempfile
+import uuid
+import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +15,7 @@ import datasets
 import numpy as np
 import pyarrow as pa
 
-from ..errors import CellFileError, VocabularyMismatchError
+from ..errors import CellFileError, GeneformerError, VocabularyMismatchError
 from ..input_files import require_regular
 from ..models.tokenization_geneformer import GeneformerTokenizer
 from .dataset_folders import open_dataset_folder, require_plain_features, require_plain_schema, schema_of, splits_of
@@ -103,6 +108,51 @@ def require_lists_of_ids(dataset: Any, *, name: str) -> None:
     if not whole and len(dataset):
         msg = f"{name}: input_ids holds {kind}; expected lists of token ids (whole numbers)."
         raise CellFileError(msg)
+
+
+def require_token_ids(ids: np.ndarray, vocab_size: int, *, name: Callable[[int], str]) -> None:
+    """Raise unless all of these are token ids of a vocabulary of so many.
+
+    Args:
+        name: gives the name of the cell of a token, by the place of the token.
+
+    Raises:
+        VocabularyMismatchError: naming the first that is not.
+    """
+    if not ids.size:
+        return
+    wrong, place = None, 0
+    if ids.dtype.kind not in "iu":
+        wrong = "values that are missing or no whole numbers"
+    elif int(ids.min()) < 0 or int(ids.max()) >= vocab_size:
+        place = int(((ids < 0) | (ids >= vocab_size)).argmax())
+        wrong = f"the token id {int(ids[place]):,}"
+    if wrong:
+        msg = f"{name(place)} holds {wrong}; expected token ids from 0 to {vocab_size - 1:,}. It was tokenized for another model, or is damaged: tokenize the cells with this model's tokenizer."
+        raise VocabularyMismatchError(msg)
+
+
+def materialized(stream: datasets.IterableDataset) -> datasets.Dataset:
+    """Return the rows of a stream as a dataset in a temporary folder, which goes with it; memory is bounded by some rows.
+
+    Raises:
+        CellFileError: if there are none.
+    """
+    folder = tempfile.mkdtemp(prefix="geneformer-hf-")
+    try:
+        fingerprint = uuid.uuid4().hex
+        dataset = datasets.Dataset.from_generator(lambda: iter(stream), features=stream.features, cache_dir=folder, fingerprint=fingerprint)
+    except datasets.exceptions.DatasetGenerationError as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        if isinstance(error.__cause__, GeneformerError):
+            raise error.__cause__ from None
+        msg = f"The stream cannot be read: {type(error.__cause__).__name__}: {error.__cause__}."
+        raise CellFileError(msg) from error
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    weakref.finalize(dataset, shutil.rmtree, folder, ignore_errors=True)
+    return dataset
 
 
 def as_lists(column: pa.Array) -> pa.Array:

@@ -30,7 +30,7 @@ def copy_as_h5ad(source: CellSource, output: Path) -> None:
 
 def can_be_copied(source: CellSource) -> bool:
     """Return True for an .h5ad of anndata 0.7 or later."""
-    return isinstance(source, AnnDataFileSource) and source.path.is_file() and not source.is_legacy
+    return isinstance(source, AnnDataFileSource) and source.path.is_file() and not source.is_legacy and not source.modality
 
 
 def write_h5ad(source: CellSource, output: Path) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -21,11 +20,12 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from tokenizers.processors import TemplateProcessing
 from transformers import BatchEncoding, PreTrainedTokenizerFast
 
-from ..errors import CheckpointError, GeneformerError, NotRawCountsError, UnknownGeneError, VocabularyMismatchError
+from ..anndata_objects import matrices_of, of_rna, rows_of, samples_of, sound_matrix, text_columns, texts
+from ..errors import CheckpointError, GeneformerError, NotRawCountsError, SettingError, UnknownGeneError, VocabularyMismatchError
 from ..gene_ids import GeneFeatures
 from ..genes import GeneColumns, GeneTable
 from ..input_files import read_json_object
-from ..ranking import ENCODING_VERSION, MAX_COLUMNS, TARGET_SUM, check_counts, choose_counts, rank_columns, stored_values, sum_columns
+from ..ranking import ENCODING_VERSION, MAX_COLUMNS, TARGET_SUM, check_counts, choose_counts, rank_columns, sum_columns
 from .checkpoints import DICTIONARY_PATTERNS
 from .dictionaries import find_dictionaries, folder_of_dictionaries, identify, table_of
 from .places import HUB_OPTIONS, TOKENIZER_FILES, Place, fetched, place_of
@@ -196,14 +196,28 @@ class GeneformerTokenizer(PreTrainedTokenizerFast):
         Cells are ranked, cut to `model_max_length` and padded as `padding` and `return_tensors` ask.
         """
         if hasattr(text, "obs") and hasattr(text, "var"):
-            cells = self.encode_anndata(text, gene_ids=gene_ids, counts_layer=kwargs.pop("counts_layer", None), genome=genome)
-            return self._pad_cells(cells, **kwargs)
+            options = {"counts_layer": kwargs.pop("counts_layer", None), "add_special_tokens": kwargs.pop("add_special_tokens", True)}
+            return self._pad_cells(self.encode_anndata(text, gene_ids=gene_ids, genome=genome, **options), **kwargs)
         if sp.issparse(text) or (isinstance(text, np.ndarray) and text.dtype.kind in "buif"):
             if gene_ids is None:
                 msg = "Counts need the names of their columns: pass `gene_ids=` with one Ensembl id or symbol per column."
                 raise ValueError(msg)
-            return self._pad_cells(self.encode_counts(text, gene_ids, genome=genome), **kwargs)
+            cells = self.encode_counts(text, gene_ids, genome=genome, add_special_tokens=kwargs.pop("add_special_tokens", True))
+            return self._pad_cells(cells, **kwargs)
         return super().__call__(text, *args, **kwargs)
+
+    def _add_tokens(self, new_tokens: Any, special_tokens: bool = False) -> int:
+        """Accept tokens that are in the vocabulary; others have no median, and no weights in any model.
+
+        Raises:
+            SettingError: naming the others.
+        """
+        vocabulary = self.get_vocab()
+        unknown = [str(token) for token in new_tokens if str(token) not in vocabulary]
+        if unknown:
+            msg = f"{', '.join(map(repr, unknown[:5]))} cannot be added: the vocabulary is that of the gene table, which gives each gene its median. Make a gene table with them (`geneformer-hf medians`, `GeneTable`) and a tokenizer of it."
+            raise SettingError(msg)
+        return int(super()._add_tokens(new_tokens, special_tokens=special_tokens))
 
     def _encode_plus(self, text: Any, text_pair: Any = None, *args: Any, **kwargs: Any) -> BatchEncoding:
         try:
@@ -220,6 +234,10 @@ class GeneformerTokenizer(PreTrainedTokenizerFast):
         if kwargs.pop("truncation", None) and max_length is not None:
             msg = "Cells are cut to `model_max_length` while they are ranked; set that instead of `truncation` and `max_length`."
             raise ValueError(msg)
+        known = ("pad_to_multiple_of", "padding_side", "return_attention_mask", "verbose")
+        if unknown := [name for name in kwargs if name not in known]:
+            msg = f"{', '.join(unknown)} cannot be used with cells; expected padding, max_length, return_tensors, add_special_tokens, {', '.join(known)}."
+            raise SettingError(msg)
         return self.pad({"input_ids": [cell.tolist() for cell in cells]}, padding=padding, max_length=max_length, return_tensors=return_tensors, **kwargs)
 
     def convert_tokens_to_ids(self, tokens: Any) -> Any:
@@ -264,7 +282,9 @@ class GeneformerTokenizer(PreTrainedTokenizerFast):
         """A short text that changes whenever the same counts could give other tokens."""
         return f"{ENCODING_VERSION}-{self._gene_table.fingerprint}-{self.model_max_length}-{self.cls_token_id}-{self.eos_token_id}"
 
-    def encode_counts(self, counts_ng: Any, gene_ids: Sequence[str], totals_n: np.ndarray | None = None, *, genome: str | None = None) -> list[np.ndarray]:
+    def encode_counts(
+        self, counts_ng: Any, gene_ids: Sequence[str], totals_n: np.ndarray | None = None, *, genome: str | None = None, add_special_tokens: bool = True
+    ) -> list[np.ndarray]:
         """Rank cells and return their token ids, special tokens included.
 
         Args:
@@ -273,6 +293,7 @@ class GeneformerTokenizer(PreTrainedTokenizerFast):
             totals_n (`np.ndarray` of shape `(n,)`, *optional*):
                 Counts per cell over all genes. They cannot change the order and are only checked against the counts.
             genome (`str`, *optional*): the genome to read where the names carry the prefixes of several; cells of others hold no genes.
+            add_special_tokens (`bool`, *optional*, defaults to `True`): `<cls>` and `<eos>` around each cell, where the vocabulary has them.
 
         Returns:
             `list[np.ndarray]`: int32, one per cell, at most `model_max_length` long. Empty cells hold special tokens only.
@@ -280,7 +301,7 @@ class GeneformerTokenizer(PreTrainedTokenizerFast):
         Raises:
             NotRawCountsError, GeneIdError
         """
-        counts = sp.csr_array(counts_ng)
+        counts = rows_of(sound_matrix(counts_ng, "counts_ng"), 0, counts_ng.shape[0])
         if counts.shape[1] != len(gene_ids):
             msg = f"counts have {counts.shape[1]:,} columns and gene_ids {len(gene_ids):,} names; they must be as many."
             raise ValueError(msg)
@@ -288,28 +309,24 @@ class GeneformerTokenizer(PreTrainedTokenizerFast):
         if totals_n is not None and (np.asarray(totals_n) < np.asarray(counts.sum(axis=1)).ravel()).any():
             msg = "totals_n lies below the counts of some cells, so it belongs to another matrix. Pass totals over all genes, or leave it out."
             raise NotRawCountsError(msg)
-        return self._encode_features(counts, GeneFeatures({}, list(gene_ids), gene_ids="index", genome=genome))
+        return self._encode_features(counts, GeneFeatures({}, list(gene_ids), gene_ids="index", genome=genome), add_special_tokens=add_special_tokens)
 
-    def encode_anndata(self, adata: Any, *, gene_ids: str | None = None, counts_layer: str | None = None, genome: str | None = None) -> list[np.ndarray]:
+    def encode_anndata(
+        self, adata: Any, *, gene_ids: str | None = None, counts_layer: str | None = None, genome: str | None = None, add_special_tokens: bool = True
+    ) -> list[np.ndarray]:
         """Rank the cells of an AnnData: `encode_counts` on the counts and gene ids found by the rules of this package."""
-        matrices = {"X": adata.X} if adata.X is not None else {}
-        if getattr(adata, "raw", None) is not None:
-            matrices["raw.X"] = adata.raw.X
-        matrices.update(adata.layers)
-        name = choose_counts({n: partial(stored_values, m) for n, m in matrices.items()}, counts_layer)
+        adata = of_rna(adata)
+        matrices = matrices_of(adata)
+        name = choose_counts(samples_of(matrices), counts_layer)
         var = adata.raw.var if name == "raw.X" else adata.var
-        text = {c: [str(v) for v in var[c]] for c in var.columns if var[c].dtype.kind == "O" or str(var[c].dtype) in ("category", "string", "str")}
-        features = GeneFeatures(text, [str(v) for v in var.index], gene_ids=gene_ids, genome=genome, index_name=var.index.name)
-        counts = matrices[name]
-        # A backed AnnData hands out rows, not itself.
-        counts = counts if sp.issparse(counts) or isinstance(counts, np.ndarray) else counts[:]
-        return self._encode_features(sp.csr_array(counts), features)
+        features = GeneFeatures(text_columns(var), texts(var.index), gene_ids=gene_ids, genome=genome, index_name=var.index.name)
+        return self._encode_features(rows_of(sound_matrix(matrices[name], name), 0, adata.n_obs), features, add_special_tokens=add_special_tokens)
 
-    def _encode_features(self, counts_ng: sp.csr_array, features: GeneFeatures) -> list[np.ndarray]:
+    def _encode_features(self, counts_ng: sp.csr_array, features: GeneFeatures, *, add_special_tokens: bool) -> list[np.ndarray]:
         """Rank the genes among the columns of checked counts; cells of other genomes than the one that is read hold none."""
         check_counts(counts_ng.data, "counts_ng")
         columns = self._gene_table.match(features)
-        return self.encode_block(features.select(counts_ng)[0], columns).split()
+        return self.encode_block(features.select(counts_ng)[0], columns, special_tokens=add_special_tokens).split()
 
     def encode_block(
         self, counts_ng: sp.csr_array, columns: GeneColumns, *, totals_n: np.ndarray | None = None, crop: bool = True, special_tokens: bool = True
