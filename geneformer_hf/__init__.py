@@ -1,6 +1,6 @@
 """Geneformer for the Hugging Face ecosystem: importing this package registers its models with the Auto classes.
 
-Everything outside `models` is loaded on first use, so that the import needs neither anndata nor datasets.
+Everything is loaded on first use, so that the import needs neither torch nor transformers; `registration` says how that goes together.
 """
 
 from __future__ import annotations
@@ -8,20 +8,9 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from . import pipelines as pipelines  # registers them with transformers
 from ._version import __version__
-from .genes import GeneTable
-from .models import (
-    CHECKPOINTS,
-    GeneformerConfig,
-    GeneformerForMaskedLM,
-    GeneformerForMultiTaskClassification,
-    GeneformerForSequenceClassification,
-    GeneformerForTokenClassification,
-    GeneformerModel,
-    GeneformerTokenizer,
-)
-from .ranking import rank_genes
+from .errors import like
+from .registration import register
 
 if TYPE_CHECKING:
     from .analysis.attention_networks import AttentionNetwork, attention_network, regulator_centrality
@@ -49,13 +38,25 @@ if TYPE_CHECKING:
     from .data.scdl import write_scdl
     from .data.soma import SomaSource, open_census
     from .data.streaming import stream_cells, stream_tokens
+    from .genes import GeneTable
     from .hub.conversion import convert_checkpoint
     from .hub.export import export_checkpoint, merge_adapter
     from .hub.onnx_export import export_onnx
     from .hub.sharing import pull_folder, push_folder
     from .hub.upstream import convert_multi_task
     from .models.adapters import add_adapter
+    from .models.checkpoints import CHECKPOINTS
+    from .models.configuration_geneformer import GeneformerConfig
     from .models.loading import load_model, load_peft_model
+    from .models.modeling_geneformer import (
+        GeneformerForMaskedLM,
+        GeneformerForMultiTaskClassification,
+        GeneformerForSequenceClassification,
+        GeneformerForTokenClassification,
+        GeneformerModel,
+    )
+    from .models.tokenization_geneformer import GeneformerTokenizer
+    from .ranking import rank_genes
     from .training.arguments import GeneformerFineTuningArguments, GeneformerPretrainingArguments
     from .training.finetuning import FineTuningRun, finetune
     from .training.pretraining import PretrainingRun, pretrain
@@ -65,6 +66,7 @@ if TYPE_CHECKING:
 
 
 _LAZY = {
+    "CHECKPOINTS": "models.checkpoints",
     "AttentionNetwork": "analysis.attention_networks",
     "BenchmarkDataset": "analysis.benchmarking",
     "CellDatasetBuilder": "data.builder",
@@ -72,8 +74,16 @@ _LAZY = {
     "CellPredictions": "analysis.predictions",
     "FineTuningRun": "training.finetuning",
     "GenePredictions": "analysis.predictions",
+    "GeneTable": "genes",
+    "GeneformerConfig": "models.configuration_geneformer",
     "GeneformerFineTuningArguments": "training.arguments",
+    "GeneformerForMaskedLM": "models.modeling_geneformer",
+    "GeneformerForMultiTaskClassification": "models.modeling_geneformer",
+    "GeneformerForSequenceClassification": "models.modeling_geneformer",
+    "GeneformerForTokenClassification": "models.modeling_geneformer",
+    "GeneformerModel": "models.modeling_geneformer",
     "GeneformerPretrainingArguments": "training.arguments",
+    "GeneformerTokenizer": "models.tokenization_geneformer",
     "InSilicoPerturber": "analysis.perturbing",
     "Perturbation": "analysis.perturbations",
     "PretrainingRun": "training.pretraining",
@@ -117,6 +127,7 @@ _LAZY = {
     "pull_folder": "hub.sharing",
     "push_folder": "hub.sharing",
     "rank_contributions": "analysis.rank_contribution",
+    "rank_genes": "ranking",
     "read_published_perturbations": "analysis.published",
     "regulator_centrality": "analysis.attention_networks",
     "run_task": "transfer_tasks",
@@ -211,9 +222,12 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name in _LAZY:
         return getattr(import_module(f".{_LAZY[name]}", __name__), name)
-    msg = f"module {__name__!r} has no attribute {name!r}"
-    raise AttributeError(msg)
+    msg = f"module {__name__!r} has no attribute {name!r}.{like(name, __all__)}"
+    raise AttributeError(msg, name=name)
 
 
 def __dir__() -> list[str]:
     return sorted(__all__)
+
+
+register()

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import scipy.sparse as sp
 
 from .errors import CellFileError, GeneformerError
@@ -41,6 +41,8 @@ def of_rna(adata: Any) -> Any:
     """
     if hasattr(adata, "mod") and not hasattr(adata, "X"):
         adata = adata.mod[rna_modality([*adata.mod], "MuData", "pass `mdata[{!r}]`")]
+    import pandas as pd
+
     for part in ("obs", "var"):
         frame = getattr(adata, part)
         if not isinstance(frame, pd.DataFrame):
@@ -118,20 +120,21 @@ def known_to_scipy(dtype: np.dtype) -> np.dtype:
     return dtype.newbyteorder("=")
 
 
-def require_distinct_columns(frame: pd.DataFrame, what: str) -> None:
+def require_distinct_columns(frame: Any, what: str) -> None:
     """Raise if two columns of a table have one name, 1 and "1" among them: which is meant could not be said.
 
     Raises:
         CellFileError
     """
-    names = pd.Index([str(name) for name in frame.columns])
-    if names.has_duplicates:
-        twice = list(dict.fromkeys(names[names.duplicated()]))
+    names = [str(name) for name in frame.columns]
+    if len(set(names)) < len(names):
+        counts = Counter(names)
+        twice = [name for name in counts if counts[name] > 1]
         msg = f"{what} has {len(twice):,} names of columns more than once: {', '.join(map(repr, twice[:5]))}. Rename or drop them, for instance `adata.{what.rsplit(maxsplit=1)[-1]} = adata.{what.rsplit(maxsplit=1)[-1]}.loc[:, ~adata.{what.rsplit(maxsplit=1)[-1]}.columns.duplicated()]`."
         raise CellFileError(msg)
 
 
-def text_columns(frame: pd.DataFrame) -> dict[str, list[str]]:
+def text_columns(frame: Any) -> dict[str, list[str]]:
     """Return the columns of text of var, categories included.
 
     Raises:
@@ -158,6 +161,8 @@ def _text(value: Any) -> str:
     return text if text.isascii() else text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
-def _is_text(column: pd.Series) -> bool:
+def _is_text(column: Any) -> bool:
+    import pandas as pd
+
     values = column.cat.categories if isinstance(column.dtype, pd.CategoricalDtype) else column
     return pd.api.types.is_string_dtype(values) or values.dtype == object

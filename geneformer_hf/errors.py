@@ -6,6 +6,9 @@ line prints these without a traceback; anything else that escapes is a bug.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from difflib import get_close_matches
+
 
 class GeneformerError(Exception):
     """Base of all errors raised on purpose by this package."""
@@ -77,3 +80,14 @@ class TrainingDivergedError(GeneformerError, ArithmeticError):
 
 class MissingExtraError(GeneformerError, ImportError):
     """An optional dependency is needed and not installed."""
+
+
+def like(word: str, known: Iterable[str]) -> str:
+    """Return a question after what is spelt like a word, for the end of a message; empty where nothing is.
+
+    Example:
+        >>> like("tokenise", ["embed", "tokenize"]), like("xyz", ["embed"])
+        (' Did you mean tokenize?', '')
+    """
+    similar = get_close_matches(word, sorted(known), n=1)
+    return f" Did you mean {similar[0]}?" if similar else ""

@@ -129,6 +129,3 @@ def register() -> None:
     for task, (implementation, model) in TASKS.items():
         if task not in PIPELINE_REGISTRY.supported_tasks:
             PIPELINE_REGISTRY.register_pipeline(task, pipeline_class=implementation, pt_model=model, type="multimodal")
-
-
-register()

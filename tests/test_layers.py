@@ -8,7 +8,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "geneformer_hf"
 LAYER = {"errors": -1, "device": 0, "outputs": 0, "input_files": -0.5, "escaping": -0.5, "_version": 0, "genes": 1, "gene_ids": 0.5, "anndata_objects": 0.5, "feature_types": 0, "ranking": 1, "pickles": 1, "pickle_bounds": 0, "resources": 1, "models": 2, "data": 3,
-         "reports": 4, "training": 5, "analysis": 5, "hub": 5, "pipelines": 6, "transfer_tasks": 6, "cli": 7, "__main__": 8}  # fmt: skip
+         "reports": 4, "training": 5, "analysis": 5, "hub": 5, "pipelines": 6, "registration": 6.5, "transfer_tasks": 6, "cli": 7, "__main__": 8}  # fmt: skip
 HEAVY = {"anndata": 3, "datasets": 3, "h5py": 3, "pyarrow": 3, "transformers": 2, "torch": 0}
 EXTRAS = (
     "tensorboard",

@@ -9,11 +9,11 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 
 from .._version import __version__
-from ..errors import GeneformerError
+from ..errors import GeneformerError, like
 from .attention import Attention
 from .benchmark import Benchmark
 from .command import Command
@@ -25,6 +25,7 @@ from .export import Export
 from .finetune import Finetune
 from .info import Info
 from .medians import Medians
+from .parser import Parser
 from .perturb import Perturb
 from .predict import Predict
 from .pretrain import Pretrain
@@ -61,25 +62,43 @@ COMMANDS: tuple[type[Command], ...] = (
 )
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> Parser:
     """Return the parser with every command."""
-    parser = argparse.ArgumentParser(prog="geneformer-hf", description="Geneformer for the Hugging Face ecosystem: single cells in, embeddings out.")
+    return _build()[0]
+
+
+def _build() -> tuple[Parser, dict[str, Parser]]:
+    """Return the parser, and those of the commands by their names."""
+    parser = Parser(prog="geneformer-hf", description="Geneformer for the Hugging Face ecosystem: single cells in, embeddings out.")
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     parser.add_argument("--debug", action="store_true", help="show the traceback of errors")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    by_name: dict[str, Parser] = {}
     for cls in COMMANDS:
         command = cls()
-        sub = commands.add_parser(
-            command.name, help=command.help, description=cls.__doc__, add_help=not command.takes_rest, allow_abbrev=not command.takes_rest
-        )
+        sub = by_name[command.name] = commands.add_parser(command.name, help=command.help, description=cls.__doc__, add_help=not command.takes_rest)
         command.add_arguments(sub)
         sub.set_defaults(run=command.run, takes_rest=command.takes_rest, when_interrupted=command.when_interrupted)
-    return parser
+    return parser, by_name
+
+
+def _require_known_words(parser: Parser, commands: Mapping[str, Parser], words: Sequence[str]) -> None:
+    """Exit with 2 if the command, or an option before or after it, is misspelt."""
+    place = next((i for i, word in enumerate(words) if not word.startswith("-")), len(words))
+    parser.require_known_options(words[:place])
+    if place == len(words):
+        return
+    name = words[place]
+    if name not in commands:
+        parser.error(f"unknown command {name!r}.{like(name, [*commands])} Commands: {', '.join(commands)}.")
+    if not commands[name].get_default("takes_rest"):
+        commands[name].require_known_options(words[place + 1 :])
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code: 0 done, 1 refused or failed with a message, 2 wrong usage, 130 interrupted."""
-    parser = build_parser()
+    parser, commands = _build()
+    _require_known_words(parser, commands, sys.argv[1:] if argv is None else argv)
     args, rest = parser.parse_known_args(argv)
     if rest and not args.takes_rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")

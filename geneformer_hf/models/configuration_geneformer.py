@@ -7,6 +7,7 @@ from typing import Any
 
 from transformers import BertConfig
 
+from ..errors import like
 from .checkpoint_settings import check_config
 from .checkpoints import CHECKPOINTS
 
@@ -116,7 +117,7 @@ class GeneformerConfig(BertConfig):
             ValueError: for an unknown name, listing the known ones.
         """
         if name not in PRESETS:
-            msg = f"{name!r} is not a published shape. Known: {', '.join(PRESETS)}."
+            msg = f"{name!r} is not a published shape.{like(name, PRESETS)} Known: {', '.join(PRESETS)}."
             raise ValueError(msg)
         return cls(**(PRESETS[name] | overrides))
 

@@ -27,7 +27,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from ..errors import CheckpointError, HubError
+from ..errors import CheckpointError, HubError, like
 from ..input_files import read_json_object
 from ..pickles import sha256
 from .checkpoint_settings import check_folder
@@ -95,7 +95,7 @@ def place_of(source: str | Path, *, subfolder: str | None = None, revision: str 
         return Place(known.repository, subfolder or known.subfolder, revision or known.revision)
     if not is_hub_id(name):
         what = "is a file" if Path(name).is_file() else f"does not exist (looked for in {Path.cwd()})"
-        msg = f"{name} {what}. Give the folder of a tokenizer or converted checkpoint, a Hub id such as 'name/model', or one of the published checkpoints: {', '.join(CHECKPOINTS)}."
+        msg = f"{name} {what}. Give the folder of a tokenizer or converted checkpoint, a Hub id such as 'name/model', or one of the published checkpoints: {', '.join(CHECKPOINTS)}.{like(name, CHECKPOINTS)}"
         raise CheckpointError(msg)
     return Place(name, subfolder, revision)
 

@@ -20,7 +20,8 @@ from geneformer_hf import (
     export_onnx,
 )
 from geneformer_hf.errors import CheckpointError, OutputError, OutputExistsError, UnsafePickleError, VocabularyMismatchError
-from geneformer_hf.models import PRESETS, checkpoints, dictionaries
+from geneformer_hf.models import checkpoints, dictionaries
+from geneformer_hf.models.configuration_geneformer import PRESETS
 from geneformer_hf.models.loading import load_model, load_tokenizer, tokenizer_of
 from geneformer_hf.outputs import MARK
 from tests.conftest import ensembl, tiny_config

@@ -20,7 +20,7 @@ from transformers import (
 )
 
 import geneformer_hf as gf
-from geneformer_hf.models import PRESETS
+from geneformer_hf.models.configuration_geneformer import PRESETS
 from tests.conftest import tiny_config
 from tests.tolerances import LOSS
 
