@@ -126,6 +126,9 @@ class DatasetCells(Cells):
     def __init__(self, dataset: Any) -> None:
         if isinstance(dataset, datasets.IterableDataset):
             dataset = materialized(dataset)
+        if "input_ids" not in dataset.column_names:
+            msg = f"The dataset has no column 'input_ids' (found: {', '.join(dataset.column_names)}). Make one with `load_cells` or `geneformer-hf tokenize`."
+            raise ColumnNotFoundError(msg)
         require_lists_of_ids(dataset, name="The dataset")
         self.dataset, self.n_cells = dataset, len(dataset)
 

@@ -39,7 +39,9 @@ class Attention(Command):
         from ..analysis.attention_report import regulators_in_words, write_attention
         from ..models.loading import load_model, tokenizer_of
         from ..outputs import new_folder, require_apart, require_free
+        from ..reports.plots import require_plots
 
+        require_plots()
         require_apart(args.output, [args.input, args.model, args.genes, args.regulators])
         require_free(args.output, overwrite=args.overwrite, made_by="attention")
         genes = listed_genes(args.genes) if args.genes else None

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from argparse import ArgumentParser, Namespace
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from .._version import __version__
-from ..errors import CellFileError, ColumnNotFoundError
+from ..errors import CellFileError, ColumnNotFoundError, OutputError
 from .command import KINDS, Command, add_computing, add_overwrite, add_reading, add_seed, describe_size
 
 
@@ -49,13 +50,17 @@ class Embed(Command):
         from ..analysis.embeddings import Embedder
         from ..data.writing import add_obs_to_file, note_in_file
         from ..outputs import new_file, put, require_apart, require_free
+        from ..reports.plots import require_plots
 
         self._check(args)
+        if args.plot:
+            require_plots(umap=True)
         require_apart(args.output, [args.input, args.model, args.base])
         require_free(args.output, overwrite=args.overwrite)
-        pictures = [args.output.with_name(f"{args.output.stem}_{kind}_{_file_name(column)}.png") for column in args.plot for kind in ("umap", "heatmap")]
-        for picture in pictures:
-            require_free(picture, overwrite=args.overwrite)
+        names = _file_names(args.plot)
+        for name in names.values():
+            for kind in ("umap", "heatmap"):
+                require_free(args.output.with_name(f"{args.output.stem}_{kind}_{name}.png"), overwrite=args.overwrite)
         runner = Embedder(
             args.model,
             layer=args.layer,
@@ -76,11 +81,15 @@ class Embed(Command):
             print_source(args.input, args.output, cells, args.genes)
         with new_file(args.output, overwrite=args.overwrite) as partial:
             written: list[Path] = []
+            failure: Exception | None = None
             if args.genes:
                 self._genes(args, runner, cells, partial)
             else:
                 embeddings = self._cells(args, runner, cells, partial)
-                written = self._plot(args, embeddings, columns, partial) if columns else []
+                try:
+                    written = self._plot(args, embeddings, columns, partial) if columns else []
+                except Exception as error:  # noqa: BLE001 - whatever libraries that draw raise; the embeddings are there, and it is said below
+                    failure = error
             if not args.genes and partial.suffix == ".h5ad" and isinstance(cells, SourceCells) and cells.source.genome_fractions is not None:
                 add_obs_to_file(partial, {"genome_fraction": cells.source.genome_fractions})
             note_in_file(partial, "X_geneformer", record_of(args, runner))
@@ -90,6 +99,9 @@ class Embed(Command):
         print(
             f"Embeddings of {what} (layer {args.layer}, {'every gene in its cell' if args.genes == 'contextual' else runner.pooling if not args.genes else 'mean per gene'}, {runner.config.hidden_size} dimensions) written to {args.output} ({describe_size(args.output)})."
         )
+        if failure is not None:
+            msg = f"the pictures could not be drawn ({type(failure).__name__}: {failure}). The embeddings are whole; draw them with scanpy."
+            raise OutputError(msg) from failure
         for path in written:
             print(f"Picture: {args.output.with_name(path.name)}")
         return 0
@@ -196,9 +208,9 @@ class Embed(Command):
         from ..reports.plots import plot_heatmap, plot_umap, umap_coordinates
 
         coordinates = umap_coordinates(embeddings, seed=args.seed)
-        written = []
+        written, names = [], _file_names(args.plot)
         for column, values in columns.items():
-            stem = partial.with_name(f"{args.output.stem}_KIND_{_file_name(column)}.png")
+            stem = partial.with_name(f"{args.output.stem}_KIND_{names[column]}.png")
             for kind, draw, data in (("umap", plot_umap, coordinates), ("heatmap", plot_heatmap, embeddings)):
                 path = stem.with_name(stem.name.replace("_KIND_", f"_{kind}_"))
                 draw(data, values, path, title=f"Geneformer embeddings of {len(values):,} cells by {column}", name=column)
@@ -238,6 +250,16 @@ def record_of(args: Namespace, runner: Any) -> dict[str, Any]:
     }
 
 
-def _file_name(column: str) -> str:
-    """Return a column's name as part of a file name."""
-    return "".join(c if c.isalnum() or c in "-_." else "_" for c in column)
+def _file_names(columns: Sequence[str]) -> dict[str, str]:
+    """Return columns' names as parts of file names, numbered where two would be one.
+
+    Example:
+        >>> _file_names(["cell type", "cell_type", "batch"])
+        {'cell type': 'cell_type', 'cell_type': 'cell_type_2', 'batch': 'batch'}
+    """
+    names: dict[str, str] = {}
+    for column in columns:
+        plain = "".join(c if c.isalnum() or c in "-_." else "_" for c in column)
+        taken = {name.lower() for name in names.values()}
+        names[column] = next(name for name in (plain, *(f"{plain}_{i}" for i in range(2, len(columns) + 2))) if name.lower() not in taken)
+    return names

@@ -49,7 +49,9 @@ class Evaluate(Command):
         from ..data.labels import read_gene_classes
         from ..errors import SettingError
         from ..outputs import new_folder, require_apart, require_free
+        from ..reports.plots import require_plots
 
+        require_plots(umap=not args.no_umap)
         require_apart(args.output, [args.input, args.gene_classes, *models_of(args.model).values()])
         require_free(args.output, overwrite=args.overwrite, made_by="evaluate")
         if args.gene_classes is not None and not args.genes:

@@ -55,9 +55,11 @@ class Qc(Command):
         from ..data.quality import QualityRules, assess_quality
         from ..outputs import put, require_apart, require_free, unfinished
         from ..reports.csv_files import write_csv
+        from ..reports.plots import require_plots
 
         paths = find_files(args.files)
         require_apart(args.output, [*paths, args.gene_biotypes])
+        require_plots()
         single = args.output.suffix in (".h5ad", ".parquet", ".csv")
         if single and len(paths) > 1:
             msg = f"--output {args.output}: {len(paths)} inputs need a folder to go to; give a name without .h5ad, .parquet or .csv."

@@ -68,7 +68,10 @@ class Stats(Command):
         from ..models.tokenization_geneformer import GeneformerTokenizer
         from ..outputs import new_file, require_apart, require_free
         from ..reports.csv_files import write_csv
+        from ..reports.plots import require_plots
 
+        if args.plot is not None:
+            require_plots()
         for path, suffix in ((args.output, ".csv"), (args.plot, ".png")):
             if path is not None:
                 if path.suffix != suffix:

@@ -16,6 +16,7 @@ from typing import Any
 from ..errors import CheckpointError
 from ..input_files import read_json_object, require_regular
 from .attention import PACKED_ATTENTION
+from .config_fields import check_fields
 
 ATTENTION = (None, "eager", "sdpa", "flex_attention", PACKED_ATTENTION)
 """Attention functions that a file may name: those that are part of transformers and of this package."""
@@ -26,17 +27,6 @@ QUANTIZATION_TEXTS = {
     "bnb_4bit_compute_dtype": ("float32", "float16", "bfloat16"),
     "bnb_4bit_quant_storage": ("uint8", "float32", "float16", "bfloat16"),
 }
-LARGEST = {
-    "num_hidden_layers": 1000,
-    "hidden_size": 1 << 17,
-    "num_attention_heads": 4096,
-    "intermediate_size": 1 << 20,
-    "max_position_embeddings": 1 << 24,
-    "vocab_size": 1 << 24,
-    "type_vocab_size": 1 << 16,
-    "num_labels": 1 << 20,
-}
-"""Sizes beyond any model; building one would fill memory or take forever."""
 LARGEST_RANK = 8192
 """Rank of an adapter, beyond which it is larger than any base."""
 CODE_FIELDS = ("auto_map", "custom_pipelines", "transformers_weights", "use_kernels", "kernel_config", "custom_generate")
@@ -139,12 +129,7 @@ def check_config(settings: Mapping[str, Any], where: str) -> None:
         if not _is_one_of(str(value).removeprefix("torch.") if value is not None else None, NUMBER_TYPES):
             msg = f"{where}: {name} is {_short(value)}; expected one of {_listed(NUMBER_TYPES)}. Remove the field, or name the type of the weights."
             raise CheckpointError(msg)
-    for name, most in LARGEST.items():
-        value = settings.get(name)
-        if value is not None and not (isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= most):
-            msg = f"{where}: {name} is {_short(value)}; expected a whole number from 0 to {most:,}. Correct config.json, or download it again."
-            raise CheckpointError(msg)
-    _check_labels(settings, where)
+    check_fields(settings, where)
     for name in ("is_decoder", "add_cross_attention", "is_encoder_decoder"):
         if settings.get(name):
             msg = f"{where}: {name} is {_short(settings[name])}; expected false. A Geneformer is an encoder: each gene sees all others."
@@ -152,25 +137,6 @@ def check_config(settings: Mapping[str, Any], where: str) -> None:
     quantization = settings.get("quantization_config")
     if quantization is not None:
         _check_quantization(quantization if isinstance(quantization, Mapping) else getattr(quantization, "to_dict", lambda: quantization)(), where)
-
-
-def _check_labels(settings: Mapping[str, Any], where: str) -> None:
-    """Refuse names of classes and columns that are no texts, or numbers of classes with gaps."""
-    columns, tasks, names = (settings.get(name) for name in ("label_columns", "task_labels", "id2label"))
-    wrong, expected = None, ""
-    if columns is not None and not _is_list_of_texts(columns):
-        wrong, expected = "label_columns", "a list of names of columns"
-    elif tasks is not None and not (isinstance(tasks, Mapping) and all(isinstance(k, str) and _is_list_of_texts(v) for k, v in tasks.items())):
-        wrong, expected = "task_labels", "an object of columns and lists of names of classes"
-    elif names is not None and not (isinstance(names, Mapping) and sorted(map(str, names)) == sorted(map(str, range(len(names))))):
-        wrong, expected = "id2label", "an object that names the classes 0, 1, 2 and so on, without gaps"
-    if wrong is not None:
-        msg = f"{where}: {wrong} is {_short(settings[wrong])}; expected {expected}. Correct config.json, or save the model again."
-        raise CheckpointError(msg)
-
-
-def _is_list_of_texts(value: Any) -> bool:
-    return isinstance(value, (list, tuple)) and all(isinstance(v, str) for v in value)
 
 
 def _check_quantization(settings: Any, where: str) -> None:

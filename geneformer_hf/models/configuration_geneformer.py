@@ -5,18 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import BertConfig
 
-from ..errors import like
+from ..errors import CheckpointError, like
 from .checkpoint_settings import check_config
 from .checkpoints import CHECKPOINTS
+from .config_fields import POOLINGS, UPSTREAM_POOLING
 
 # Special tokens of the published vocabularies by their size, which is how a published config.json tells them apart.
 CLS_EOS_OF_VOCABULARY = {20_275: (2, 3)}
-
-POOLINGS = ("first", "mean", "attention", "cls")
-UPSTREAM_POOLING = "attention_all"
-"""Attention over special tokens as well, as upstream's multi-task models have it; for converted ones alone."""
 
 
 def _shape(hidden: int, layers: int, heads: int, ffn: int, positions: int, vocabulary: int, dropout: float) -> dict[str, Any]:
@@ -142,4 +140,8 @@ class GeneformerConfig(BertConfig):
             CheckpointError: if it names code, an attention function to download, another quantisation than bitsandbytes, or an unknown number type.
         """
         check_config(config_dict, "config.json")
-        return super().from_dict(config_dict, **kwargs)
+        try:
+            return super().from_dict(config_dict, **kwargs)
+        except StrictDataclassError as error:
+            msg = f"config.json cannot be read: {' '.join(str(error).split())}. Correct it, or save the model again."
+            raise CheckpointError(msg) from error

@@ -207,17 +207,25 @@ class GeneformerTokenizer(PreTrainedTokenizerFast):
         return super().__call__(text, *args, **kwargs)
 
     def _add_tokens(self, new_tokens: Any, special_tokens: bool = False) -> int:
-        """Accept tokens that are in the vocabulary; others have no median, and no weights in any model.
+        self._require_in_vocabulary(new_tokens)
+        return int(super()._add_tokens(new_tokens, special_tokens=special_tokens))
+
+    def add_special_tokens(self, special_tokens_dict: Any, *args: Any, **kwargs: Any) -> int:
+        """Give tokens of the vocabulary the part of special ones; others have no weights in any model.
 
         Raises:
             SettingError: naming the others.
         """
+        given = [token for value in special_tokens_dict.values() for token in (value if isinstance(value, (list, tuple)) else [value])]
+        self._require_in_vocabulary(given)
+        return int(super().add_special_tokens(special_tokens_dict, *args, **kwargs))
+
+    def _require_in_vocabulary(self, tokens: Any) -> None:
         vocabulary = self.get_vocab()
-        unknown = [str(token) for token in new_tokens if str(token) not in vocabulary]
+        unknown = [str(token) for token in tokens if str(token) not in vocabulary]
         if unknown:
             msg = f"{', '.join(map(repr, unknown[:5]))} cannot be added: the vocabulary is that of the gene table, which gives each gene its median. Make a gene table with them (`geneformer-hf medians`, `GeneTable`) and a tokenizer of it."
             raise SettingError(msg)
-        return int(super()._add_tokens(new_tokens, special_tokens=special_tokens))
 
     def _encode_plus(self, text: Any, text_pair: Any = None, *args: Any, **kwargs: Any) -> BatchEncoding:
         try:

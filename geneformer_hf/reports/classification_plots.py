@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from .classification import RocCurve
-from .plots import pyplot, save_figure
+from .plots import colour_map, new_figure, save_figure
 
 NAMED_CELLS = 25
 """More classes than that get no numbers in their confusion matrix."""
@@ -25,13 +25,12 @@ def short(name: str) -> str:
 def plot_confusion(confusion: Sequence[Sequence[int]], names: Sequence[str], path: Path, *, title: str, what: str = "cells") -> None:
     """Draw how often each true class (row) was predicted as each class, in shares of the row."""
     names = [short(name) for name in names]
-    plt = pyplot()
     counts = np.asarray(confusion, dtype=np.float64)
     totals = counts.sum(axis=1, keepdims=True)
     shares = np.divide(counts, totals, out=np.full_like(counts, np.nan), where=totals > 0)
     size = float(np.clip(2.5 + 0.36 * len(names), 4.5, 24))
-    figure, axes = plt.subplots(figsize=(size + 1.5, size), layout="constrained")
-    colors = plt.get_cmap("Blues").with_extremes(bad="0.92")
+    figure, axes = new_figure(size=(size + 1.5, size))
+    colors = colour_map("Blues").with_extremes(bad="0.92")
     image = axes.imshow(np.ma.masked_invalid(shares), cmap=colors, vmin=0, vmax=1)
     if len(names) <= NAMED_CELLS:
         for i, j in np.ndindex(counts.shape):
@@ -42,7 +41,7 @@ def plot_confusion(confusion: Sequence[Sequence[int]], names: Sequence[str], pat
     axes.set_yticks(range(len(names)), labels, fontsize=8)
     axes.set(title=title, xlabel="predicted", ylabel=f"true ({what})")
     figure.colorbar(image, ax=axes, label="share of the true class", shrink=0.7)
-    save_figure(plt, figure, path)
+    save_figure(figure, path)
 
 
 def plot_roc(curves: Mapping[str, RocCurve], path: Path, *, title: str, mean: RocCurve | None = None, plain: RocCurve | None = None) -> None:
@@ -52,11 +51,10 @@ def plot_roc(curves: Mapping[str, RocCurve], path: Path, *, title: str, mean: Ro
         mean: the mean weighted by length, as published.
         plain: the mean in which all folds weigh alike; only its area is told.
     """
-    plt = pyplot()
-    figure, axes = plt.subplots(figsize=(9, 5.5), layout="constrained")
+    figure, axes = new_figure(size=(9, 5.5))
     axes.plot([0, 1], [0, 1], ":", color="0.6")
     shown = sorted(curves.items(), key=lambda item: item[1].auc)[:MAX_CURVES] if len(curves) > MAX_CURVES else list(curves.items())
-    colors = plt.get_cmap("tab20").colors
+    colors = colour_map("tab20").colors
     for i, (name, curve) in enumerate(shown):
         thin: dict[str, Any] = {"linewidth": 1, "alpha": 0.5, "color": "0.5"} if mean is not None else {"linewidth": 1.2, "color": colors[i % 20]}
         axes.plot(curve.false_positive_rate, curve.true_positive_rate, label=f"{short(name)} ({curve.auc:.3f})", **thin)
@@ -68,38 +66,35 @@ def plot_roc(curves: Mapping[str, RocCurve], path: Path, *, title: str, mean: Ro
         axes.plot(mean.false_positive_rate, mean.true_positive_rate, color="C0", linewidth=2.5, label=label)
     axes.set(title=title, xlabel="false-positive rate", ylabel="true-positive rate", xlim=(-0.01, 1.01), ylim=(-0.01, 1.01))
     axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, title="area under the curve", title_fontsize=8)
-    save_figure(plt, figure, path)
+    save_figure(figure, path)
 
 
 def plot_calibration(rows: Sequence[Mapping[str, float]], path: Path, *, title: str, error: float) -> None:
     """Draw how often predictions of a confidence are right, with the number of cells of each bin below."""
-    plt = pyplot()
-    figure, (axes, below) = plt.subplots(2, 1, figsize=(5.5, 5.5), layout="constrained", height_ratios=(3, 1), sharex=True)
+    figure, (axes, below) = new_figure(2, 1, size=(5.5, 5.5), height_ratios=(3, 1), sharex=True)
     confidence, right = [row["confidence"] for row in rows], [row["right"] for row in rows]
     axes.plot([0, 1], [0, 1], ":", color="0.6")
     axes.plot(confidence, right, "o-", color="C0")
     axes.set(title=f"{title} (expected calibration error {error:.3f})", ylabel="share right", ylim=(-0.02, 1.02))
     below.bar(confidence, [row["n"] for row in rows], width=0.06, color="0.6")
     below.set(xlabel="probability of the predicted class", ylabel="cells", xlim=(0, 1.02))
-    save_figure(plt, figure, path)
+    save_figure(figure, path)
 
 
 def plot_numbers(truth: np.ndarray, predicted: np.ndarray, path: Path, *, title: str) -> None:
     """Draw predicted against true numbers."""
-    plt = pyplot()
-    figure, axes = plt.subplots(figsize=(5.5, 5.5), layout="constrained")
+    figure, axes = new_figure(size=(5.5, 5.5))
     low, high = float(min(truth.min(), predicted.min())), float(max(truth.max(), predicted.max()))
     axes.plot([low, high], [low, high], ":", color="0.6")
     axes.scatter(truth, predicted, s=max(2.0, min(20.0, 4000 / len(truth))), alpha=0.5, linewidths=0)
     axes.set(title=title, xlabel="true", ylabel="predicted")
-    save_figure(plt, figure, path)
+    save_figure(figure, path)
 
 
 def plot_comparison(values: Mapping[str, Sequence[float]], path: Path, *, title: str, what: str) -> None:
     """Draw a figure of the model beside those of the baselines; with folds, each fold as a point and the mean as a bar."""
-    plt = pyplot()
     names = list(values)[::-1]
-    figure, axes = plt.subplots(figsize=(7.5, 1.2 + 0.4 * len(names)), layout="constrained")
+    figure, axes = new_figure(size=(7.5, 1.2 + 0.4 * len(names)))
     known = {name: [value for value in values[name] if np.isfinite(value)] for name in names}
     # What could not be measured, such as a correlation of one cell, has no bar.
     means = [float(np.mean(known[name])) if known[name] else 0.0 for name in names]
@@ -110,16 +105,15 @@ def plot_comparison(values: Mapping[str, Sequence[float]], path: Path, *, title:
         axes.text(max(means[i], 0), i, f" {means[i]:.3f}" if known[name] else " not measured", va="center", fontsize=8)
     axes.set_yticks(range(len(names)), names)
     axes.set(title=title, xlabel=what, xlim=(min(0.0, *means), max(1.0, *means) * 1.2))
-    save_figure(plt, figure, path)
+    save_figure(figure, path)
 
 
 def plot_course(history: Mapping[str, Sequence[Mapping[str, float]]], path: Path, *, metric: str) -> None:
     """Draw training loss, and loss and one figure of validation cells, by epoch; one line a fold."""
-    plt = pyplot()
     from matplotlib.ticker import MaxNLocator
 
     with_figure = any(metric in entry for entries in history.values() for entry in entries)
-    figure, panels = plt.subplots(1, 1 + with_figure, figsize=(4.8 * (1 + with_figure), 3.8), layout="constrained", squeeze=False)
+    figure, panels = new_figure(1, 1 + with_figure, size=(4.8 * (1 + with_figure), 3.8), squeeze=False)
     for i, (name, entries) in enumerate(history.items()):
         for key, style, what in (("loss", "-", "training"), ("eval_loss", "o--", "validation")):
             points = [(entry["epoch"], entry[key]) for entry in entries if key in entry]
@@ -137,4 +131,4 @@ def plot_course(history: Mapping[str, Sequence[Mapping[str, float]]], path: Path
         panels[0, 0].legend(fontsize=8)
     if with_figure:
         panels[0, 1].set(xlabel="epoch", ylabel=f"{metric.removeprefix('eval_').replace('_', ' ')} of validation cells")
-    save_figure(plt, figure, path)
+    save_figure(figure, path)

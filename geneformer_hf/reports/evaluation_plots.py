@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from .classification_plots import short
-from .plots import pyplot, save_figure
+from .plots import colour_map, new_figure, save_figure
 
 NUMBERED = 400
 """A table of more entries gets no numbers."""
@@ -21,9 +21,8 @@ def plot_table(values: np.ndarray, rows: Sequence[str], columns: Sequence[str], 
         values (`np.ndarray` of shape `(rows, columns)`)
         n_marked: first rows that are set off from the others.
     """
-    plt = pyplot()
-    figure, axes = plt.subplots(figsize=(3.2 + 0.75 * len(columns), float(np.clip(1.6 + 0.36 * len(rows), 2.4, 24))), layout="constrained")
-    image = axes.imshow(np.ma.masked_invalid(values), cmap=plt.get_cmap("viridis").with_extremes(bad="0.9"), vmin=0, vmax=1, aspect="auto")
+    figure, axes = new_figure(size=(3.2 + 0.75 * len(columns), float(np.clip(1.6 + 0.36 * len(rows), 2.4, 24))))
+    image = axes.imshow(np.ma.masked_invalid(values), cmap=colour_map("viridis").with_extremes(bad="0.9"), vmin=0, vmax=1, aspect="auto")
     if values.size <= NUMBERED:
         for i, j in np.ndindex(values.shape):
             if np.isfinite(values[i, j]):
@@ -34,7 +33,7 @@ def plot_table(values: np.ndarray, rows: Sequence[str], columns: Sequence[str], 
         label.set_fontweight("bold")
     axes.set_title(title, fontsize=10)
     figure.colorbar(image, ax=axes, label=what, shrink=0.8)
-    save_figure(plt, figure, path)
+    save_figure(figure, path)
 
 
 def plot_curves(
@@ -46,10 +45,9 @@ def plot_curves(
         panels: dataset to points of size and figure.
         lines: dataset to names and figures.
     """
-    plt = pyplot()
     n_columns = min(3, len(panels))
     n_rows = -(-len(panels) // n_columns)
-    figure, grid = plt.subplots(n_rows, n_columns, figsize=(1.2 + 3.4 * n_columns, 0.8 + 2.8 * n_rows), layout="constrained", squeeze=False, sharex=True)
+    figure, grid = new_figure(n_rows, n_columns, size=(1.2 + 3.4 * n_columns, 0.8 + 2.8 * n_rows), squeeze=False, sharex=True)
     for axes, (name, points) in zip(grid.flat, panels.items(), strict=False):
         axes.plot(*zip(*sorted(points), strict=True), "o-", color="#4c78a8", label="pretrained")
         for style, colour, (what, value) in zip(
@@ -68,4 +66,4 @@ def plot_curves(
     figure.suptitle(title)
     figure.supxlabel(xlabel, fontsize=9)
     figure.supylabel(ylabel, fontsize=9)
-    save_figure(plt, figure, path)
+    save_figure(figure, path)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from .plots import pyplot, save_figure
+from .plots import new_figure, save_figure
 
 LABELLED = 12
 SIGNIFICANT = 0.05
@@ -23,13 +23,12 @@ def plot_volcano(
 
     Effects below the resolution of float32 are hollow, never red and never named: their p-values say nothing.
     """
-    plt = pyplot()
     x, y = np.asarray(effect, dtype=float), np.asarray(p, dtype=float)
     found = np.isfinite(x) & np.isfinite(y)
     x, y, labels = x[found], y[found], np.asarray(names, dtype=object)[found]
     smallest = y[y > 0].min() if (y > 0).any() else 1e-300
     height = -np.log10(np.maximum(y, smallest))
-    figure, axes = plt.subplots(figsize=(7.5, 5.5), layout="constrained")
+    figure, axes = new_figure(size=(7.5, 5.5))
     below = np.zeros(len(x), dtype=bool) if below_resolution is None else np.asarray(below_resolution, dtype=bool)[found]
     sure = (y < SIGNIFICANT) & ~below
     plain = ~sure & ~below
@@ -56,7 +55,7 @@ def plot_volcano(
         axes.legend(fontsize=8)
     order = np.argsort(-np.abs(x) * (height + 1e-9))
     _label(figure, axes, x, height, labels, order[~below[order]])
-    save_figure(plt, figure, path)
+    save_figure(figure, path)
 
 
 def _label(figure: Any, axes: Any, x: np.ndarray, y: np.ndarray, labels: np.ndarray, order: np.ndarray) -> None:
@@ -74,13 +73,12 @@ def _label(figure: Any, axes: Any, x: np.ndarray, y: np.ndarray, labels: np.ndar
 
 def plot_ranking(values: Sequence[float], names: Sequence[str], path: Path, *, ylabel: str, title: str) -> None:
     """Draw perturbations from the lowest to the highest value, with the names of those at both ends."""
-    plt = pyplot()
     y, labels = np.asarray(values, dtype=float), np.asarray(names, dtype=object)
     known = np.isfinite(y)
     y, labels = y[known], labels[known]
     order = np.argsort(y, kind="stable")
     y, labels = y[order], labels[order]
-    figure, axes = plt.subplots(figsize=(8, 4.8), layout="constrained")
+    figure, axes = new_figure(size=(8, 4.8))
     axes.plot(np.arange(len(y)), y, ".", color="C0", markersize=4)
     ends = min(LABELLED, len(y) // 2 or 1)
     for end, side in ((np.arange(ends), 1), (np.arange(len(y) - ends, len(y)), -1)):
@@ -96,12 +94,11 @@ def plot_ranking(values: Sequence[float], names: Sequence[str], path: Path, *, y
                 ha="left" if side == 1 else "right",
             )
     axes.set(xlabel="perturbations by rank", ylabel=ylabel, title=title)
-    save_figure(plt, figure, path)
+    save_figure(figure, path)
 
 
 def plot_affected_genes(table: pd.DataFrame, path: Path, *, most: int = 30) -> None:
     """Draw a heat map of the genes that are affected most, from `aggregate_gene_shifts`: one minus the mean cosine, perturbed genes in rows."""
-    plt = pyplot()
     genes = table[table["Affected"].astype(str) != "cell_emb"]
     names = {
         kind: genes[f"{kind}name"].where(genes[f"{kind}name"].notna(), genes[f"{other}"]).astype(str)
@@ -111,10 +108,10 @@ def plot_affected_genes(table: pd.DataFrame, path: Path, *, most: int = 30) -> N
         index="row", columns="column", values="shift"
     )
     wide = wide.loc[wide.mean(axis=1).sort_values(ascending=False).index[:most], wide.max(axis=0).sort_values(ascending=False).index[:most]]
-    figure, axes = plt.subplots(figsize=(3 + 0.26 * wide.shape[1], 2 + 0.22 * wide.shape[0]), layout="constrained")
+    figure, axes = new_figure(size=(3 + 0.26 * wide.shape[1], 2 + 0.22 * wide.shape[0]))
     image = axes.imshow(wide.to_numpy(), aspect="auto", cmap="viridis")
     axes.set_xticks(range(wide.shape[1]), wide.columns, rotation=90, fontsize=7)
     axes.set_yticks(range(wide.shape[0]), wide.index, fontsize=7)
     axes.set(xlabel="affected gene", ylabel="perturbed gene")
     figure.colorbar(image, ax=axes, label="1 - mean cosine")
-    save_figure(plt, figure, path)
+    save_figure(figure, path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -15,21 +16,38 @@ MAX_CLASSES = 40
 """More categories than that get no legend that could be read."""
 
 
-def pyplot() -> Any:
-    """Return matplotlib.pyplot drawing into files, or say how to get it.
+def require_plots(*, umap: bool = False) -> None:
+    """Raise unless pictures can be drawn, UMAPs among them; called before the work whose result they show.
+
+    Raises:
+        MissingExtraError
+    """
+    missing = [name for name in ("matplotlib", *(("scanpy",) if umap else ())) if find_spec(name) is None]
+    if missing:
+        msg = f"Pictures need {' and '.join(missing)}. Install what draws them with `pip install 'geneformer-hf[plot]'`."
+        raise MissingExtraError(msg)
+
+
+def new_figure(n_rows: int = 1, n_columns: int = 1, *, size: tuple[float, float], **options: Any) -> tuple[Any, Any]:
+    """Return a figure and its axes, as `matplotlib.pyplot.subplots` does, that belong to nobody's session: pyplot and its backend stay as they are.
 
     Raises:
         MissingExtraError
     """
     try:
-        import matplotlib as mpl
+        from matplotlib.figure import Figure
     except ModuleNotFoundError as error:
-        msg = "Pictures need matplotlib and scanpy. Install them with `pip install 'geneformer-hf[plot]'`."
+        msg = "Pictures need matplotlib. Install what draws them with `pip install 'geneformer-hf[plot]'`."
         raise MissingExtraError(msg) from error
-    mpl.use("Agg", force=False)
-    import matplotlib.pyplot as plt
+    figure = Figure(figsize=size, layout="constrained")
+    return figure, figure.subplots(n_rows, n_columns, **options)
 
-    return plt
+
+def colour_map(name: str) -> Any:
+    """Return a colour map of matplotlib by its name."""
+    from matplotlib import colormaps
+
+    return colormaps[name]
 
 
 def umap_coordinates(embeddings: np.ndarray, *, seed: int = 0, n_neighbors: int = 15) -> np.ndarray:
@@ -57,8 +75,7 @@ def umap_coordinates(embeddings: np.ndarray, *, seed: int = 0, n_neighbors: int 
 
 def plot_umap(coordinates: np.ndarray, values: Sequence[Any], path: Path, *, title: str, name: str) -> None:
     """Draw UMAP coordinates of shape `(n, 2)`, coloured by a column of classes or numbers."""
-    plt = pyplot()
-    figure, axes = plt.subplots(figsize=(8, 5.5), layout="constrained")
+    figure, axes = new_figure(size=(8, 5.5))
     drawn = ~np.isnan(coordinates).any(axis=1)
     coordinates, series = coordinates[drawn], pd.Series(list(values))[drawn]
     size = float(np.clip(20_000 / max(1, len(series)), 1, 18))
@@ -68,7 +85,7 @@ def plot_umap(coordinates: np.ndarray, values: Sequence[Any], path: Path, *, tit
     else:
         labels = _class_names(series)
         classes, counts = np.unique(labels, return_counts=True)
-        colours = plt.get_cmap("tab20" if len(classes) > 10 else "tab10")
+        colours = colour_map("tab20" if len(classes) > 10 else "tab10")
         for i, (label, count) in enumerate(zip(classes, counts, strict=True)):
             axes.scatter(*coordinates[labels == label].T, s=size, color=colours(i % colours.N), label=f"{label} ({count:,})", linewidths=0)
         if len(classes) <= MAX_CLASSES:
@@ -77,7 +94,7 @@ def plot_umap(coordinates: np.ndarray, values: Sequence[Any], path: Path, *, tit
             )
     axes.set(title=title, xlabel="UMAP 1", ylabel="UMAP 2", xticks=[], yticks=[])
     axes.spines[["top", "right"]].set_visible(False)
-    save_figure(plt, figure, path)
+    save_figure(figure, path)
 
 
 def plot_heatmap(embeddings: np.ndarray, values: Sequence[Any], path: Path, *, title: str, name: str) -> None:
@@ -87,7 +104,6 @@ def plot_heatmap(embeddings: np.ndarray, values: Sequence[Any], path: Path, *, t
     """
     from scipy.cluster.hierarchy import leaves_list, linkage
 
-    plt = pyplot()
     keep = ~np.isnan(embeddings).any(axis=1)
     series = pd.Series(list(values))[keep]
     if _is_continuous(series):
@@ -99,13 +115,13 @@ def plot_heatmap(embeddings: np.ndarray, values: Sequence[Any], path: Path, *, t
     names, scaled = means.index.tolist(), means.to_numpy()
     rows = leaves_list(linkage(scaled, "average")) if len(scaled) > 2 else np.arange(len(scaled))
     columns = leaves_list(linkage(scaled.T, "average")) if scaled.shape[1] > 2 and len(scaled) else np.arange(scaled.shape[1])
-    figure, axes = plt.subplots(figsize=(9, min(30.0, 2.5 + 0.3 * len(means))), layout="constrained")
+    figure, axes = new_figure(size=(9, min(30.0, 2.5 + 0.3 * len(means))))
     image = axes.imshow(scaled[rows][:, columns], aspect="auto", cmap="RdBu_r", vmin=-2, vmax=2, interpolation="nearest")
     if len(means) <= 90:
         axes.set_yticks(range(len(means)), [str(names[r]) for r in rows.tolist()], fontsize=8)
     axes.set(title=title, xlabel=f"{embeddings.shape[1]} dimensions, ordered by similarity", ylabel=name, xticks=[])
     figure.colorbar(image, ax=axes, label="mean (SD)")
-    save_figure(plt, figure, path)
+    save_figure(figure, path)
 
 
 def _is_continuous(series: pd.Series) -> bool:
@@ -132,10 +148,9 @@ def plot_training(
         held_out: steps and losses by dataset.
         references: other losses on the held-out cells of each dataset, by their names; drawn as lines in the colour of the dataset.
     """
-    plt = pyplot()
     from matplotlib.ticker import MaxNLocator
 
-    figure, axes = plt.subplots(figsize=(9, 4.5), layout="constrained")
+    figure, axes = new_figure(size=(9, 4.5))
     if steps:
         axes.plot(steps, losses, color="0.6", label="training", marker="." if len(steps) < 3 else None)
     for i, (name, points) in enumerate(held_out.items()):
@@ -148,18 +163,17 @@ def plot_training(
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend(frameon=False, fontsize="small", loc="center left", bbox_to_anchor=(1.0, 0.5))
     axes.spines[["top", "right"]].set_visible(False)
-    save_figure(plt, figure, path)
+    save_figure(figure, path)
 
 
-def save_figure(plt: Any, figure: Any, path: Path) -> None:
-    """Write a picture and forget it; a dollar in a name is a dollar, and no formula."""
+def save_figure(figure: Any, path: Path) -> None:
+    """Write a picture; a dollar in a name is a dollar, and no formula."""
     from matplotlib.text import Text
 
     for text in figure.findobj(Text):
         if "$" in text.get_text() and "mathdefault" not in text.get_text():
             text.set_parse_math(False)
     figure.savefig(path, dpi=150)
-    plt.close(figure)
 
 
 MAX_NAMED = 8
@@ -179,7 +193,6 @@ def plot_quality(frames: Iterable[pd.DataFrame], path: Path, *, title: str, boun
         frames: the verdicts on the cells of some files, as `Quality.cells` returns them; held one at a time.
         bounds (`DataFrame`): a row a dataset with `total_counts_low`, `…_high` and `mitochondrial_share_low`, `…_high`.
     """
-    plt = pyplot()
     from matplotlib import ticker
 
     edges = {c: np.logspace(0, 6, 121) if scale == "log" else np.linspace(0, 1, 201) for c, (_, scale) in QUALITY_PANELS.items()}
@@ -191,7 +204,7 @@ def plot_quality(frames: Iterable[pd.DataFrame], path: Path, *, title: str, boun
             for row, chosen in enumerate((passing, ~passing)):
                 heights[column][row] += np.histogram(values[chosen & ~np.isnan(values)], edge)[0]
     shown = [c for c in QUALITY_PANELS if heights[c].any()]
-    figure, all_axes = plt.subplots(1, len(shown), figsize=(4.2 * len(shown), 3.6), layout="constrained", squeeze=False)
+    figure, all_axes = new_figure(1, len(shown), size=(4.2 * len(shown), 3.6), squeeze=False)
     for axes, column in zip(all_axes[0], shown, strict=True):
         label, scale = QUALITY_PANELS[column]
         both, edge = heights[column], edges[column]
@@ -201,7 +214,7 @@ def plot_quality(frames: Iterable[pd.DataFrame], path: Path, *, title: str, boun
         if f"{name}_high" in bounds and len(bounds) <= MAX_CLASSES:
             for number, (dataset, row) in enumerate(bounds.iterrows()):
                 named = f"bounds of {Path(str(dataset)).name}" if len(bounds) <= MAX_NAMED else "bounds of a dataset" if number == 0 else None
-                color = plt.get_cmap("Dark2")(number) if len(bounds) <= MAX_NAMED else "black"
+                color = colour_map("Dark2")(number) if len(bounds) <= MAX_NAMED else "black"
                 for value in (row[f"{name}_low"], row[f"{name}_high"]):
                     if edge[0] < value < edge[-1]:
                         axes.axvline(value, color=color, linewidth=1, linestyle="--", label=named)
@@ -220,4 +233,3 @@ def plot_quality(frames: Iterable[pd.DataFrame], path: Path, *, title: str, boun
     all_axes[0][0].set_ylabel("cells")
     figure.suptitle(title)
     figure.savefig(path, dpi=150)
-    plt.close(figure)

@@ -6,15 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .plots import pyplot, save_figure
+from .plots import new_figure, save_figure
 
 
 def plot_trials(study: Any, path: Path, *, metric: str) -> None:
     """Draw the figure of each trial, the best so far, and what each had reached after each evaluation."""
-    plt = pyplot()
     from matplotlib.ticker import MaxNLocator
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    figure, (left, right) = new_figure(1, 2, size=(11, 4))
     better = max if study.direction.name == "MAXIMIZE" else min
     done = [t for t in study.trials if t.state.name == "COMPLETE"]
     pruned = [t for t in study.trials if t.state.name == "PRUNED" and t.intermediate_values]
@@ -35,7 +34,7 @@ def plot_trials(study: Any, path: Path, *, metric: str) -> None:
         color = "C3" if mine else "0.6" if t in pruned else "C0"
         right.plot(steps, [t.intermediate_values[s] for s in steps], ".-", color=color, linewidth=2 if mine else 0.8, alpha=1 if mine else 0.6)
     right.set(xlabel="step", ylabel=what, title="course of the trials (red: the best)")
-    save_figure(plt, figure, path)
+    save_figure(figure, path)
 
 
 def plot_importances(study: Any, path: Path, *, metric: str, logarithmic: Sequence[str] = ()) -> None:
@@ -48,10 +47,9 @@ def plot_importances(study: Any, path: Path, *, metric: str, logarithmic: Sequen
     if len(done) > 3 and len({t.value for t in done}) > 1:
         importances = optuna.importance.get_param_importances(study)
     names = sorted(names, key=lambda name: -importances.get(name, 0.0))[:6]
-    plt = pyplot()
     from matplotlib.ticker import MaxNLocator
 
-    figure, panels = plt.subplots(1, len(names), figsize=(3.2 * len(names), 3.4), layout="constrained", squeeze=False)
+    figure, panels = new_figure(1, len(names), size=(3.2 * len(names), 3.4), squeeze=False)
     for axes, name in zip(panels[0], names, strict=True):
         pairs = [(t.params[name], t.value) for t in done if name in t.params]
         axes.plot([p if isinstance(p, (int, float)) and not isinstance(p, bool) else str(p) for p, _ in pairs], [v for _, v in pairs], "o", color="C0")
@@ -62,4 +60,4 @@ def plot_importances(study: Any, path: Path, *, metric: str, logarithmic: Sequen
         share = f"\nexplains {importances[name]:.0%}" if name in importances else ""
         axes.set(xlabel=name, title=f"{name}{share}")
     panels[0, 0].set_ylabel(f"{metric.removeprefix('eval_').replace('_', ' ')} of validation cells")
-    save_figure(plt, figure, path)
+    save_figure(figure, path)
