@@ -46,6 +46,14 @@ class HubError(CheckpointError, OSError):
     """A repository on the Hub cannot be read or written, or what came from there is damaged."""
 
 
+class CheckpointFilesError(CheckpointError, OSError):
+    """Files of a checkpoint are missing, or cannot be opened."""
+
+
+class WeightShapesError(CheckpointError, RuntimeError):
+    """The weights of a checkpoint have other shapes than its configuration says, or cannot be read."""
+
+
 class UnsafePickleError(CheckpointError):
     """A pickle asks for something that published dictionaries never contain; nothing of it was executed."""
 

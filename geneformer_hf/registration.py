@@ -1,6 +1,6 @@
-"""Geneformer made known to transformers: now, where its Auto classes are loaded, or as soon as they are.
+"""Geneformer made known to transformers and peft: now, where they are loaded, or as soon as they are.
 
-Importing transformers and torch takes seconds, so `import geneformer_hf` leaves them alone. Each module of transformers in `PARTS`
+Importing transformers and torch takes seconds, so `import geneformer_hf` leaves them alone. Each module in `PARTS`
 has something to be registered with, as soon as it has been imported; both orders of the imports give the same.
 """
 
@@ -53,21 +53,31 @@ def _pipelines() -> None:
     register()
 
 
+def _adapters() -> None:
+    import peft.utils.constants as known
+
+    from .models.adapters import LORA_TARGETS
+
+    # Not documented, and what peft consults where a user of peft names no layers.
+    known.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.setdefault("geneformer", LORA_TARGETS["attention"])
+
+
 PARTS: dict[str, Callable[[], None]] = {
     "transformers.models.auto.configuration_auto": _config,
     "transformers.models.auto.tokenization_auto": _tokenizer,
     "transformers.models.auto.modeling_auto": _models,
     "transformers.pipelines": _pipelines,
+    "peft.utils.constants": _adapters,
 }
 
 
-_WATCHED = ("transformers", __package__)
+_WATCHED = ("transformers", "peft", __package__)
 _state = threading.local()
 _done: set[str] = set()
 
 
 class _AfterImport(MetaPathFinder):
-    """Finds nothing by itself: lets the others find the modules of transformers and this package, and registers when an import is over.
+    """Finds nothing by itself: lets the others find the modules of transformers, peft and this package, and registers when an import is over.
 
     That is, when no module of either is half imported: until then, ours could not be loaded by the one that asks for them.
     """

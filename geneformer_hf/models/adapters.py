@@ -50,8 +50,6 @@ def _peft() -> Any:
     except ModuleNotFoundError as error:
         msg = "Adapters need peft. Install it with `pip install 'geneformer-hf[quantization]'`."
         raise MissingExtraError(msg) from error
-    # Not documented, and what peft consults where a user of peft names no layers.
-    peft.utils.constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.setdefault("geneformer", LORA_TARGETS["attention"])
     return peft
 
 
@@ -383,7 +381,9 @@ def config_on_base(folder: Path, config: Any) -> Any:
     Names of classes are not known then.
     """
     task = read_json_object(folder / ADAPTER_FILE, error=CheckpointError).get("task_type")
-    kind = next((name for name, known in TASK_TYPES.items() if known == task), None)
+    own = (config.architectures or [""])[0]
+    # Two of our heads are of one task to peft; an adapter of a model that has one of them has the same.
+    kind = own if TASK_TYPES.get(own) == task else next((name for name, known in TASK_TYPES.items() if known == task), None)
     if kind is not None:
         config.architectures = [kind]
         with safe_open(folder / ADAPTER_WEIGHTS, framework="pt") as file:

@@ -49,6 +49,11 @@ def _number(low: float, high: float, *, null: bool = False) -> Rule:
     return Rule(lambda v: _is_number(v) and low <= v <= high, f"a number from {low:g} to {high:g}", null)
 
 
+def _decimal(low: float, high: float) -> Rule:
+    # BertConfig takes no whole numbers here.
+    return Rule(lambda v: isinstance(v, float) and low <= v <= high, f"a number with a decimal point from {low:g} to {high:g}")
+
+
 def _one_of(*words: str, null: bool = False) -> Rule:
     return Rule(lambda v: isinstance(v, str) and v in words, f"one of {', '.join(words)}", null)
 
@@ -87,13 +92,13 @@ FIELDS: dict[str, Rule] = {
     "max_position_embeddings": _whole(1, 1 << 24),
     "vocab_size": _whole(1, 1 << 24),
     "type_vocab_size": _whole(1, 1 << 16),
-    "num_labels": _whole(1, 1 << 20, null=True),
+    "num_labels": _whole(1, 1 << 20),
     "hidden_act": _one_of(*ACTIVATIONS),
     "hidden_dropout_prob": _number(0, 1),
     "attention_probs_dropout_prob": _number(0, 1),
     "classifier_dropout": _number(0, 1, null=True),
-    "layer_norm_eps": _number(0, 1),
-    "initializer_range": _number(0, 1000),
+    "layer_norm_eps": _decimal(0, 1),
+    "initializer_range": _decimal(0, 1000),
     "position_embedding_type": _one_of("absolute", null=True),
     "problem_type": _one_of("regression", "single_label_classification", "multi_label_classification", null=True),
     "pooling": _one_of(*POOLINGS, UPSTREAM_POOLING),

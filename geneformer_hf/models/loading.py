@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import xxhash
-from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
-from ..errors import CheckpointError, GeneformerError, SettingError, UnsafePickleError, VocabularyMismatchError
-from ..pickles import UnpicklingError, require_content
+from ..errors import CheckpointError, CheckpointFilesError, GeneformerError, SettingError, VocabularyMismatchError
+from ..pickles import require_content
 from .adapters import ADAPTER_WEIGHTS, config_on_base, describe_adapter, is_adapter, load_adapter, open_weights, quantization_config, unwrapped
 from .checkpoints import CHECKPOINTS
 from .configuration_geneformer import GeneformerConfig
@@ -27,6 +24,7 @@ from .modeling_geneformer import (
     GeneformerModel,
 )
 from .places import HUB_OPTIONS, Place, fetched_checkpoint, is_hub_id, place_of
+from .refusals import refusals
 from .tokenization_geneformer import GeneformerTokenizer
 from .weight_checks import hash_of_weights, needed_weights, require_no_more, require_weights
 
@@ -181,22 +179,6 @@ def _named_base(folder: Path, place: Place) -> Place:
     return base
 
 
-@contextmanager
-def refusals(model: Any) -> Iterator[None]:
-    """Turn what transformers says of a checkpoint it cannot open into our error."""
-    try:
-        yield
-    except UnpicklingError as error:
-        msg = f"{model} cannot be opened: its weights are a pickle that asks for more than tensors. It was refused and nothing of it was executed. Ask its owner for safetensors."
-        raise UnsafePickleError(msg) from error
-    except (OSError, ValueError, SafetensorError, RuntimeError, LookupError, EOFError, TypeError, AttributeError, AssertionError, ArithmeticError) as error:
-        if isinstance(error, (GeneformerError, torch.OutOfMemoryError)):
-            raise
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        msg = f"{model} cannot be opened as a Geneformer checkpoint: {first}"
-        raise CheckpointError(msg) from error
-
-
 def require_checkpoint(folder: Path) -> None:
     """Raise if a folder cannot be a checkpoint: no config.json, or git-lfs pointers in place of weights."""
     if not (folder / "config.json").is_file():
@@ -205,6 +187,9 @@ def require_checkpoint(folder: Path) -> None:
         msg = f"{folder} holds no config.json, so it is no checkpoint. {hint}"
         raise CheckpointError(msg)
     for path in (*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")):
+        if not path.is_file():
+            msg = f"{path} is {'a folder' if path.is_dir() else f'a link to {path.readlink()}, which is not there'}; expected a file of weights. Save the model again, or download it again."
+            raise CheckpointFilesError(msg)
         require_content(path)
 
 

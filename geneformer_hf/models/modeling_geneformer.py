@@ -32,7 +32,8 @@ from .contrast import contrast_across
 from .heads import IGNORED
 from .places import HUB_OPTIONS, Place, fetched_checkpoint, place_of
 from .pooling import GeneAttention, pool_cells
-from .weight_checks import encoder_weights, is_wrapped, read_weights, require_no_more, require_weights, without_wrappers, wrapper_names
+from .refusals import refusals
+from .weight_checks import encoder_weights, is_wrapped, read_weights, require_no_more, require_shapes, require_weights, without_wrappers, wrapper_names
 
 logger = logging.getLogger(__name__)
 
@@ -114,7 +115,14 @@ class _Checkpoint:
             model = cls._from_adapter(place, device=kwargs.get("device_map"), **passed, **options)
             return (model, {key: [] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")}) if kwargs.get("output_loading_info") else model
         wants_info = kwargs.pop("output_loading_info", False)
-        model, info = super().from_pretrained(str(folder), *args, **kwargs, output_loading_info=True)  # type: ignore[misc]
+        with refusals(place):
+            try:
+                model, info = super().from_pretrained(str(folder), *args, **kwargs, output_loading_info=True)  # type: ignore[misc]
+            except RuntimeError:
+                # transformers logs a table of the weights, and says no more than that there is one.
+                given = kwargs.get("config")
+                require_shapes(cls, given if given is not None else cls.config_class.from_pretrained(str(folder)), folder, str(place))  # type: ignore[attr-defined]
+                raise
         if is_wrapped(info["missing_keys"], info["unexpected_keys"]):
             model, info = cls._without_wrappers(folder, place, info, args, kwargs | {"config": model.config})
         if not allow_missing_weights:

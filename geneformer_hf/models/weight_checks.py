@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, WeightShapesError
 from ..input_files import require_regular
 from ..pickles import sha256
 
@@ -63,6 +64,29 @@ def hash_of_weights(folder: Path) -> str:
         require_regular(path, error=CheckpointError)
         digest.update(f"{path.name} {sha256(path)}\n".encode())
     return digest.hexdigest()
+
+
+def require_shapes(model_class: Any, config: Any, folder: Path, where: str) -> None:
+    """Raise if weights in a checkpoint folder have other shapes than the configuration gives the model; nothing but their headers is read.
+
+    Raises:
+        WeightShapesError: naming the first, with both shapes.
+    """
+    with torch.device("meta"):
+        expected = {name: tuple(tensor.shape) for name, tensor in model_class(config).state_dict().items()}
+    found: dict[str, tuple[int, ...]] = {}
+    for path in sorted(folder.glob("model*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            found |= {without_wrappers(name): tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 - no mapping
+    differing = []
+    for name, shape in expected.items():
+        there = next((found[one] for one in (name, f"bert.{name}", name.removeprefix("bert.")) if one in found), shape)
+        if there != shape:
+            differing.append(f"{name} is {' x '.join(map(str, there))} in the file and {' x '.join(map(str, shape))} by config.json")
+    if differing:
+        more = f", and {len(differing) - 3:,} more" if len(differing) > 3 else ""
+        msg = f"{where}: {len(differing):,} weights have other shapes than config.json says: {'; '.join(differing[:3])}{more}. Correct config.json, or save the model again; `ignore_mismatched_sizes=True` draws them at random."
+        raise WeightShapesError(msg)
 
 
 def encoder_weights(names: Iterable[str]) -> list[str]:

@@ -9,8 +9,9 @@ import torch
 from ..errors import CheckpointError, SettingError
 from ..models.adapters import HEADS, add_adapter, is_adapter, open_weights, quantization_config, unwrapped
 from ..models.configuration_geneformer import GeneformerConfig
-from ..models.loading import load_tokenizer, refusals, require_checkpoint, require_same_vocabulary
+from ..models.loading import load_tokenizer, require_checkpoint, require_same_vocabulary
 from ..models.places import Place, fetched_checkpoint, place_of
+from ..models.refusals import refusals
 from ..models.tokenization_geneformer import GeneformerTokenizer
 from .arguments import GeneformerFineTuningArguments
 from .settings import TrainingSettings

@@ -1,0 +1,40 @@
+"""What transformers, torch and safetensors say of a checkpoint that does not open, as errors of this package."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+
+from ..errors import CheckpointError, CheckpointFilesError, GeneformerError, UnsafePickleError, WeightShapesError
+from ..pickles import UnpicklingError
+
+_RAISED = (
+    *(OSError, ValueError, SafetensorError, RuntimeError, LookupError, EOFError, TypeError, AttributeError, AssertionError, ArithmeticError),
+    StrictDataclassError,
+)
+
+
+@contextmanager
+def refusals(model: Any) -> Iterator[None]:
+    """Turn what libraries raise for a checkpoint they cannot open into our error, which is the same built-in one as well.
+
+    Args:
+        model: what the user called it.
+    """
+    try:
+        yield
+    except UnpicklingError as error:
+        msg = f"{model} cannot be opened: its weights are no pickle of tensors: damaged, or one that asks for more. It was refused and nothing of it was executed. Ask its owner for safetensors."
+        raise UnsafePickleError(msg) from error
+    except _RAISED as error:
+        if isinstance(error, (GeneformerError, torch.OutOfMemoryError)):
+            raise
+        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        msg = f"{model} cannot be opened as a Geneformer checkpoint: {first}"
+        kinds = ((OSError, CheckpointFilesError), (RuntimeError, WeightShapesError))
+        raise next((ours for theirs, ours in kinds if isinstance(error, theirs)), CheckpointError)(msg) from error
