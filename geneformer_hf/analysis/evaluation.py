@@ -195,7 +195,7 @@ def evaluate_cells(
     judge = Judge(known, values[1].vectors[known.used] if values else None, n_folds=n_folds, seed=seed)
     made += values if baselines else []
     judged = [judge(one) for one in tqdm(made, desc="Judging", unit=" embeddings", disable=not progress)]
-    return CellEvaluation(judged, known.labels, known.batches, known.held_out, known.used, known.notes + _doubts(judged))
+    return CellEvaluation(judged, known.labels, known.batches, known.held_out, known.used, known.notes + _undefined(judged, known, labels) + _doubts(judged))
 
 
 def require_numbers(options: Mapping[str, Any]) -> None:
@@ -213,6 +213,33 @@ def require_numbers(options: Mapping[str, Any]) -> None:
         raise SettingError(msg)
 
 
+def _undefined(judged: Sequence[Judged], known: _Labelled, labels: str) -> list[str]:
+    """Say which figures the cells leave undefined, and why; they are NaN, and the others stand."""
+    notes = []
+    tested = {row["fold"]: row["n_test"] for row in judged[0].transfer}
+    empty = [fold for fold, n in tested.items() if not n]
+    if empty:
+        where = (
+            f"every part ({known.held_out})"
+            if len(empty) == len(tested)
+            else f"{len(empty):,} of {len(tested):,} parts ({', '.join(map(str, empty[:3]))}{', …' if len(empty) > 3 else ''})"
+        )
+        notes.append(
+            f"Label transfer is undefined in {where}: no cell held out there has a {labels} that the other cells have, so nobody could name it. "
+            + (
+                "Hold out another column (`held_out=`, --held-out) that crosses the labels."
+                if len(empty) == len(tested)
+                else "The means are over the other parts."
+            )
+        )
+    missing = sorted({name for one in judged for name, value in one.integration.items() if isinstance(value, float) and np.isnan(value)})
+    if missing:
+        notes.append(
+            f"Undefined for these cells, and left empty: {', '.join(name.replace('_', ' ') for name in missing)}. Labels and batches do not cross, or a group is too small."
+        )
+    return notes
+
+
 def _doubts(judged: Sequence[Judged]) -> list[str]:
     """Say so where labels follow none of the embeddings, expression included: they may belong to other cells."""
     if not any(one.representation.kind == BASELINE for one in judged):
@@ -220,7 +247,7 @@ def _doubts(judged: Sequence[Judged]) -> list[str]:
     best = max((means(one.transfer, KNN)["balanced_accuracy"] for one in judged), default=np.nan)
     chance = means(judged[0].transfer, MAJORITY)["balanced_accuracy"]
     n_labels = len({name for one in judged for row in one.transfer for name in row["f1_by_class"]})
-    if not best < max(2 / n_labels, 1.2 * chance) or n_labels < 3:
+    if n_labels < 3 or not best < max(2 / n_labels, 1.2 * chance):
         return []
     return [
         f"Neighbours tell the {n_labels} labels hardly better than chance in every embedding, expression included (best balanced accuracy {best:.3f}, chance {1 / n_labels:.3f}). Labels may not belong to these cells: look at marker genes."

@@ -60,7 +60,9 @@ def _seed(text: str) -> int:
 def add_reading(parser: ArgumentParser) -> None:
     """Declare how a file of cells is read."""
     parser.add_argument(
-        "--counts-layer", metavar="NAME", help="layer with the raw counts, or X or raw.X; matrix.T for a transposed matrix.mtx (default: X, raw.X, layers['counts'] or layers['raw'], whichever holds raw counts)"
+        "--counts-layer",
+        metavar="NAME",
+        help="layer with the raw counts, or X or raw.X; matrix.T for a transposed matrix.mtx (default: X, raw.X, layers['counts'] or layers['raw'], whichever holds raw counts)",
     )
     parser.add_argument("--gene-ids", metavar="COL", help="column of var with Ensembl ids or symbols, or 'index' (default: found by itself)")
     parser.add_argument(

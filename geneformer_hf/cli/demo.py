@@ -213,7 +213,7 @@ def print_figures(figures: dict[str, float]) -> None:
     """Print the figures side by side, and what they mean."""
     print(f"""
 Figures on {N_HELD_OUT} held-out cells
-  masked-gene loss (nats, lower is better)          k-nearest-neighbour cell type accuracy
+  loss at hidden genes (nats, lower is better)      k-nearest-neighbour cell type accuracy
     any gene alike               {figures["loss_uniform"]:6.2f}               most frequent type         {figures["accuracy_majority"]:6.2f}
     gene frequency               {figures["loss_gene_frequency"]:6.2f}               PCA of the counts          {figures["accuracy_pca"]:6.2f}
     gene frequency by rank       {figures["loss_rank_frequency"]:6.2f}               this model, untrained      {figures["accuracy_untrained"]:6.2f}
@@ -261,7 +261,7 @@ def print_files(output: Path) -> None:
 In {output}/
   pbmc_geneformer.h5ad   the cells: raw counts, published cell types, obsm["X_geneformer"], obsm["X_umap"]
   umap_cell_type.png     the embeddings by published cell type
-  loss.png               the loss while training
+  loss.png               the loss while training, of all chosen genes: lower than the table's, which is of the hidden ones alone; a tenth of those chosen stay readable
   model/                 opens with AutoModelForMaskedLM and AutoTokenizer (after `import geneformer_hf`)
   classifier/            the model fine-tuned for cell types; report.html shows how well
   figures.json           the figures above

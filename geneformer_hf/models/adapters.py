@@ -24,6 +24,7 @@ from ..device import resolve_device, resolve_dtype
 from ..errors import CheckpointError, MissingExtraError, SettingError
 from ..input_files import read_json_object
 from .places import Place
+from .refusals import OPENING
 from .weight_checks import hash_of_weights, needed_weights, require_weights
 
 ADAPTER_FILE = "adapter_config.json"
@@ -195,7 +196,7 @@ def add_adapter(model: Any, settings: LoraSettings | None = None, *, freeze_laye
     settings = settings or LoraSettings()
     kind, n_layers = type(model).__name__, model.config.num_hidden_layers
     if is_quantized(model):
-        with warnings.catch_warnings():
+        with OPENING, warnings.catch_warnings():
             # peft asks transformers by an old name.
             warnings.filterwarnings("ignore", category=FutureWarning)
             model = peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
@@ -446,7 +447,7 @@ def load_adapter(
         msg = f"{folder} was trained on another base: its embeddings have the fingerprint {expected}, and those of {base} {found}. Pass `base=`, the checkpoint it was trained on."
         raise CheckpointError(msg)
     try:
-        with warnings.catch_warnings():
+        with OPENING, warnings.catch_warnings():
             # peft asks transformers by an old name.
             warnings.filterwarnings("ignore", category=FutureWarning)
             # What is missing is named below.

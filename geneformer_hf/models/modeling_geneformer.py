@@ -32,7 +32,7 @@ from .contrast import contrast_across
 from .heads import IGNORED
 from .places import HUB_OPTIONS, Place, fetched_checkpoint, place_of
 from .pooling import GeneAttention, pool_cells
-from .refusals import refusals
+from .refusals import OPENING, refusals
 from .weight_checks import encoder_weights, is_wrapped, read_weights, require_no_more, require_shapes, require_weights, without_wrappers, wrapper_names
 
 logger = logging.getLogger(__name__)
@@ -115,7 +115,7 @@ class _Checkpoint:
             model = cls._from_adapter(place, device=kwargs.get("device_map"), **passed, **options)
             return (model, {key: [] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")}) if kwargs.get("output_loading_info") else model
         wants_info = kwargs.pop("output_loading_info", False)
-        with refusals(place):
+        with OPENING, refusals(place):
             try:
                 model, info = super().from_pretrained(str(folder), *args, **kwargs, output_loading_info=True)  # type: ignore[misc]
             except RuntimeError:
@@ -147,7 +147,8 @@ class _Checkpoint:
         logger.warning(
             "%s: the names of its weights carry %s, of a wrapped or compiled model, which was taken off.", place, wrapper_names(info["unexpected_keys"])
         )
-        return super().from_pretrained(None, *args, **(kwargs | {"state_dict": state}), output_loading_info=True)  # type: ignore[misc]
+        with OPENING:
+            return super().from_pretrained(None, *args, **(kwargs | {"state_dict": state}), output_loading_info=True)  # type: ignore[misc]
 
     @classmethod
     def _from_adapter(cls, place: Place, *, device: Any, **options: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -17,6 +18,9 @@ _RAISED = (
     *(OSError, ValueError, SafetensorError, RuntimeError, LookupError, EOFError, TypeError, AttributeError, AssertionError, ArithmeticError),
     StrictDataclassError,
 )
+
+OPENING = threading.RLock()
+"""Held while a model is opened: transformers and peft switch torch's global initialisation off and on again, and two threads at once leave it off."""
 
 
 @contextmanager

@@ -6,6 +6,7 @@ import warnings
 
 import numpy as np
 import pytest
+import torch
 from transformers import AutoConfig, AutoModelForMaskedLM
 
 from geneformer_hf import (
@@ -167,3 +168,17 @@ def test_the_defaults_of_a_configuration_are_legal():
 
     for config in (GeneformerConfig(), GeneformerConfig.from_preset("gf-6L-30M-i2048"), GeneformerConfig.from_preset("Geneformer-V2-316M")):
         check_fields(config.to_dict(), "the defaults")
+
+
+def test_threads_may_open_models_at_once(model_folder, multi_task):
+    """transformers switches the initialisation of weights off while it opens a model; two at once used to leave it off."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    expected = load_model(model_folder).state_dict()
+    with ThreadPoolExecutor(8) as pool:
+        opened = list(pool.map(load_model, [model_folder, multi_task] * 12))
+    assert all(torch.equal(tensor, expected[name]) for one in opened[::2] for name, tensor in one.state_dict().items())
+    fresh = torch.nn.Linear(64, 64)
+    assert 0 < fresh.weight.abs().max() <= 1 / 8
+    assert torch.nn.init.normal_(torch.empty(1000)).std() == pytest.approx(1, abs=0.2)
+    assert torch.get_default_dtype() == torch.float32

@@ -309,3 +309,30 @@ def test_the_command_refuses_with_a_message_and_leaves_nothing(labelled, tmp_pat
     assert main(["evaluate", str(path), "--labels", "cell_type", "--output", str(tmp_path / "out"), *more]) == 1
     assert message in capsys.readouterr().err
     assert [p.name for p in tmp_path.iterdir()] == ["cells.h5ad"]
+
+
+NESTED = {
+    "every_label_in_one_batch": (lambda i: f"type{i // 30}", 2),
+    "two_labels_in_each_batch": (lambda i: f"type{i // 30}{i % 2}", 2),
+    "one_label_in_both_batches": (lambda i: "both" if i % 3 else f"type{i // 30}", 0),
+}
+
+
+@pytest.mark.parametrize("option", ["--batch", "--held-out"])
+@pytest.mark.parametrize("name", NESTED)
+def test_labels_nested_in_batches_leave_figures_undefined_and_the_rest_written(name, option, labelled, tmp_path, capsys):
+    label, n_undefined = NESTED[name]
+    adata = labelled.copy()
+    adata.obs["nested"] = [label(i) for i in range(N)]
+    write(adata, tmp_path / "cells.h5ad")
+    words = ["evaluate", str(tmp_path / "cells.h5ad"), "--labels", "nested", option, "batch", "--output", str(tmp_path / "out"), "--no-umap"]
+    assert main(words) == 0
+    said = capsys.readouterr().out
+    table = pd.read_csv(tmp_path / "out" / "evaluation.csv")
+    assert np.isfinite(table["nmi"]).all()
+    assert table["knn_macro_f1"].isna().all() == bool(n_undefined)
+    assert ("Label transfer is undefined in every part (batch): no cell held out there has a nested that the other cells have" in said) == bool(n_undefined)
+    written = json.loads((tmp_path / "out" / "evaluation.json").read_text(), parse_constant=lambda value: pytest.fail(f"{value} is no JSON"))
+    assert written
+    assert ("Undefined for these cells" in said) == table.drop(columns=[c for c in table if c.startswith(("knn", "probe"))]).isna().any(axis=None)
+    assert "undefined in every part" in (tmp_path / "out" / "report.html").read_text() or not n_undefined
