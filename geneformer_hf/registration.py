@@ -54,12 +54,9 @@ def _pipelines() -> None:
 
 
 def _adapters() -> None:
-    import peft.utils.constants as known
+    from .models.adapters import name_default_layers
 
-    from .models.adapters import LORA_TARGETS
-
-    # Not documented, and what peft consults where a user of peft names no layers.
-    known.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.setdefault("geneformer", LORA_TARGETS["attention"])
+    name_default_layers()
 
 
 PARTS: dict[str, Callable[[], None]] = {

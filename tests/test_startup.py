@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import re
 import subprocess
 import sys
 
@@ -129,6 +130,15 @@ def test_every_command_has_our_parser():
     parser, commands = _build()
     assert [*commands] == [command.name for command in COMMANDS]
     assert all(isinstance(one, Parser) and not one.allow_abbrev for one in (parser, *commands.values()))
+
+
+def test_every_option_in_the_help_is_known():
+    from geneformer_hf.cli.main import _build
+
+    for name, parser in _build()[1].items():
+        named = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", parser.format_usage()))
+        assert named
+        assert named <= parser.options, name
 
 
 def test_presets_and_names_of_python_are_proposed(capsys):

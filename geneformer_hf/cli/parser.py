@@ -16,14 +16,12 @@ class Parser(argparse.ArgumentParser):
     """An `ArgumentParser` that takes no abbreviations and proposes what is spelt alike."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self.options: set[str] = set()
         super().__init__(*args, **kwargs | {"allow_abbrev": False})
 
-    def add_argument(self, *args: Any, **kwargs: Any) -> argparse.Action:
-        """Add an argument, as argparse does."""
-        action = super().add_argument(*args, **kwargs)
-        self.options.update(action.option_strings)
-        return action
+    @property
+    def options(self) -> set[str]:
+        """The options there are, those of groups among them."""
+        return {name for action in self._actions for name in action.option_strings}
 
     def error(self, message: str) -> NoReturn:
         """Print the usage and what is wrong, and exit with 2."""

@@ -54,6 +54,14 @@ def _peft() -> Any:
     return peft
 
 
+def name_default_layers() -> None:
+    """Tell peft which layers of a Geneformer a LoRA is for, where a user of peft names none."""
+    import peft.utils.constants as known
+
+    # Not documented, and what peft consults.
+    known.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.setdefault("geneformer", LORA_TARGETS["attention"])
+
+
 def quantization_config(kind: str, *, double: bool = True, compute_dtype: str | torch.dtype = "bf16") -> Any:
     """Return how to load the weights of the encoder's linear layers: 8-bit integers, or 4-bit NormalFloat (QLoRA).
 

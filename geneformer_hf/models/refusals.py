@@ -33,7 +33,7 @@ def refusals(model: Any) -> Iterator[None]:
     try:
         yield
     except UnpicklingError as error:
-        msg = f"{model} cannot be opened: its weights are no pickle of tensors: damaged, or one that asks for more. It was refused and nothing of it was executed. Ask its owner for safetensors."
+        msg = f"{model} cannot be opened: its weights are a pickle that is damaged, or asks for more than tensors. It was refused and nothing of it was executed. Ask its owner for safetensors."
         raise UnsafePickleError(msg) from error
     except _RAISED as error:
         if isinstance(error, (GeneformerError, torch.OutOfMemoryError)):

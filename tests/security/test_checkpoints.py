@@ -363,7 +363,7 @@ def test_pipes_in_the_place_of_weights_are_refused_at_once(name, model_folder):
 def test_sizes_of_no_model_are_refused_before_it_is_built(field, value, model_folder):
     edit(model_folder / "config.json", **{field: value})
     start = time.monotonic()
-    with pytest.raises(CheckpointError, match=rf"{field} is .*; expected a whole number from 0 to"):
+    with pytest.raises(CheckpointError, match=rf"{field} is .*; expected a whole number from 1 to"):
         load_model(model_folder)
     assert time.monotonic() - start < 20
 
