@@ -79,8 +79,9 @@ def sound_matrix(matrix: Any, where: str) -> Any:
     if not sp.issparse(matrix):
         return matrix
     try:
-        if hasattr(matrix, "check_format"):
-            matrix.check_format(full_check=True)
+        if matrix.format in ("csr", "csc"):
+            # Of another object with the same arrays: the check may give its own other types of indices.
+            (sp.csr_array if matrix.format == "csr" else sp.csc_array)(matrix).check_format(full_check=True)
         return matrix if matrix.format == "csr" else matrix.tocsr()
     except (ValueError, IndexError) as error:
         msg = f"{where} is not a sound sparse matrix: {error}. Build it again from its values."
@@ -93,7 +94,8 @@ def rows_of(matrix: Any, first: int, last: int) -> sp.csr_array:
     Raises:
         CellFileError: if they are not numbers.
     """
-    rows = matrix[first:last]
+    # A slice of all rows would be a copy.
+    rows = matrix if sp.issparse(matrix) and first == 0 and last >= matrix.shape[0] else matrix[first:last]
     if hasattr(rows, "compute"):
         rows = rows.compute()
     if type(rows).__module__.split(".")[0] in ("cupy", "cupyx"):

@@ -209,6 +209,22 @@ def test_sparse_matrices_of_any_form_give_the_same_tokens(dtype, form, cells, to
     assert [c.tolist() for c in tokenizer.encode_counts(found, cells.var_names)] == tokenizer(cells)["input_ids"]
 
 
+@pytest.mark.parametrize("form", ["csr", "csc"])
+def test_a_matrix_in_memory_stays_as_it_is(form, cells, tokenizer):
+    """Types of indices, order and stored zeros among them."""
+    found = cells.copy()
+    matrix = found.X.asformat(form)
+    matrix.indices, matrix.indptr = matrix.indices.astype(np.int64), matrix.indptr.astype(np.int64)
+    matrix.data[::7] = 0
+    found._X = matrix
+    before = [getattr(matrix, part).copy() for part in ("data", "indices", "indptr")]
+    expected = tokens(found, tokenizer)
+    assert [cell for cell in tokenizer(found)["input_ids"] if len(cell) > 2] == expected
+    assert [c.tolist() for c in tokenizer.encode_counts(matrix, cells.var_names) if len(c) > 2] == expected
+    after = [getattr(matrix, part) for part in ("data", "indices", "indptr")]
+    assert all(one.dtype == two.dtype and np.array_equal(one, two) for one, two in zip(before, after, strict=True))
+
+
 @pytest.mark.parametrize("chunk", ["sparse", "dense"])
 def test_dask_arrays_are_computed_by_block(chunk, cells, tokenizer):
     dask = pytest.importorskip("dask.array", reason="needs dask")
