@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -29,6 +29,42 @@ MIN_OVERLAP = 0.05
 """Least fraction of a file's genes that must be in the vocabulary, unless the file covers that of the vocabulary below."""
 MIN_COVERAGE = 0.25
 _NUMBERED = re.compile(r"(gene|feature|transcript|var|variable|column|col|[gfvx])?[_.\- ]?\d+", re.IGNORECASE)
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+_COLUMNS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
+    ("ensembl_id", lambda v: _is_text(v) and v != "", "Ensembl ids"),
+    ("token_id", lambda v: _is_whole(v) and 0 <= v < 1 << 24, "whole numbers from 0 to 16,777,215"),
+    ("median", lambda v: isinstance(v, (int, float)) and not isinstance(v, bool) and 0 < v < float("inf"), "numbers above 0"),
+    ("symbol", _is_text, "texts"),
+)
+"""Columns of a gene table as JSON, and what each may hold."""
+
+
+def _require_values(values: Any, fits: Callable[[Any], bool], what: str, expected: str) -> None:
+    """Raise unless this is a list of fitting values.
+
+    Raises:
+        CheckpointError: naming the first that is not.
+    """
+    wrong = None if isinstance(values, list) else f"is {_short(values)}"
+    if wrong is None:
+        place = next((i for i, value in enumerate(values) if not fits(value)), None)
+        wrong = None if place is None else f"holds {_short(values[place])} at place {place:,}"
+    if wrong is not None:
+        msg = f"{what} {wrong}; expected a list of {expected}. Make the table again with `geneformer-hf medians` or `convert`."
+        raise CheckpointError(msg)
+
+
+def _short(value: Any) -> str:
+    return repr(value) if len(repr(value)) <= 100 else f"{repr(value)[:100]}…"
 
 
 @dataclass(frozen=True)
@@ -429,10 +465,16 @@ class GeneTable:
         """
         try:
             content = json.loads(text)
-            if content["format"] != FORMAT or content["version"] > FORMAT_VERSION:
+            if content["format"] != FORMAT or not _is_whole(content["version"]) or not 1 <= content["version"] <= FORMAT_VERSION:
                 msg = f"{where}: format {content['format']!r} version {content['version']}, expected {FORMAT!r} up to version {FORMAT_VERSION}. Update geneformer-hf."
                 raise CheckpointError(msg)
             genes = content["genes"]
+            for name, fits, expected in _COLUMNS:
+                _require_values(genes[name], fits, f"{where}: genes.{name}", expected)
+            if not isinstance(content["aliases"], dict):
+                msg = f"{where}: aliases is {_short(content['aliases'])}; expected an object of retired ids or symbols and Ensembl ids. Make the table again with `geneformer-hf medians` or `convert`."
+                raise CheckpointError(msg)
+            _require_values([*content["aliases"].values(), content["species"], content["source"]], _is_text, f"{where}: aliases, species, source", "texts")
             return cls(
                 genes["ensembl_id"],
                 genes["token_id"],

@@ -1,3 +1,5 @@
+import json
+
 import numpy as np
 import pytest
 
@@ -169,3 +171,35 @@ def test_ensembl_ids_and_species():
     assert [is_ensembl_id(n) for n in (TP53, "ENSMUSG00000059552.3", "ENSGR0000182378", "ENSG1", "ENSA", "")] == [True, True, True, False, False, False]
     assert species_of(["ENSMUSG00000059552", TP53, "ENSMUSG00000059553"]) == "mouse"
     assert species_of(["x"]) is None
+
+
+ANYTHING = (-1, 0, 10**12, 1.5, float("nan"), float("inf"), "x", "", [], [1], {}, {"a": 1}, None, True)
+LEGAL = {"ensembl_id": ("x",), "token_id": (0,), "median": (1.5, 10**12), "symbol": ("x", "")}
+
+
+@pytest.mark.parametrize("name", LEGAL)
+def test_every_value_of_a_table_is_read_or_refused_by_its_place(name, table):
+    content = json.loads(table.to_json())
+    whole = content["genes"][name]
+    for value in ANYTHING:
+        content["genes"][name] = [*whole[:3], value, *whole[4:]]
+        if any(value is one or (value == one and type(value) is type(one)) for one in LEGAL[name]):
+            if name != "ensembl_id":
+                assert len(GeneTable.from_json(json.dumps(content))) == len(table)
+            continue
+        with pytest.raises(CheckpointError, match=rf"genes\.{name} holds .* at place 3; expected a list of"):
+            GeneTable.from_json(json.dumps(content))
+        if not isinstance(value, list):
+            content["genes"][name] = value
+            with pytest.raises(CheckpointError, match=rf"genes\.{name} is .*; expected a list of"):
+                GeneTable.from_json(json.dumps(content))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("version", 0), ("version", -1), ("version", float("nan")), ("version", True), ("species", 5), ("source", None), ("aliases", []), ("aliases", {"a": 1})],
+)
+def test_what_a_table_says_of_itself_is_of_its_type(field, value, table):
+    content = json.loads(table.to_json()) | {field: value}
+    with pytest.raises(CheckpointError, match=r"aliases|version"):
+        GeneTable.from_json(json.dumps(content))
