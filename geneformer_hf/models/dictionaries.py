@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,31 @@ def identify(found: dict[str, Path], *, allow_unknown: bool = False) -> str | No
     raise CheckpointError(msg)
 
 
+_VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "tokens": (lambda v: isinstance(v, Integral) and not isinstance(v, bool) and 0 <= int(v) < 1 << 24, "whole numbers from 0 to 16,777,215"),
+    "medians": (lambda v: isinstance(v, Real) and not isinstance(v, bool) and 0 < float(v) < float("inf"), "numbers above 0"),
+    "symbols": (lambda v: isinstance(v, str), "Ensembl ids"),
+    "aliases": (lambda v: isinstance(v, str), "Ensembl ids"),
+}
+"""What the values of each published dictionary may be."""
+
+
+def _values_of(path: Path, kind: str) -> dict[str, Any]:
+    """Return a dictionary whose values are of the type that its kind has.
+
+    Raises:
+        CheckpointError: naming the first that is not.
+    """
+    content = read_dictionary(path)
+    fits, expected = _VALUES[kind]
+    wrong = next((key for key, value in content.items() if not fits(value)), None)
+    if wrong is not None:
+        shown = repr(content[wrong])
+        msg = f"{path}: {wrong!r} has the value {shown if len(shown) <= 100 else shown[:100] + '…'}; expected {expected}. It is another dictionary, or damaged; download it again."
+        raise CheckpointError(msg)
+    return content
+
+
 def table_of(found: Mapping[str, Path], *, source: str = "") -> tuple[GeneTable, list[str]]:
     """Return the gene table and the special tokens, in the order of their ids, that four published dictionaries stand for.
 
@@ -99,17 +125,21 @@ def table_of(found: Mapping[str, Path], *, source: str = "") -> tuple[GeneTable,
         VocabularyMismatchError: if genes have no median.
         CheckpointError: if special tokens stand at ids that genes have left no room for.
     """
-    tokens, medians = read_dictionary(found["tokens"]), read_dictionary(found["medians"])
+    tokens, medians, symbols, renamed = (_values_of(found[kind], kind) for kind in ("tokens", "medians", "symbols", "aliases"))
     genes = [g for g in tokens if g not in SPECIAL_TOKENS]
     without = [g for g in genes if g not in medians]
     if without:
         msg = f"{found['medians']}: {len(without):,} genes of the vocabulary have no median, for instance {', '.join(without[:3])}. The dictionaries belong to different versions."
         raise VocabularyMismatchError(msg)
-    symbol_of = {ensembl_id: symbol for symbol, ensembl_id in read_dictionary(found["symbols"]).items()}
+    symbol_of = {ensembl_id: symbol for symbol, ensembl_id in symbols.items()}
     vocabulary = set(genes)
     # Entries that lead outside the vocabulary, or from a gene to itself, say nothing.
-    aliases = {old: new for old, new in read_dictionary(found["aliases"]).items() if new in vocabulary and old not in vocabulary}
-    table = GeneTable(genes, [tokens[g] for g in genes], [medians[g] for g in genes], [symbol_of.get(g, "") for g in genes], aliases, "human", source)
+    aliases = {old: new for old, new in renamed.items() if new in vocabulary and old not in vocabulary}
+    try:
+        table = GeneTable(genes, [tokens[g] for g in genes], [medians[g] for g in genes], [symbol_of.get(g, "") for g in genes], aliases, "human", source)
+    except ValueError as error:
+        msg = f"{found['tokens'].parent}: the dictionaries make no vocabulary: {error}"
+        raise CheckpointError(msg) from error
     taken = set(table.token_ids.tolist())
     free = [i for i in range(len(tokens)) if i not in taken]
     specials = [token for token in SPECIAL_TOKENS if token in tokens]

@@ -303,3 +303,21 @@ def test_nothing_replaces_its_own_source(clone, tmp_path):
             with pytest.raises(OutputError, match="which writing there would replace"):
                 export(tmp_path / "out" / "model", output, overwrite=True)
     assert (tmp_path / "out" / "model" / "gene_table.json").is_file()
+
+
+WRONG_VALUES = {"tokens": (-1, 10**12, 1.5, float("nan"), "x", None, True, [1]), "medians": (-1, 0, float("nan"), float("inf"), "x", None, True),
+                "symbols": (5, None, [1]), "aliases": (5, None, {})}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", WRONG_VALUES)
+def test_values_of_another_type_in_published_dictionaries_are_named(kind, tmp_path):
+    size = write_dictionaries(tmp_path)
+    found = dictionaries.find_dictionaries(tmp_path, size, allow_unknown=True)
+    whole = pickle.loads(found[kind].read_bytes())
+    name = next(key for key in whole if not key.startswith("<"))
+    for value in WRONG_VALUES[kind]:
+        found[kind].write_bytes(pickle.dumps(whole | {name: value}))
+        with pytest.raises(CheckpointError, match=rf"{found[kind].name}: '{name}' has the value .*; expected (whole numbers|numbers above 0|Ensembl ids)"):
+            dictionaries.table_of(found)
+    found[kind].write_bytes(pickle.dumps(whole | {name: np.float64(2.5)} if kind == "medians" else whole))
+    assert len(dictionaries.table_of(found)[0])
