@@ -157,3 +157,10 @@ def test_the_command_is_the_same_by_both_entries():
     for words in (["-m", "geneformer_hf"], [os.path.join(os.path.dirname(sys.executable), "geneformer-hf")]):  # noqa: PTH118, PTH120 - as a shell has it
         command = [sys.executable, *words] if words[0] == "-m" else words
         assert subprocess.run([*command, "--version"], capture_output=True, text=True, check=True, timeout=60).stdout.startswith("geneformer-hf ")
+
+
+@pytest.mark.slow
+def test_bars_in_a_log_are_a_line_in_half_a_minute():
+    code = "from geneformer_hf.cli.main import _quieten; _quieten()\nimport time\nfrom tqdm.auto import tqdm\nfor i in tqdm(range(300)): time.sleep(0.01)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=True)
+    assert len([part for part in done.stderr.split("\r") if "/300" in part]) == 2

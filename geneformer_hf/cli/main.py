@@ -133,6 +133,10 @@ def _run(args: argparse.Namespace) -> int:
 def _quieten() -> None:
     """Leave our own messages and progress bars on the terminal, and not those of the libraries below."""
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    if not sys.stderr.isatty():
+        # In a log every update of a bar is a line; tqdm reads these when it is imported.
+        os.environ.setdefault("TQDM_MININTERVAL", "30")
+        os.environ.setdefault("TQDM_MAXINTERVAL", "60")
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     # It tells of parts for machines that this is not.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
