@@ -163,4 +163,4 @@ def test_the_command_is_the_same_by_both_entries():
 def test_bars_in_a_log_are_a_line_in_half_a_minute():
     code = "from geneformer_hf.cli.main import _quieten; _quieten()\nimport time\nfrom tqdm.auto import tqdm\nfor i in tqdm(range(300)): time.sleep(0.01)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=True)
-    assert len([part for part in done.stderr.split("\r") if "/300" in part]) == 2
+    assert sum("/300" in line for line in done.stderr.splitlines()) == 2
