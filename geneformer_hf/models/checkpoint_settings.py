@@ -54,6 +54,17 @@ _CHOICES = {
     "init_lora_weights": re.compile(r"gaussian|orthogonal|olora|pissa(_niter_\d{1,4})?"),
     "init_weights": re.compile(r"[a-z_]{1,40}"),
     "megatron_core": re.compile(r"megatron\.core"),
+    # Words that choose a branch of PEFT's own code: DEFT, GLoRA, PSOFT, RoAd, SHiRA, WaveFT, Peanut.
+    "decomposition_method": re.compile(r"relu|qr"),
+    "config_A_B": re.compile(r"lora|vector|constant|none"),
+    "config_C": re.compile(r"lora|vector|none"),
+    "config_D_E": re.compile(r"vector|constant|none"),
+    "ab_svd_init": re.compile(r"psoft_init|pissa_init"),
+    "psoft_svd": re.compile(r"full|lowrank"),
+    "variant": re.compile(r"road_[124]"),
+    "mask_type": re.compile(r"random"),
+    "wavelet_family": re.compile(r"[a-z]{1,10}\d{0,3}(\.\d)?"),
+    "act_fn": re.compile(r"[a-z]\w{0,30}"),
 }
 _PARENT_LIBRARIES = ("geneformer_hf.models.modeling_geneformer", "transformers.models.bert.modeling_bert")
 _QUANTIFIER = re.compile(r"[*+{]|(?<!\()\?")
