@@ -159,8 +159,16 @@ def labelled(folder, tokenizer):
     [
         ("finetune_cell_types.py", r"macro F1 [01]\.\d\d  this model\n(?:.*\n)*.*cell_type_predicted"),
         ("classify_genes.py", r"ROC AUC [01]\.\d\d over 60 genes  this model\n"),
-        ("multitask.py", r"cell_type: accuracy [01]\.\d\d\nsex: accuracy [01]\.\d\d\nGeneformerForMultiTaskClassification \{'cell_type'"),
-        ("lora.py", r"[\d,]+ of [\d,]+ parameters were trained\nembeddings \(60, 16\); a PeftModel\w*\nmerged with its base: run-merged"),
+        pytest.param(
+            "multitask.py",
+            r"cell_type: accuracy [01]\.\d\d\nsex: accuracy [01]\.\d\d\nGeneformerForMultiTaskClassification \{'cell_type'",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            "lora.py",
+            r"[\d,]+ of [\d,]+ parameters were trained\nembeddings \(60, 16\); a PeftModel\w*\nmerged with its base: run-merged",
+            marks=pytest.mark.slow,
+        ),
         pytest.param("qlora.py", r"nf4 .* MB .*\nint8 .*\nnone .*", marks=pytest.mark.slow),
         pytest.param("search_hyperparameters.py", r"(?:.*complete.*\n)(?:.*\n)+best \{.*\}, refitted in run.model", marks=pytest.mark.slow),
     ],
@@ -261,7 +269,7 @@ def test_affected_genes(in_two_states, tokenizer):
         ),
         ("genes_in_context.py", r"(?: *SYM\d+ +\d+ +0\.\d+(?:.*)\n){5}module\n(?:.*\n)+ *all genes", "modules.h5ad"),
         ("attention_regulators.py", r"cell0: \d+ tokens; most attention goes to \S+\n.*auc_matched", "network.graphml"),
-        ("benchmark_checkpoints.py", r"cells +geneformer-v2 +0\.\d+", "table/report.html"),
+        pytest.param("benchmark_checkpoints.py", r"cells +geneformer-v2 +0\.\d+", "table/report.html", marks=pytest.mark.slow),
         ("transfer_task.py", r"Published: AUC 0\.914.*\nAUC [01]\.\d\d  this model", "run/model/report.html"),
     ],
 )

@@ -213,7 +213,9 @@ class Stop(TrainerCallback):
             raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("settings", [{}, {"adapter": "lora"}, {"label": ["cell_type", "sex"]}], ids=["whole", "lora", "heads"])
+@pytest.mark.parametrize(
+    "settings", [{}, {"adapter": "lora"}, pytest.param({"label": ["cell_type", "sex"]}, marks=pytest.mark.slow)], ids=["whole", "lora", "heads"]
+)
 def test_stopped_and_called_again_it_ends_with_the_same_bytes(tune, settings, tmp_path):
     settings = settings | {"dropout": 0.1, "save_strategy": "steps", "save_steps": 5, "eval_strategy": "steps", "eval_steps": 5}
     whole = tune("whole", **settings)
@@ -227,6 +229,7 @@ def test_stopped_and_called_again_it_ends_with_the_same_bytes(tune, settings, tm
     pd.testing.assert_frame_equal(parted.predictions, whole.predictions)
 
 
+@pytest.mark.slow
 def test_finished_folds_are_not_run_again(tune, tmp_path):
     whole = tune("whole", n_folds=3, num_train_epochs=1)
     with pytest.raises(KeyboardInterrupt):

@@ -54,6 +54,7 @@ def test_trials_are_run_the_best_is_refitted_and_all_is_written(arguments, label
     assert found.value == pytest.approx(figures[-1], abs=1e-6)
 
 
+@pytest.mark.slow
 def test_what_a_trial_tries_reaches_the_model(arguments, labelled, monkeypatch):
     from geneformer_hf.training import finetuning
 
