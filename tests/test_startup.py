@@ -76,7 +76,7 @@ def test_both_orders_of_the_imports_register(name):
 
 @pytest.mark.slow
 def test_the_finder_goes_when_all_is_registered():
-    code = "import geneformer_hf, sys; from geneformer_hf.registration import _AfterImport as A; from transformers import AutoModel, AutoTokenizer, pipeline; print([f for f in sys.meta_path if isinstance(f, A)])"
+    code = "import geneformer_hf, sys; from geneformer_hf.registration import _AfterImport as A; from transformers import AutoModel, AutoTokenizer, pipeline; import peft; print([f for f in sys.meta_path if isinstance(f, A)])"
     assert run_fresh(code) == "[]"
 
 
