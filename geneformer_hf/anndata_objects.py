@@ -29,7 +29,7 @@ def rna_modality(names: Sequence[str], where: str, how: str) -> str:
     found = [name for name in names if kinds[name] == "gene"] or [name for name in names if len(names) == 1 and kinds[name] == "unknown"]
     if len(found) == 1:
         return found[0]
-    msg = f"{where} holds {len(names)} modalities ({', '.join(names) or 'none'}), and {len(found) or 'none'} of them {'are' if found else 'is'} known to be RNA. Name the one with raw counts of genes: {how.format((found or names or ['rna'])[0])}."
+    msg = f"{where} holds {len(names)} {'modality' if len(names) == 1 else 'modalities'} ({', '.join(names) or 'none'}), of which {len(found) or 'none'} {'are' if found else 'is'} known to be RNA. Name the one with raw counts of genes: {how.format((found or names or ['rna'])[0])}."
     raise CellFileError(msg)
 
 
@@ -122,17 +122,21 @@ def known_to_scipy(dtype: np.dtype) -> np.dtype:
     return dtype.newbyteorder("=")
 
 
-def require_distinct_columns(frame: Any, what: str) -> None:
-    """Raise if two columns of a table have one name, 1 and "1" among them: which is meant could not be said.
+def require_distinct_columns(frame: Any, part: str, wanted: Sequence[str] | None = None) -> None:
+    """Raise if a column name is ambiguous because two columns have it; 1 and "1" are the same name.
+
+    Args:
+        part (`str`): `obs` or `var`.
+        wanted (`Sequence[str]`, *optional*): the columns to read; all by default.
 
     Raises:
         CellFileError
     """
     names = [str(name) for name in frame.columns]
-    if len(set(names)) < len(names):
-        counts = Counter(names)
-        twice = [name for name in counts if counts[name] > 1]
-        msg = f"{what} has {len(twice):,} names of columns more than once: {', '.join(map(repr, twice[:5]))}. Rename or drop them, for instance `adata.{what.rsplit(maxsplit=1)[-1]} = adata.{what.rsplit(maxsplit=1)[-1]}.loc[:, ~adata.{what.rsplit(maxsplit=1)[-1]}.columns.duplicated()]`."
+    counts = Counter(names)
+    twice = [name for name in (counts if wanted is None else wanted) if counts[name] > 1]
+    if twice:
+        msg = f"AnnData: {part} has duplicate column names: {', '.join(map(repr, twice[:5]))}. Rename or drop them, for instance `adata.{part} = adata.{part}.loc[:, ~adata.{part}.columns.duplicated()]`."
         raise CellFileError(msg)
 
 
@@ -142,7 +146,7 @@ def text_columns(frame: Any) -> dict[str, list[str]]:
     Raises:
         CellFileError: if two columns have one name.
     """
-    require_distinct_columns(frame, "AnnData: var")
+    require_distinct_columns(frame, "var")
     return {str(name): texts(frame[name]) for name in frame.columns if _is_text(frame[name])}
 
 

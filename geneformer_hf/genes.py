@@ -424,7 +424,7 @@ class GeneTable:
                 f"Map them to {self.species} orthologues first, or use a model trained on {species} cells."
             )
         elif 2 * sum(_NUMBERED.fullmatch(name) is not None for name in report.unknown) > len(report.unknown):
-            msg = f"{prefix}only {found}: the names are numbered ({some_of(report.unknown)}), as where the names of genes got lost. Give the column that names them with `gene_ids=` (`--gene-ids`), or put Ensembl ids or symbols into the index of var."
+            msg = f"{prefix}only {found}: the names are numbered ({some_of(report.unknown)}), so the gene names seem to be lost. Give the column that holds them with `gene_ids=` (`--gene-ids`), or put Ensembl ids or symbols into the index of var."
         elif sum(name.capitalize() == name for name in report.unknown) > len(report.unknown) / 2 and species is None:
             msg = f"{prefix}only {found}: the names look like mouse or rat symbols ({some_of(report.unknown)}). Map them to {self.species} orthologues first."
         elif species is not None:
@@ -474,7 +474,11 @@ class GeneTable:
             if not isinstance(content["aliases"], dict):
                 msg = f"{where}: aliases is {_short(content['aliases'])}; expected an object of retired ids or symbols and Ensembl ids. Make the table again with `geneformer-hf medians` or `convert`."
                 raise CheckpointError(msg)
-            _require_values([*content["aliases"].values(), content["species"], content["source"]], _is_text, f"{where}: aliases, species, source", "texts")
+            _require_values([*content["aliases"].values()], _is_text, f"{where}: aliases", "texts")
+            for name in ("species", "source"):
+                if not _is_text(content[name]):
+                    msg = f"{where}: {name} is {_short(content[name])}; expected a text. Make the table again with `geneformer-hf medians` or `convert`."
+                    raise CheckpointError(msg)
             return cls(
                 genes["ensembl_id"],
                 genes["token_id"],

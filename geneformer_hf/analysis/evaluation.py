@@ -214,28 +214,24 @@ def require_numbers(options: Mapping[str, Any]) -> None:
 
 
 def _undefined(judged: Sequence[Judged], known: _Labelled, labels: str) -> list[str]:
-    """Say which figures the cells leave undefined, and why; they are NaN, and the others stand."""
+    """Describe the metrics that are undefined for these cells (NaN), with the reason."""
     notes = []
     tested = {row["fold"]: row["n_test"] for row in judged[0].transfer}
     empty = [fold for fold, n in tested.items() if not n]
     if empty:
         where = (
-            f"every part ({known.held_out})"
+            f"all folds (held out: {known.held_out})"
             if len(empty) == len(tested)
-            else f"{len(empty):,} of {len(tested):,} parts ({', '.join(map(str, empty[:3]))}{', …' if len(empty) > 3 else ''})"
+            else f"{len(empty):,} of {len(tested):,} folds ({', '.join(map(str, empty[:3]))}{', …' if len(empty) > 3 else ''})"
         )
         notes.append(
-            f"Label transfer is undefined in {where}: no cell held out there has a {labels} that the other cells have, so nobody could name it. "
-            + (
-                "Hold out another column (`held_out=`, --held-out) that crosses the labels."
-                if len(empty) == len(tested)
-                else "The means are over the other parts."
-            )
+            f"Label transfer is undefined in {where}: no held-out cell has a {labels} that occurs in the training cells. "
+            + ("Hold out by a column whose values share labels (`held_out=`, --held-out)." if len(empty) == len(tested) else "Means are over the other folds.")
         )
     missing = sorted({name for one in judged for name, value in one.integration.items() if isinstance(value, float) and np.isnan(value)})
     if missing:
         notes.append(
-            f"Undefined for these cells, and left empty: {', '.join(name.replace('_', ' ') for name in missing)}. Labels and batches do not cross, or a group is too small."
+            f"Undefined metrics, left empty: {', '.join(name.replace('_', ' ') for name in missing)}. Labels and batches do not overlap, or a group is too small."
         )
     return notes
 

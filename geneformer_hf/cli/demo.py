@@ -261,7 +261,7 @@ def print_files(output: Path) -> None:
 In {output}/
   pbmc_geneformer.h5ad   the cells: raw counts, published cell types, obsm["X_geneformer"], obsm["X_umap"]
   umap_cell_type.png     the embeddings by published cell type
-  loss.png               the loss while training, of all chosen genes: lower than the table's, which is of the hidden ones alone; a tenth of those chosen stay readable
+  loss.png               training loss over all selected genes; lower than above, because a tenth of them stay visible
   model/                 opens with AutoModelForMaskedLM and AutoTokenizer (after `import geneformer_hf`)
   classifier/            the model fine-tuned for cell types; report.html shows how well
   figures.json           the figures above

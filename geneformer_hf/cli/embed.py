@@ -88,7 +88,7 @@ class Embed(Command):
                 embeddings = self._cells(args, runner, cells, partial)
                 try:
                     written = self._plot(args, embeddings, columns, partial) if columns else []
-                except Exception as error:  # noqa: BLE001 - whatever libraries that draw raise; the embeddings are there, and it is said below
+                except Exception as error:  # noqa: BLE001 - plotting libraries raise anything; the embeddings are written, and the error is reported below
                     failure = error
             if not args.genes and partial.suffix == ".h5ad" and isinstance(cells, SourceCells) and cells.source.genome_fractions is not None:
                 add_obs_to_file(partial, {"genome_fraction": cells.source.genome_fractions})
@@ -100,7 +100,7 @@ class Embed(Command):
             f"Embeddings of {what} (layer {args.layer}, {'every gene in its cell' if args.genes == 'contextual' else runner.pooling if not args.genes else 'mean per gene'}, {runner.config.hidden_size} dimensions) written to {args.output} ({describe_size(args.output)})."
         )
         if failure is not None:
-            msg = f"the pictures could not be drawn ({type(failure).__name__}: {failure}). The embeddings are whole; draw them with scanpy."
+            msg = f"{args.output} is complete, but the plots could not be drawn: {type(failure).__name__}: {failure}. Draw them with scanpy from obsm['X_geneformer']."
             raise OutputError(msg) from failure
         for path in written:
             print(f"Picture: {args.output.with_name(path.name)}")

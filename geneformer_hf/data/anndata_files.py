@@ -60,17 +60,20 @@ class AnnDataFileSource(FileSource):
             return anndata.io.read_elem(item[key]) if is_group(item) else item[key]
 
     def _choose_modality(self, store: Any) -> None:
-        found = [name for name, item in store["mod"].items() if is_group(item)] if "mod" in store and is_group(store["mod"]) and "X" not in store else []
+        is_mudata = "mod" in store and is_group(store["mod"]) and "X" not in store
+        found = [name for name in store["mod"] if is_group(store["mod"][name])] if is_mudata else []
+        # A modality of a zarr store is a store of its own, at the path that it has on disk.
+        inside = f"{self.path}/mod" if self.path.is_dir() else str(self.path)
         if self.modality and self.modality not in found:
             msg = f"{self.path} holds no modality {self.modality!r}. Found: {', '.join(found) or 'none'}."
             raise CellFileError(msg)
         if found and not self.modality:
-            self.modality = rna_modality(found, str(self.path), f"`{self.path}/{{}}`")
+            self.modality = rna_modality(found, str(self.path), f"`{inside}/{{}}`")
         if kind_of_feature(self.modality) == "other":
             msg = f"{self.path}: the modality {self.modality!r} holds other features than genes. Name one of RNA; found {', '.join(found)}."
             raise CellFileError(msg)
         if self.modality:
-            self.name = f"{self.path}/{self.modality}"
+            self.name = f"{inside}/{self.modality}"
 
     @property
     def counts_described(self) -> str:

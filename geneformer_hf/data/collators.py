@@ -41,7 +41,10 @@ class _Layout:
         Raises:
             VocabularyMismatchError: if something in them is no token id of the vocabulary.
         """
-        lengths, ids = np.array([len(cell["input_ids"]) for cell in cells]), np.concatenate([np.asarray(cell["input_ids"]) for cell in cells])
+        lengths = np.array([len(cell["input_ids"]) for cell in cells])
+        # An empty list becomes an array of float64.
+        parts = [np.asarray(cell["input_ids"]) for cell in cells if len(cell["input_ids"])]
+        ids = np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
         require_token_ids(ids, self._vocab_size, name=lambda place: self._cell_of(cells, lengths, place))
         return lengths, ids
 

@@ -20,6 +20,8 @@ FORMATS = (None, "python", "numpy", "torch", "pandas", "arrow")
 PLAIN_FEATURES = ("Value", "ClassLabel", "List", "LargeList", "Sequence", "Array2D", "Array3D", "Array4D", "Array5D")
 """Features that hold their values. The others (Image, Audio, Pdf, …) name files, which `datasets` opens when a row is read."""
 
+WIDTHS = {"BOOLEAN": 1, "INT32": 4, "FLOAT": 4}
+"""Bytes of a decoded Parquet value by its physical type; 8 for the others."""
 MOST_DEPTH = 20
 _TIME = r"\[(s|ms|us|ns)(, tz=[\w/+:-]{1,40})?\]"
 _VALUE = re.compile(
@@ -196,12 +198,14 @@ def schema_of(path: Path) -> pa.Schema:
 
 
 def require_readable_groups(file: pq.ParquetFile, where: str) -> None:
-    """Refuse a Parquet file in which a row group, which is read at once, holds more values than memory: a few bytes can stand for any number of them.
+    """Refuse a Parquet file with a row group larger than memory once decoded; a few encoded bytes can stand for any number of values.
 
     Raises:
         CellFileError
     """
     for i in range(file.metadata.num_row_groups):
         group = file.metadata.row_group(i)
-        n_values = sum(group.column(j).num_values for j in range(group.num_columns))
-        require_memory(8 * n_values, f"{where}: row group {i:,} of {group.num_rows:,} cells and {n_values:,} values")
+        columns = [group.column(j) for j in range(group.num_columns)]
+        n_values = sum(column.num_values for column in columns)
+        n_bytes = sum(column.num_values * WIDTHS.get(column.physical_type, 8) for column in columns)
+        require_memory(n_bytes, f"{where}: row group {i:,} of {group.num_rows:,} cells and {n_values:,} values")

@@ -292,7 +292,6 @@ class AnnDataSource(CellSource):
         adata = of_rna(adata)
         self.name, self.options, self._adata = "AnnData", options, adata
         self.n_cells = adata.n_obs
-        require_distinct_columns(adata.obs, "AnnData: obs")
         stored = matrices_of(adata)
         self.counts = choose_counts(samples_of(stored), options.counts_layer, where=self.name)
         # One conversion, not one a block.
@@ -320,6 +319,7 @@ class AnnDataSource(CellSource):
             msg = f"{self.name}: obs has no column {', '.join(map(repr, missing))}. Found: {', '.join(place_of) or 'none'}."
             raise ColumnNotFoundError(msg)
         obs = self._adata.obs
+        require_distinct_columns(obs, "obs", columns)
         return pd.DataFrame(
             {c: _native(obs.iloc[:, place_of[c]].iloc[start:stop].array) for c in columns}, index=pd.Index(texts(obs.index[start:stop]), dtype=object)
         )

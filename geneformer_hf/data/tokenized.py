@@ -123,7 +123,7 @@ def require_token_ids(ids: np.ndarray, vocab_size: int, *, name: Callable[[int],
         return
     wrong, place = None, 0
     if ids.dtype.kind not in "iu":
-        wrong = "values that are missing or no whole numbers"
+        wrong = "missing or non-integer values"
     elif int(ids.min()) < 0 or int(ids.max()) >= vocab_size:
         place = int(((ids < 0) | (ids >= vocab_size)).argmax())
         wrong = f"the token id {int(ids[place]):,}"

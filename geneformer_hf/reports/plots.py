@@ -17,19 +17,19 @@ MAX_CLASSES = 40
 
 
 def require_plots(*, umap: bool = False) -> None:
-    """Raise unless pictures can be drawn, UMAPs among them; called before the work whose result they show.
+    """Raise unless the plotting libraries are installed; called before the computation.
 
     Raises:
         MissingExtraError
     """
     missing = [name for name in ("matplotlib", *(("scanpy",) if umap else ())) if find_spec(name) is None]
     if missing:
-        msg = f"Pictures need {' and '.join(missing)}. Install what draws them with `pip install 'geneformer-hf[plot]'`."
+        msg = f"Plots need {' and '.join(missing)}. Install the extra: `pip install 'geneformer-hf[plot]'`."
         raise MissingExtraError(msg)
 
 
 def new_figure(n_rows: int = 1, n_columns: int = 1, *, size: tuple[float, float], **options: Any) -> tuple[Any, Any]:
-    """Return a figure and its axes, as `matplotlib.pyplot.subplots` does, that belong to nobody's session: pyplot and its backend stay as they are.
+    """Return a figure and its axes, as `matplotlib.pyplot.subplots` does, without pyplot, so that the backend and figures of the session are unaffected.
 
     Raises:
         MissingExtraError
@@ -37,7 +37,7 @@ def new_figure(n_rows: int = 1, n_columns: int = 1, *, size: tuple[float, float]
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError as error:
-        msg = "Pictures need matplotlib. Install what draws them with `pip install 'geneformer-hf[plot]'`."
+        msg = "Plots need matplotlib. Install the extra: `pip install 'geneformer-hf[plot]'`."
         raise MissingExtraError(msg) from error
     figure = Figure(figsize=size, layout="constrained")
     return figure, figure.subplots(n_rows, n_columns, **options)
@@ -167,7 +167,7 @@ def plot_training(
 
 
 def save_figure(figure: Any, path: Path) -> None:
-    """Write a picture; a dollar in a name is a dollar, and no formula."""
+    """Write a figure; dollar signs in names are not math."""
     from matplotlib.text import Text
 
     for text in figure.findobj(Text):

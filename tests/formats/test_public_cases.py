@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 import scipy.io
 import scipy.sparse as sp
+import zarr
 
 from geneformer_hf import GeneformerTokenizer, embed_cells, load_cells, load_model, stream_cells, stream_tokens, tokenize_corpus
 from geneformer_hf.cli.main import main
@@ -90,12 +91,27 @@ def test_the_modality_of_rna_is_read(cells, proteins, tokenizer, model_folder, t
     assert "X of the modality 'rna'" in capsys.readouterr().out
 
 
+def test_modalities_of_a_zarr_store(cells, proteins, tokenizer, tmp_path):
+    group = zarr.open_group(str(tmp_path / "cells.zarr"), mode="w")
+    for part, names in (("obs", cells.obs_names), ("var", cells.var_names)):
+        anndata.io.write_elem(group, part, pd.DataFrame(index=names))
+    group.create_group("mod")
+    for name, modality in (("rna", cells), ("prot", proteins)):
+        anndata.io.write_elem(group, f"mod/{name}", modality)
+    for path in (tmp_path / "cells.zarr", tmp_path / "cells.zarr" / "mod" / "rna"):
+        assert tokens(path, tokenizer, cache_dir=tmp_path / "cache") == tokens(cells, tokenizer)
+    assert open_cells(tmp_path / "cells.zarr").name == str(tmp_path / "cells.zarr" / "mod" / "rna")
+    anndata.io.write_elem(group, "mod/gex", cells)
+    with pytest.raises(CellFileError, match=r"of which 2 are known to be RNA\. Name the one .*cells\.zarr/mod/(rna|gex)`"):
+        open_cells(tmp_path / "cells.zarr")
+
+
 @pytest.mark.parametrize(
     ("names", "asked", "words"),
     [
-        (("rna", "gex"), "", r"2 modalities \(gex, rna\), and 2 of them are known to be RNA\. Name the one .*cells\.h5mu/gex"),
-        (("one", "two"), "", r"none of them is known to be RNA"),
-        (("prot",), "", r"1 modalities \(prot\), and none of them is known to be RNA"),
+        (("rna", "gex"), "", r"2 modalities \(gex, rna\), of which 2 are known to be RNA\. Name the one .*cells\.h5mu/gex"),
+        (("one", "two"), "", r"of which none is known to be RNA"),
+        (("prot",), "", r"1 modality \(prot\), of which none is known to be RNA"),
         (("rna", "prot"), "/prot", r"the modality 'prot' holds other features than genes"),
         (("rna", "prot"), "/adt", r"holds no modality 'adt'. Found: prot, rna"),
     ],
@@ -257,12 +273,15 @@ def test_a_broken_sparse_index_is_refused(cells, tokenizer):
 def test_two_columns_of_one_name_are_refused(names, cells, tokenizer):
     found = cells.copy()
     found.obs = pd.DataFrame(np.zeros((30, 2)), index=cells.obs_names, columns=names)
-    with pytest.raises(CellFileError, match=rf"obs has 1 names of columns more than once: '{names[0]}'"):
+    with pytest.raises(CellFileError, match=rf"obs has duplicate column names: '{names[0]}'"):
         load_cells(found, tokenizer=tokenizer)
+    # Columns that are not read are no reason to refuse.
+    assert tokenizer(found)["input_ids"] == tokenizer(cells)["input_ids"]
+    assert open_cells(found).cell_ids == cells.obs_names.tolist()
     found = cells.copy()
     found.var = pd.DataFrame([["x", "y"]] * 60, index=cells.var_names, columns=names)
     for door in (open_cells, tokenizer):
-        with pytest.raises(CellFileError, match="var has 1 names of columns more than once"):
+        with pytest.raises(CellFileError, match="var has duplicate column names"):
             door(found)
 
 
@@ -371,8 +390,14 @@ def test_token_ids_that_no_vocabulary_has_are_refused_wherever_they_stand(name, 
 def test_collators_refuse_token_ids_that_no_vocabulary_has(ids, tokenizer):
     rows = [{"input_ids": [2, 5, 3], "cell_id": "a"}, {"input_ids": ids, "cell_id": "b"}]
     for collate in (DataCollatorForCells(tokenizer), DataCollatorForMaskedGenes(tokenizer)):
-        with pytest.raises(VocabularyMismatchError, match=r"cell '[ab]' holds (the token id|values that are missing)"):
+        with pytest.raises(VocabularyMismatchError, match=r"cell '[ab]' holds (the token id|missing or non-integer)"):
             collate(rows)
+
+
+def test_a_cell_without_tokens_stays_in_its_batch(tokenizer):
+    batch = DataCollatorForCells(tokenizer)([{"input_ids": [5, 6], "label": 0}, {"input_ids": [], "label": 1}])
+    assert batch["input_ids"].tolist() == [[5, 6], [0, 0]]
+    assert batch["attention_mask"].tolist() == [[1, 1], [0, 0]]
 
 
 def test_tokens_cannot_be_added(tokenizer, tmp_path):

@@ -331,8 +331,10 @@ def test_labels_nested_in_batches_leave_figures_undefined_and_the_rest_written(n
     table = pd.read_csv(tmp_path / "out" / "evaluation.csv")
     assert np.isfinite(table["nmi"]).all()
     assert table["knn_macro_f1"].isna().all() == bool(n_undefined)
-    assert ("Label transfer is undefined in every part (batch): no cell held out there has a nested that the other cells have" in said) == bool(n_undefined)
+    assert ("Label transfer is undefined in all folds (held out: batch): no held-out cell has a nested that occurs in the training cells" in said) == bool(
+        n_undefined
+    )
     written = json.loads((tmp_path / "out" / "evaluation.json").read_text(), parse_constant=lambda value: pytest.fail(f"{value} is no JSON"))
     assert written
-    assert ("Undefined for these cells" in said) == table.drop(columns=[c for c in table if c.startswith(("knn", "probe"))]).isna().any(axis=None)
-    assert "undefined in every part" in (tmp_path / "out" / "report.html").read_text() or not n_undefined
+    assert ("Undefined metrics, left empty" in said) == table.drop(columns=[c for c in table if c.startswith(("knn", "probe"))]).isna().any(axis=None)
+    assert "undefined in all folds" in (tmp_path / "out" / "report.html").read_text() or not n_undefined

@@ -201,5 +201,5 @@ def test_every_value_of_a_table_is_read_or_refused_by_its_place(name, table):
 )
 def test_what_a_table_says_of_itself_is_of_its_type(field, value, table):
     content = json.loads(table.to_json()) | {field: value}
-    with pytest.raises(CheckpointError, match=r"aliases|version"):
+    with pytest.raises(CheckpointError, match=field):
         GeneTable.from_json(json.dumps(content))
