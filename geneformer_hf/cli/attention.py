@@ -23,7 +23,7 @@ class Attention(Command):
         parser.add_argument("--model", required=True, help="checkpoint: folder or Hub id")
         parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="new folder")
         parser.add_argument(
-            "--genes", metavar="LIST|FILE", help="genes of the network: parted by commas, or a file with one a line (default: those in most cells)"
+            "--genes", metavar="LIST|FILE", help="genes of the network, separated by commas, or a file with one a line (default: those in most cells)"
         )
         parser.add_argument("--n-genes", type=positive, default=500, metavar="N", help="without --genes: so many (default: 500)")
         parser.add_argument("--regulators", metavar="LIST|FILE", help="genes to compare with all others, such as transcription factors")

@@ -118,7 +118,7 @@ def describe_size(path: Path) -> str:
 
 
 def listed_genes(text: str, option: str = "--genes") -> list[str]:
-    """Return genes from a list parted by commas, or from a file with one a line.
+    """Return genes from a list separated by commas, or from a file with one a line.
 
     Raises:
         CellFileError

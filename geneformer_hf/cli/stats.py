@@ -35,7 +35,7 @@ class Stats(Command):
         parser.add_argument("--null", type=Path, metavar="TABLE", help="vs_null: the table to compare with")
         parser.add_argument("--goal", metavar="STATE", help="goal_state_shift: the goal (default: that of the run)")
         parser.add_argument("--alternatives", metavar="A,B", help="goal_state_shift: other states (default: those of the run)")
-        parser.add_argument("--genes", help="aggregate_data: what was perturbed, Ensembl ids parted by commas")
+        parser.add_argument("--genes", help="aggregate_data: what was perturbed, Ensembl ids separated by commas")
         parser.add_argument(
             "--readout",
             choices=["cell", "state", "gene", "probability", "estimated_cell", "estimated_state"],

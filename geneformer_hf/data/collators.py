@@ -100,7 +100,7 @@ class DataCollatorForMaskedGenes(_Layout):
             return CellKey(*(int(part) for part in cell[KEY]))
         self._n_seen += 1
         worker = torch.utils.data.get_worker_info()
-        # A loader's workers each begin to count anew, in every epoch: the seed torch gives them tells them apart, and processes their rank.
+        # Each worker of a loader starts counting from 0 in every epoch: the seed torch gives them tells them apart, and processes their rank.
         return CellKey(int(os.environ.get("RANK", "0")), self._n_seen - 1, 0 if worker is None else worker.seed % (1 << 62))
 
 

@@ -62,7 +62,7 @@ def require_sound_index(matrix: Any, shape: tuple[int, int], layout: Layout, whe
 
 
 def _require_all_chunks(matrix: Any, indptr: np.ndarray, n_across: int, where: str) -> None:
-    """Raise if a chunk of a zarr store is missing; it would read as zeros without a word.
+    """Raise if a chunk of a zarr store is missing; it would silently read as zeros.
 
     A chunk of nothing but zeros is not written either: never one of the values, but one of the indices may be, where every
     row in it has one entry, in the first column, and one of the pointers, where the first rows are empty.

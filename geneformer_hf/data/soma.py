@@ -222,7 +222,7 @@ def open_census(obs_filter: str, *, organism: str = "homo_sapiens", version: str
 
 @cache
 def _context(settings: tuple[tuple[str, Any], ...], timestamp: int | None, process: int) -> Any:
-    """Return a context of this process: the threads of TileDB do not survive a fork, and a read in its child waits for them for ever."""
+    """Return a context of this process: the threads of TileDB do not survive a fork, and a read in its child would never return."""
     return tiledbsoma().SOMATileDBContext(tiledb_config=dict(settings), timestamp=timestamp)
 
 

@@ -274,7 +274,7 @@ def stream_cells(
     Args:
         files, tokenizer, gene_ids, counts_layer, genome, keep_counts: as in `load_cells`.
         obs (`"all"`, `"none"` or a sequence of names, *optional*, defaults to `"none"`): columns of obs to keep.
-        shuffle (`bool`, *optional*, defaults to `False`): shuffle, anew in every epoch (`set_epoch`).
+        shuffle (`bool`, *optional*, defaults to `False`): shuffle, differently in each epoch (`set_epoch`).
         seed (`int`, *optional*, defaults to 0): the same seed and epoch give the same order.
         shard_cells (`int`, *optional*, defaults to 1024): cells read in one go; a shard is what a rank or worker gets.
         mix (`int`, *optional*, defaults to 8): shards whose rows are shuffled together: more mix better and take more memory.
@@ -411,7 +411,7 @@ def _size_of(path: Path) -> int:
 
 
 class CellStream(datasets.IterableDataset):
-    """A stream whose saved position brings its epoch along; datasets would start another epoch over without a word."""
+    """A stream whose saved position brings its epoch along; datasets would silently restart another epoch."""
 
     def load_state_dict(self, state_dict: dict) -> None:
         """Go on with the row after the one the position was saved at, in its epoch."""

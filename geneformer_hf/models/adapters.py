@@ -131,7 +131,7 @@ def open_weights(
     model = found[0] if isinstance(found, tuple) else found
     for module in model.modules() if getattr(model, "is_loaded_in_4bit", False) else ():
         # Else bitsandbytes repacks weights at their first use in evaluation on some CPUs, into a form that has no gradient (training
-        # after an evaluation would go on with wrong ones, without a word), cannot be saved, and was measured to be slower.
+        # after an evaluation would silently use wrong ones), cannot be saved, and was measured to be slower.
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
     return found

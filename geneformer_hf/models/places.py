@@ -214,7 +214,7 @@ def require_intact(root: Path, place: Place, patterns: Sequence[str]) -> None:
             size = blob.stat().st_size
             path.unlink(missing_ok=True)
             blob.unlink(missing_ok=True)
-            msg = f"{path.name} of {place} is damaged: its {size:,} bytes do not have the hash {blob.name[:12]}… that the Hub gave. It was removed from the cache; run this again to fetch it anew."
+            msg = f"{path.name} of {place} is damaged: its {size:,} bytes do not have the hash {blob.name[:12]}… that the Hub gave. It was removed from the cache; run this again to download it."
             raise HubError(msg)
         _checked.add(state)
 

@@ -46,7 +46,7 @@ def checkpoint_to_resume(output: Path, *, asked_for: str | None, identity: dict[
     asked_for = None if asked_for is None or str(asked_for).lower() == "false" else str(asked_for)
     if asked_for is None or asked_for.lower() == "true":
         if (output / MODEL_FOLDER).exists():
-            msg = f"{output} holds the model of a finished run ({output / MODEL_FOLDER}). Choose another output_dir, or pass `overwrite: true` (--overwrite) to start anew there."
+            msg = f"{output} holds the model of a finished run ({output / MODEL_FOLDER}). Choose another output_dir, or pass `overwrite: true` (--overwrite) to replace it."
             raise OutputExistsError(msg)
         found = checkpoints_in(output)
         if not found:
@@ -80,7 +80,7 @@ def _require_same_run(checkpoint: Path, identity: dict[str, Any]) -> None:
         if ours.get(name) != theirs.get(name)
     ]
     if different:
-        msg = f"{checkpoint} belongs to another run: {'; '.join(different)}. Use the settings and data of that run, or start another in a new output_dir (with from_checkpoint, to go on from its weights); overwrite begins anew here."
+        msg = f"{checkpoint} belongs to another run: {'; '.join(different)}. Use the settings and data of that run, or start another in a new output_dir (with from_checkpoint, to start from its weights); overwrite replaces this one."
         raise CheckpointError(msg)
 
 
@@ -175,7 +175,7 @@ def remove_other_runs(output: Path, identity: dict[str, Any], *, asked_for: str 
         require_ours(model, made_by)
     elif _is_unfinished(output, identity):
         return
-    # Folds of a finished run go with it; those beside no model are of this run, or are made anew where they are not.
+    # Folds of a finished run go with it; those beside no model are of this run, or are computed again.
     folds = [path for path in output.glob(f"{FOLD}*") if (path / IDENTITY_FILE).is_file() or checkpoints_in(path)] if model.exists() else []
     for path in (*checkpoints_in(output), *folds):
         shutil.rmtree(path)

@@ -145,7 +145,7 @@ def _require_free(arguments: GeneformerFineTuningArguments, settings: SearchSett
 
 
 def _require_same_search(folder: Path, arguments: GeneformerFineTuningArguments, settings: SearchSettings, metric: str, *, overwrite: bool) -> None:
-    """Raise if the folder holds trials of another search, or begin anew where these may be overwritten; note down what this one is.
+    """Raise if the folder holds trials of another search, or remove them where they may be overwritten; note down what this one is.
 
     Raises:
         CheckpointError
@@ -166,7 +166,7 @@ def _require_same_search(folder: Path, arguments: GeneformerFineTuningArguments,
             shutil.rmtree(folder)
             folder.mkdir()
         elif different:
-            msg = f"{folder} holds trials of another search: {'; '.join(different[:6])}. Choose another output_dir, or pass overwrite to begin anew."
+            msg = f"{folder} holds trials of another search: {'; '.join(different[:6])}. Choose another output_dir, or pass overwrite to replace them."
             raise CheckpointError(msg)
     path.write_text(json.dumps(ours, indent=1) + "\n", encoding="utf-8")
 

@@ -14,6 +14,7 @@ import scipy.sparse as sp
 import zarr
 
 from geneformer_hf import GeneformerTokenizer, embed_cells, load_cells, load_model, stream_cells, stream_tokens, tokenize_corpus
+from geneformer_hf.anndata_objects import rows_of
 from geneformer_hf.cli.main import main
 from geneformer_hf.data.collators import DataCollatorForCells, DataCollatorForMaskedGenes
 from geneformer_hf.data.readers import open_cells
@@ -248,6 +249,29 @@ def test_dask_arrays_are_computed_by_block(chunk, cells, tokenizer):
     found = anndata.AnnData(lazy.map_blocks(sp.csr_matrix) if chunk == "sparse" else lazy, cells.obs.copy(), cells.var.copy())
     assert tokens(found, tokenizer) == tokens(cells, tokenizer)
     assert tokenizer(found)["input_ids"] == tokenizer(cells)["input_ids"]
+
+
+@pytest.mark.parametrize("form", ["sparse", "dense"])
+def test_arrays_of_cupy_are_copied_to_the_host(form, cells):
+    """With a stand-in, which has what is used of a CuPy array: slices, and `get`."""
+
+    class Array:
+        __module__ = "cupy"
+
+        def __init__(self, host):
+            self.host = host
+
+        def __getitem__(self, rows):
+            return Array(self.host[rows])
+
+        def get(self):
+            return self.host
+
+        def __array__(self, *args, **kwargs):
+            raise TypeError
+
+    host = cells.X if form == "sparse" else cells.X.toarray()
+    assert (rows_of(Array(host), 3, 9).toarray() == cells.X[3:9].toarray()).all()
 
 
 def test_tables_that_are_not_in_memory_are_refused_with_the_call(cells, tokenizer):
